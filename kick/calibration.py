@@ -1,0 +1,152 @@
+"""Calibration text: documents -> token batches, seeded and fingerprinted.
+
+Documents are shuffled by the seed, cut into segments of at most one sequence, and packed with an end-of-text token
+between them. Every document gives one segment before any gives a second, so that a long one does not fill the sample.
+"""
+
+import gzip
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from pydantic import Field
+
+from kick.errors import DataError
+from kick.settings import Spec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class CalibrationSpec(Spec):
+    """What to calibrate on. `source` is `embedded`, a text or .jsonl file (also .gz), a folder of these, or a hub id.
+
+    LLM-KICK used 128 samples of 2,048 tokens of C4; the embedded text holds about 16,000 tokens.
+    """
+
+    source: str = "embedded"
+    samples: int = Field(default=32, ge=1)
+    sequence_length: int = Field(default=512, ge=8)
+    seed: int = 0
+    text_field: str = "text"
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """`tokens` [samples, sequence_length], int64; `fingerprint` identifies exactly these tokens."""
+
+    tokens: "Tensor"
+    fingerprint: str
+    spec: CalibrationSpec
+
+    def record(self) -> dict[str, Any]:
+        return {**self.spec.model_dump(mode="json"), "tokens": self.tokens.numel(), "fingerprint": self.fingerprint}
+
+
+def draw(spec: CalibrationSpec, tokenizer: Any) -> Calibration:
+    """Tokenise as much of the source as `spec` asks for. Raises DataError if it holds fewer tokens than that."""
+    import torch
+
+    documents = read_documents(spec.source, spec.text_field)
+    wanted = spec.samples * spec.sequence_length
+    stream: list[int] = []
+    for segment in _segments(documents, spec, tokenizer):
+        stream += segment
+        if len(stream) >= wanted:
+            break
+    if len(stream) < wanted:
+        raise DataError(
+            f"calibration asks for {spec.samples} x {spec.sequence_length} = {wanted:,} tokens; "
+            f"'{spec.source}' holds {len(stream):,}.",
+            "Ask for fewer samples, shorter ones, or give a larger source.",
+        )
+    tokens = np.array(stream[:wanted], dtype=np.int64).reshape(spec.samples, spec.sequence_length)
+    fingerprint = hashlib.sha256(tokens.tobytes()).hexdigest()[:16]
+    return Calibration(torch.from_numpy(tokens), fingerprint, spec)
+
+
+def _segments(documents: list[str], spec: CalibrationSpec, tokenizer: Any) -> Iterator[list[int]]:
+    """Segments of at most one sequence, each closed by the end-of-text token: one of each document, then the rest."""
+    rng = np.random.default_rng(spec.seed)
+    end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    left_over: list[list[int]] = []
+    for index in rng.permutation(len(documents)):
+        tokens = tokenizer(documents[index], add_special_tokens=False, verbose=False)["input_ids"]
+        length = max(1, spec.sequence_length - len(end))
+        segments = [tokens[start : start + length] + end for start in range(0, len(tokens), length)]
+        if not segments:
+            continue
+        first = int(rng.integers(len(segments)))
+        yield segments.pop(first)
+        left_over += segments
+    for index in rng.permutation(len(left_over)):
+        yield left_over[index]
+
+
+def read_documents(source: str, text_field: str = "text") -> list[str]:
+    """The documents of `source`, in a fixed order. Raises DataError if there is none or a row has no text."""
+    if source == "embedded":
+        text = files("kick").joinpath("data/calibration.jsonl").read_text(encoding="utf-8")
+        return [json.loads(line)["text"] for line in text.split("\n") if line]
+    path = Path(source).expanduser()
+    if path.is_file():
+        return list(_read_file(path, text_field))
+    if path.is_dir():
+        inside = sorted(p for p in path.rglob("*") if p.is_file() and _is_text(p))
+        if not inside:
+            raise DataError(
+                f"the folder {source} holds no .txt, .raw or .jsonl file.",
+                "Calibration text is one of these, or .gz of it.",
+            )
+        return [document for file in inside for document in _read_file(file, text_field)]
+    if source.count("/") == 1 and not source.startswith((".", "/", "~")):
+        return _read_hub(source, text_field)
+    raise DataError(
+        f"no calibration source '{source}'.",
+        "Expected 'embedded', a text or .jsonl file, a folder, or a hub id (owner/name).",
+    )
+
+
+def _is_text(path: Path) -> bool:
+    return path.name.removesuffix(".gz").endswith((".txt", ".raw", ".jsonl", ".json"))
+
+
+def _read_file(path: Path, text_field: str) -> Iterator[str]:
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(
+        path, "rt", encoding="utf-8", newline="\n"
+    ) as file:  # rows may hold U+2028, which splitlines() would cut
+        if not path.name.removesuffix(".gz").endswith((".jsonl", ".json")):
+            yield file.read()
+            return
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                text = json.loads(line)[text_field]
+            except (ValueError, KeyError, TypeError) as error:
+                raise DataError(
+                    f"line {number} of {path} is not a JSON object with '{text_field}'.",
+                    "Set text_field, or mend the row.",
+                ) from error
+            yield text
+
+
+def _read_hub(source: str, text_field: str) -> list[str]:
+    """Documents of a hub dataset's train split, streamed: enough for any calibration, without the whole download."""
+    from datasets import load_dataset
+
+    try:
+        config = "en" if source == "allenai/c4" else None
+        rows = load_dataset(source, config, split="train", streaming=True)
+        return [row[text_field] for _, row in zip(range(10_000), rows, strict=False)]
+    except Exception as error:  # datasets raises many kinds; each means that the text cannot be had
+        raise DataError(
+            f"the calibration dataset '{source}' cannot be read from the hub: {error}",
+            "Without a network, give a local file or 'embedded'.",
+        ) from error

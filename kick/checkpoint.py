@@ -1,0 +1,184 @@
+"""Checkpoints: the directory that a setting produces, its record `kick.json`, and the check that both still agree.
+
+Plain `AutoModelForCausalLM.from_pretrained` loads the directory. `kick.json` is written last: a directory without it is
+not a checkpoint.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kick.blocks import Decoder, find_decoder
+from kick.errors import CheckpointError
+from kick.files import new_directory, read_json, sha256_of, write_json
+from kick.settings import Knob as AnyKnob
+from kick.settings import Level, Pattern, parse_level
+
+RECORD = "kick.json"
+FORMAT = 1
+
+
+@dataclass
+class Measured:
+    """What was counted on the weights of a model, whatever was asked for.
+
+    `layers`: for each linear its shape [out, in], weights, zeros, sparsity and, under a pattern, violations: groups of
+    M neighbours that keep more than N.
+    """
+
+    layers: dict[str, dict[str, Any]]
+    uncovered: list[str]
+    coverage: float
+    parameters: int
+
+    @property
+    def sparsity(self) -> float:
+        """Share of zeros over all linears inside the blocks."""
+        weights = sum(layer["weights"] for layer in self.layers.values())
+        return sum(layer["zeros"] for layer in self.layers.values()) / weights if weights else 0.0
+
+    @property
+    def violations(self) -> int:
+        return sum(layer.get("pattern_violations", 0) for layer in self.layers.values())
+
+
+def measure(model: nn.Module, level: Level | None = None, decoder: Decoder | None = None) -> Measured:
+    """Count zeros, pattern violations and coverage over the linears of `model`'s blocks."""
+    decoder = decoder or find_decoder(model)
+    layers = {
+        linear.name: {**count_weight(linear.weight, level), "transposed": linear.transposed}
+        for linear in decoder.linears
+    }
+    parameters = dict(model.named_parameters())
+    covered = sum(layer["weights"] for layer in layers.values())
+    missed = sum(parameters[name].numel() for name in decoder.uncovered)
+    return Measured(
+        layers=layers,
+        uncovered=list(decoder.uncovered),
+        coverage=covered / (covered + missed) if covered else 0.0,
+        parameters=sum(parameter.numel() for parameter in parameters.values()),
+    )
+
+
+def count_weight(weight: Tensor, level: Level | None) -> dict[str, Any]:
+    """Shape, weights, zeros and sparsity of one weight [out, in]; pattern violations where a pattern was asked for."""
+    zeros = weight.numel() - int(torch.count_nonzero(weight))
+    counted: dict[str, Any] = {
+        "shape": list(weight.shape),
+        "weights": weight.numel(),
+        "zeros": zeros,
+        "sparsity": zeros / weight.numel(),
+    }
+    if isinstance(level, Pattern):
+        counted["pattern_violations"] = pattern_violations(weight, level)
+    return counted
+
+
+def pattern_violations(weight: Tensor, pattern: Pattern) -> int:
+    """How many groups of M neighbours along `in` hold more than N non-zeros."""
+    groups = weight.reshape(weight.shape[0], -1, pattern.of)
+    return int(((groups != 0).sum(dim=-1) > pattern.keep).sum())
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on disk and its record."""
+
+    path: Path
+    record: dict[str, Any] = field(repr=False)
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the weights: SHA-256 of the safetensors files' own hashes."""
+        return self.record["weights_fingerprint"]
+
+
+def save(path: Path, model: Any, tokenizer: Any, record: dict[str, Any], measured: Measured) -> Checkpoint:
+    """Write model, tokenizer and record to `path`; the directory appears there only when all of it is on disk."""
+    record = {
+        "format": FORMAT,
+        **record,
+        "parameters": measured.parameters,
+        "sparsity": measured.sparsity,
+        "pattern_violations": measured.violations,
+        "coverage": {"share": measured.coverage, "uncovered": measured.uncovered},
+        "layers": {name: {**record["layers"].get(name, {}), **counted} for name, counted in measured.layers.items()},
+    }
+    with new_directory(path) as partial:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        record["files"] = {
+            file.name: {"bytes": file.stat().st_size, "sha256": sha256_of(file)} for file in sorted(partial.iterdir())
+        }
+        weight_files = {name: facts for name, facts in record["files"].items() if name.endswith(".safetensors")}
+        record["bytes"] = sum(facts["bytes"] for facts in weight_files.values())
+        record["bits_per_weight"] = 8 * model.dtype.itemsize  # dense storage: a zero takes the room of any other weight
+        record["weights_fingerprint"] = "-".join(facts["sha256"][:32] for facts in weight_files.values())
+        write_json(partial / RECORD, record)
+    return Checkpoint(path, record)
+
+
+def read(path: Path) -> Checkpoint:
+    """The checkpoint at `path` as its record describes it; `verify` checks that this is still true."""
+    if not path.is_dir():
+        raise CheckpointError(f"no checkpoint at {path}.", "Expected a directory that `kick compress` wrote.")
+    if not (path / RECORD).is_file():
+        raise CheckpointError(f"{path} holds no {RECORD}.", "Expected a directory that `kick compress` wrote.")
+    try:
+        record = read_json(path / RECORD)
+        if record["format"] != FORMAT:
+            raise CheckpointError(f"{path / RECORD} has format {record['format']}; this kick reads {FORMAT}.")
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path / RECORD} cannot be read: {error!r}.", "Compress again.") from error
+    return Checkpoint(path, record)
+
+
+def verify(checkpoint: Checkpoint) -> list[str]:
+    """What no longer agrees with the record: files changed, missing or added, counts that differ. Empty if nothing."""
+    problems = []
+    recorded = checkpoint.record["files"]
+    for name, facts in recorded.items():
+        file = checkpoint.path / name
+        if not file.is_file():
+            problems.append(f"{name} is missing")
+        elif file.stat().st_size != facts["bytes"]:
+            problems.append(f"{name} has {file.stat().st_size} bytes, recorded {facts['bytes']}")
+        elif sha256_of(file) != facts["sha256"]:
+            problems.append(f"{name} has changed: its SHA-256 is not the recorded one")
+    present = {file.name for file in checkpoint.path.iterdir()}
+    problems += [f"{name} was added" for name in sorted(present - recorded.keys() - {RECORD})]
+    if problems:
+        return problems
+    level = level_of(checkpoint.record)
+    for name, weight in _weights(checkpoint):
+        counted = count_weight(weight, level)
+        expected = checkpoint.record["layers"][name]
+        problems += [
+            f"{name}: {key} is {counted[key]}, recorded {expected[key]}"
+            for key in counted
+            if counted[key] != expected[key]
+        ]
+    return problems
+
+
+def level_of(record: dict[str, Any]) -> Level | None:
+    text = record["setting"]["level"]
+    return parse_level(text, AnyKnob.SPARSITY | AnyKnob.PATTERN | AnyKnob.BITS | AnyKnob.SHAPE) if text else None
+
+
+def _weights(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
+    """Each recorded linear's weight [out, in], one at a time, straight from the files."""
+    from safetensors import safe_open
+
+    layers = checkpoint.record["layers"]
+    for file in sorted(checkpoint.path.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118 (not a dict)
+                name = key.removesuffix(".weight")
+                if name in layers and key != name:
+                    weight = tensors.get_tensor(key)
+                    yield name, weight.T if layers[name]["transposed"] else weight

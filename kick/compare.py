@@ -1,0 +1,139 @@
+"""A setting's scores beside the dense model's: each with n and interval, each comparison paired by sample id."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from kick import statistics
+from kick.statistics import Interval
+from kick.suite import Score
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A metric over a group for one setting."""
+
+    metric: str
+    group: str
+    n: int
+    score: float
+    interval: Interval
+    truncated: int
+    failed: int
+    signal: bool
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a setting kept of the dense score, over the samples that both answered.
+
+    `retained` is setting / dense, or dense / setting where lower is better. `lost` and `won` count answers that went
+    from right to wrong and from wrong to right (None where answers are not right or wrong).
+    """
+
+    n: int
+    dense: float
+    retained: float
+    interval: Interval
+    verdict: statistics.Verdict
+    p_value: float
+    lost: int | None
+    won: int | None
+    n_to_decide: int | None
+
+    @property
+    def flips(self) -> int | None:
+        return None if self.lost is None or self.won is None else self.lost + self.won
+
+
+def estimate(score: Score) -> Estimate:
+    """The score with its interval: Wilson for right-or-wrong answers, bootstrap for everything else."""
+    metric = score.metric
+    binary = metric.per is None and statistics.is_binary(score.value)
+    if score.n == 0:
+        interval = Interval(float("nan"), float("nan"))
+    elif binary:
+        interval = statistics.wilson(float(score.value.sum()), score.n)
+    else:
+        sums = statistics.resampled_sums(np.stack([score.value, score.per], axis=1))
+        interval = statistics.percentile_interval(metric.combine(sums[:, 0], sums[:, 1]), score.n)
+    bounded = metric.higher_is_better
+    return Estimate(
+        metric=metric.name,
+        group=score.group,
+        n=score.n,
+        score=score.point,
+        interval=interval,
+        truncated=score.truncated,
+        failed=score.failed,
+        signal=score.n > 0 and (statistics.has_signal(interval, metric.chance) if bounded else True),
+    )
+
+
+def compare(dense: Score, other: Score, signal: bool) -> Comparison:
+    """`other` against `dense` on the samples they share. `signal`: whether the dense score says anything."""
+    metric = dense.metric
+    shared = sorted(set(dense.ids) & set(other.ids))
+    n = len(shared)
+    if n == 0:
+        nothing = Interval(float("nan"), float("nan"))
+        return Comparison(
+            0,
+            float("nan"),
+            float("nan"),
+            nothing,
+            "undecided" if signal else "no signal",
+            float("nan"),
+            None,
+            None,
+            None,
+        )
+    (dense_value, dense_per), (value, per) = _at(dense, shared), _at(other, shared)
+    dense_point = float(metric.combine(dense_value.sum(), dense_per.sum()))
+    point = float(metric.combine(value.sum(), per.sum()))
+    retained = _retained(dense_point, point, metric.higher_is_better)
+    interval = statistics.percentile_interval(resampled_retained(dense, other), n)
+
+    lost = won = None
+    if metric.per is None and statistics.is_binary(dense_value) and statistics.is_binary(value):
+        lost = int(((dense_value == 1) & (value == 0)).sum())
+        won = int(((dense_value == 0) & (value == 1)).sum())
+        p_value = statistics.mcnemar(lost, won)
+    else:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            differences = value / per - dense_value / dense_per
+        p_value = statistics.sign_flip(np.nan_to_num(differences))
+    outcome = statistics.verdict(interval, signal)
+    needed = statistics.n_to_decide(n, retained, interval) if outcome == "undecided" else None
+    return Comparison(n, dense_point, retained, interval, outcome, p_value, lost, won, needed)
+
+
+def resampled_retained(dense: Score, other: Score, seed: int = 0) -> np.ndarray:
+    """Bootstrap draws [resamples] of the retained share, over the samples that both answered.
+
+    Scores within [0, 1] are resampled with half a pseudo-observation in each corner (see statistics.corners), so that
+    a small sample in which nothing changed does not claim certainty.
+    """
+    metric = dense.metric
+    shared = sorted(set(dense.ids) & set(other.ids))
+    (dense_value, dense_per), (value, per) = _at(dense, shared), _at(other, shared)
+    pseudo = statistics.corners(dense_value, value) if metric.per is None else None
+    if pseudo is not None:
+        sums = statistics.resampled_sums(np.stack([dense_value, value], axis=1), seed=seed, pseudo=pseudo)
+        return _retained(sums[:, 0], sums[:, 1], metric.higher_is_better)
+    sums = statistics.resampled_sums(np.stack([dense_value, dense_per, value, per], axis=1), seed=seed)
+    return _retained(
+        metric.combine(sums[:, 0], sums[:, 1]), metric.combine(sums[:, 2], sums[:, 3]), metric.higher_is_better
+    )
+
+
+def _at(score: Score, ids: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    place = {id: index for index, id in enumerate(score.ids)}
+    rows = [place[id] for id in ids]
+    return score.value[rows], score.per[rows]
+
+
+def _retained(dense, other, higher_is_better: bool):
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        return np.divide(other, dense) if higher_is_better else np.divide(dense, other)

@@ -1,0 +1,221 @@
+"""The sweep file: what to compress, how far, and what to ask. YAML in, checked and frozen models out."""
+
+import re
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import Field, ValidationError, field_validator
+
+from kick.calibration import CalibrationSpec
+from kick.errors import ConfigError
+from kick.settings import DENSE, Setting, Spec, split_setting
+
+S = TypeVar("S", bound=Spec)
+
+
+class Grid(Spec):
+    """One compressor at several levels and seeds: a setting for each pair."""
+
+    compressor: str
+    levels: tuple[str, ...] = ("",)
+    params: dict[str, Any] = Field(default_factory=dict)
+    seeds: tuple[int, ...] = (0,)
+    label: str = Field(default="", description="replaces the compressor's name in the names of these settings")
+
+    @field_validator("levels", mode="before")
+    @classmethod
+    def _as_text(cls, levels: Any) -> Any:
+        if isinstance(levels, list | tuple):
+            return tuple(
+                level if isinstance(level, str) else f"{level:g}" if isinstance(level, float) else str(level)
+                for level in levels
+            )
+        return levels
+
+    def settings(self) -> list[Setting]:
+        found = []
+        for level in self.levels:
+            for seed in self.seeds:
+                setting = Setting(compressor=self.compressor, level=level, params=self.params, seed=seed)
+                label = f"{self.label}@{level}" if self.label else ""
+                if len(self.seeds) > 1:
+                    label = f"{label or setting.name}#{seed}"
+                found.append(setting.model_copy(update={"label": label}))
+        return found
+
+
+class SuiteSpec(Spec):
+    """One suite and how it is asked. `limit` is a seeded sample, stratified over the suite's groups."""
+
+    suite: str
+    label: str = Field(default="", description="what results call it; the suite's name if not given")
+    params: dict[str, Any] = Field(default_factory=dict)
+    data: str | None = Field(default=None, description="instead of the sweep's data")
+    limit: int | None = Field(default=None, ge=1)
+    limit_per_group: int | None = Field(default=None, ge=1)
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        return self.label or self.suite
+
+
+class LMSpec(Spec):
+    """Which LM answers. `batch_size` is the number of examples asked in one go, and what a crash can lose."""
+
+    name: str = "fast"
+    batch_size: int = Field(default=16, ge=1)
+
+
+class SweepConfig(Spec):
+    """A whole sweep file. `dense` is always run, whether `settings` names it or not."""
+
+    model: str
+    settings: tuple[Grid, ...] = ()
+    suites: tuple[SuiteSpec, ...] = Field(min_length=1)
+    data: str = Field(default="hub", description="embedded, hub, or a folder that mirrors the public files")
+    calibration: CalibrationSpec = CalibrationSpec()
+    lm: LMSpec = LMSpec()
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: str = "auto"
+    keep_checkpoints: bool = Field(
+        default=False, description="keep the weights of compressed models after their evaluation"
+    )
+
+    @field_validator("settings", mode="before")
+    @classmethod
+    def _settings_from_text(cls, settings: Any) -> Any:
+        if not isinstance(settings, list | tuple):
+            return settings
+        return tuple(_grid_of(setting) if isinstance(setting, str) else setting for setting in settings)
+
+    @field_validator("suites", mode="before")
+    @classmethod
+    def _suites_from_text(cls, suites: Any) -> Any:
+        if not isinstance(suites, list | tuple):
+            return suites
+        return tuple({"suite": suite} if isinstance(suite, str) else suite for suite in suites)
+
+    def all_settings(self) -> list[Setting]:
+        """Dense first, then the grid in the order of the file. Raises ConfigError if two have one name."""
+        settings = [Setting(compressor=DENSE)]
+        settings += [setting for grid in self.settings for setting in grid.settings() if setting != settings[0]]
+        _check_unique("setting", [setting.name for setting in settings])
+        _check_unique("suite", [suite.name for suite in self.suites])
+        return settings
+
+
+def _grid_of(text: str) -> dict[str, Any]:
+    compressor, level = split_setting(text)
+    return {"compressor": compressor, "levels": [level]}
+
+
+def _check_unique(kind: str, names: list[str]) -> None:
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"two {kind}s are called '{name}'.", "Give one of them a label.")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader without base-60 numbers: `2:4` is a pattern, not 124."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [
+        (tag, regexp) for tag, regexp in resolvers if tag not in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+    ]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]+$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?$"),
+    list("-+.0123456789"),
+)
+
+
+def read_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where} is not YAML: {' '.join(str(error).split())}") from error
+
+
+def load(path: Path, overrides: list[str] = []) -> SweepConfig:  # noqa: B006 (never changed)
+    """The sweep file at `path` with `KEY=VALUE` overrides (dotted keys; values are YAML). Raises ConfigError."""
+    if not path.is_file():
+        raise ConfigError(f"no sweep file {path}.", "Expected a YAML file; configs/ holds some to start from.")
+    content = read_yaml(path.read_text(encoding="utf-8"), str(path))
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} is not a mapping.", "Expected keys such as model, settings and suites.")
+    for override in overrides:
+        _override(content, override)
+    return parse(content, str(path))
+
+
+def parse(content: dict[str, Any], where: str) -> SweepConfig:
+    try:
+        return SweepConfig(**content)
+    except ValidationError as error:
+        raise ConfigError(*_explain(error, where)) from error
+
+
+def parse_part(kind: type[S], content: dict[str, Any], where: str) -> S:
+    """A part of a sweep file given by itself, on the command line."""
+    try:
+        return kind(**content)
+    except ValidationError as error:
+        raise ConfigError(f"{where}: {explain(error)}", f"Known: {', '.join(kind.model_fields)}.") from error
+
+
+def explain(error: ValidationError) -> str:
+    """The first thing that pydantic found, in words."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return f"unknown key '{where}'."
+    given = f", given {first['input']!r}" if first["type"] != "missing" else ""
+    return f"'{where}': {first['msg'][0].lower()}{first['msg'][1:]}{given}."
+
+
+def _explain(error: ValidationError, where: str) -> tuple[str, str]:
+    """The first fault of a sweep file: which key, what was given, what is allowed there."""
+    first = error.errors()[0]
+    path = ".".join(str(part) for part in first["loc"])
+    more = f" ({error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    if first["type"] == "extra_forbidden":
+        return f"{where}: unknown key '{path}'{more}.", f"Allowed there: {', '.join(_fields_at(first['loc'][:-1]))}."
+    if first["type"] == "missing":
+        return (
+            f"{where}: the key '{path}' is missing{more}.",
+            f"Allowed there: {', '.join(_fields_at(first['loc'][:-1]))}.",
+        )
+    return f"{where}: {path} is {first['input']!r}{more}.", f"{first['msg']}."
+
+
+def _fields_at(location: tuple[Any, ...]) -> list[str]:
+    names: dict[str, type[Spec]] = {"settings": Grid, "suites": SuiteSpec, "calibration": CalibrationSpec, "lm": LMSpec}
+    model = names.get(str(location[0]), SweepConfig) if location else SweepConfig
+    return list(model.model_fields)
+
+
+def _override(content: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals:
+        raise ConfigError(f"--set {override} has no '='.", "For example --set lm.batch_size=8.")
+    *parents, last = key.split(".")
+    place: Any = content
+    try:
+        for part in parents:
+            place = place[int(part)] if isinstance(place, list) else place.setdefault(part, {})
+        if isinstance(place, list):
+            place[int(last)] = read_yaml(value, f"--set {key}")
+        elif isinstance(place, dict):
+            place[last] = read_yaml(value, f"--set {key}")
+        else:
+            raise TypeError
+    except (ValueError, IndexError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"--set {key}: there is no such place in the file.", "For example --set suites.0.limit=20."
+        ) from error

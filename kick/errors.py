@@ -1,0 +1,59 @@
+"""The errors that a user meets: what was given, what was expected, what to do next."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class KickError(Exception):
+    """Something the user can mend.
+
+    `message` says what was given and what is wrong with it; `hint` says what was expected and what to do.
+    The command line prints both without a traceback and exits with 2.
+    """
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        if not self.hint:
+            return self.message
+        return self.message + "\n" + "\n".join("  " + line for line in self.hint.splitlines())
+
+
+class ConfigError(KickError):
+    """A sweep file or an option that says something impossible."""
+
+
+class LevelError(KickError):
+    """A compression level that does not exist, or not for this compressor or this layer."""
+
+
+class UnknownNameError(KickError):
+    """A name that is in no registry."""
+
+
+class ModelError(KickError):
+    """A model source that cannot be found or loaded."""
+
+
+class DataError(KickError):
+    """Rows that are missing or malformed."""
+
+
+class RunError(KickError):
+    """A run folder that cannot be used as asked."""
+
+
+class CheckpointError(KickError):
+    """A checkpoint that is incomplete or not what its record says."""
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str], hint: str = "") -> UnknownNameError:
+    """An error for `name` that lists what is known, the nearest first in the message."""
+    known = sorted(known)
+    near = get_close_matches(name, known, n=1, cutoff=0.5)
+    message = f"no {kind} named '{name}'." + (f" Did you mean '{near[0]}'?" if near else "")
+    listing = f"Known: {', '.join(known)}." if known else f"No {kind} is installed."
+    return UnknownNameError(message, f"{listing} {hint}".rstrip())

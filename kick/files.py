@@ -1,0 +1,87 @@
+"""Writing files so that a crash leaves the old one or the new one, never half of one; and naming and hashing them."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from kick.errors import RunError
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace `path` by `text` (UTF-8): written beside it, flushed to disk, then renamed over it."""
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.partial")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, sort_keys=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+@contextmanager
+def new_directory(path: Path) -> Iterator[Path]:
+    """A directory to fill, which appears at `path` only when the block ends without an error."""
+    partial = path.with_name(f".{path.name}.partial")
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    for file in partial.rglob("*"):
+        if file.is_file():
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
+    if path.exists():
+        shutil.rmtree(path)
+    os.replace(partial, path)
+
+
+def sha256_of(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def safe_name(name: str) -> str:
+    """A name for a file or folder that stays inside its parent whatever `name` says: `../x` becomes `..%2Fx`."""
+    quoted = quote(name, safe="@:=,+-_.[] ()")
+    return re.sub(r"^\.", "%2E", quoted)
+
+
+def check_writable(directory: Path) -> None:
+    """Raise RunError unless files can be made in `directory` (or in its nearest existing parent). Leaves nothing."""
+    existing = directory
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir():
+        raise RunError(f"{directory} cannot be a folder: {existing} is a file.", "Choose another --out.")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise RunError(f"{directory} cannot be written: no permission in {existing}.", "Choose another --out.")
+    probe = existing / f".kick-write-test-{os.getpid()}"
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise RunError(
+            f"{directory} cannot be written: {error.strerror} in {existing}.", "Choose another --out."
+        ) from error

@@ -1,0 +1,48 @@
+"""Language models behind lm-eval's LM interface, and the two questions that suites ask of them."""
+
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kick.errors import unknown_name
+
+if TYPE_CHECKING:
+    from lm_eval.api.model import LM
+
+LMS = {"fast": "kick.lm.fast:FastLM"}
+
+
+def load_lm(name: str, path: Path, dtype: str, device: str) -> Any:
+    """The model in directory `path` behind the LM called `name`."""
+    return find_lm(name).from_checkpoint(path, dtype=dtype, device=device)
+
+
+def find_lm(name: str) -> Any:
+    if name not in LMS:
+        raise unknown_name("lm", name, LMS, "`kick list lms` describes them.")
+    module, _, attribute = LMS[name].partition(":")
+    return getattr(import_module(module), attribute)
+
+
+def loglikelihoods(lm: "LM", pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
+    """For each (context, continuation): the continuation's natural-log likelihood, and whether it is the greedy one."""
+    return lm.loglikelihood([_request("loglikelihood", pair) for pair in pairs], disable_tqdm=True)
+
+
+def rolling_loglikelihoods(lm: "LM", texts: Sequence[str]) -> list[float]:
+    """For each text: the natural-log likelihood of all its tokens, the first given the beginning-of-text token."""
+    return lm.loglikelihood_rolling([_request("loglikelihood_rolling", (text,)) for text in texts], disable_tqdm=True)
+
+
+def generate(lm: "LM", prompts: Sequence[str], until: Sequence[str], max_new_tokens: int) -> list[str]:
+    """For each prompt: the greedy completion, which ends before any of the strings `until`."""
+    options = {"until": list(until), "max_gen_toks": max_new_tokens, "do_sample": False, "temperature": 0.0}
+    requests = [_request("generate_until", (prompt, options)) for prompt in prompts]
+    return lm.generate_until(requests, disable_tqdm=True)
+
+
+def _request(kind: Any, arguments: tuple) -> Any:
+    from lm_eval.api.instance import Instance
+
+    return Instance(request_type=kind, doc={}, arguments=arguments, idx=0)

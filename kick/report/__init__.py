@@ -1,0 +1,28 @@
+"""From a run directory to tables, figures and one HTML page. Nothing is asked or judged again."""
+
+from pathlib import Path
+
+from kick.files import write_text
+from kick.report.results import Results, read_results
+
+
+def write_tables(results: Results, out: Path) -> None:
+    """scores.csv, leaderboard.csv and leaderboard.md into `out`."""
+    from kick.report import tables
+
+    write_text(out / "scores.csv", tables.scores_csv(results))
+    write_text(out / "leaderboard.csv", tables.leaderboard_csv(results))
+    write_text(out / "leaderboard.md", tables.leaderboard_markdown(results))
+
+
+def write_report(run: Path, out: Path | None = None) -> Results:
+    """Everything that a report holds: tables, figures and report.html, into `out` (by default the run itself)."""
+    from kick.report import figures, html
+
+    out = out or run
+    out.mkdir(parents=True, exist_ok=True)
+    results = read_results(run)
+    write_tables(results, out)
+    drawn = figures.draw_all(results, out / "figures")
+    write_text(out / "report.html", html.page(results, drawn))
+    return results

@@ -1,0 +1,232 @@
+"""Figures: score against sparsity for each suite, perplexity against sparsity, size against what was retained.
+
+One style for all: Okabe and Ito's colours with a marker and a dash of its own for each method, so that they can be told
+apart without colour. SVG keeps text as text; both files are the same bytes for the same results.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from kick.compare import Estimate
+from kick.files import safe_name
+from kick.report.results import Results
+from kick.settings import DENSE, Pattern
+from kick.statistics import TOLERANCE
+
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_MARKERS = "osD^vP"
+_DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1)), (0, (1, 1)))
+_STYLE = {
+    "figure.figsize": (6.4, 4.0),
+    "figure.dpi": 110,
+    "savefig.dpi": 180,
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "legend.frameon": False,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "kick",
+}
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A figure on disk. `caption` says what is shown, with n and the meaning of the band."""
+
+    name: str
+    title: str
+    caption: str
+    svg: Path
+
+
+def draw_all(results: Results, folder: Path) -> list[Drawn]:
+    """Every figure that the results support, as SVG and PNG into `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = []
+    with plt.rc_context(_STYLE):
+        for suite in results.suites:
+            if results.estimate(DENSE, suite) is not None and results.compressed:
+                drawn.append(_save(folder, *_score_against_sparsity(results, suite)))
+        if results.task_suites and any(results.mean_retained(result.name) for result in results.compressed):
+            drawn.append(_save(folder, *_size_against_retained(results)))
+    return drawn
+
+
+def _save(folder: Path, figure: Figure, name: str, title: str, caption: str) -> Drawn:
+    name = safe_name(name)
+    svg = folder / f"{name}.svg"
+    figure.savefig(svg, metadata={"Date": None, "Creator": "kick"}, bbox_inches="tight")
+    figure.savefig(folder / f"{name}.png", metadata={"Software": "kick"}, bbox_inches="tight")
+    plt.close(figure)
+    return Drawn(name, title, caption, svg)
+
+
+def _method_style(results: Results, family: str) -> dict[str, Any]:
+    """One colour, marker and dash for each compressor; its N:M patterns share the colour."""
+    methods = list(dict.fromkeys(name.removesuffix(" N:M") for name in results.families))
+    place = methods.index(family.removesuffix(" N:M"))
+    return {
+        "color": _COLOURS[place % len(_COLOURS)],
+        "marker": _MARKERS[place % len(_MARKERS)],
+        "linestyle": _DASHES[place % len(_DASHES)],
+    }
+
+
+def _score_against_sparsity(results: Results, suite: str) -> tuple[Figure, str, str, str]:
+    metric = results.suites[suite].metrics[0]
+    dense = results.estimate(DENSE, suite)
+    assert dense is not None
+    figure, axes = plt.subplots()
+    percent = metric.unit.startswith("share")
+    scale = 100.0 if percent else 1.0
+
+    axes.axhline(dense.score * scale, color="0.25", linewidth=1.2)
+    _label_line(axes, dense.score * scale, "dense", "above" if metric.higher_is_better else "below")
+    limit = dense.score * (1 - TOLERANCE) if metric.higher_is_better else dense.score / (1 - TOLERANCE)
+    axes.axhline(limit * scale, color="0.25", linewidth=1.0, linestyle=(0, (4, 3)))
+    _label_line(axes, limit * scale, "95 % of dense", "below" if metric.higher_is_better else "above")
+    axes.axhspan(dense.interval.low * scale, dense.interval.high * scale, color="0.25", alpha=0.08, linewidth=0)
+    if metric.chance is not None:
+        axes.axhline(metric.chance * scale, color="0.55", linewidth=1.0, linestyle=":")
+        _label_line(axes, metric.chance * scale, "chance")
+
+    _draw_families(axes, results, suite, scale, dense)
+    axes.set_xlabel("sparsity of the pruned layers, measured (%)")
+    axes.set_ylabel(
+        f"{metric.name.replace('_', ' ')}{' (%)' if percent else f' ({metric.unit})' if metric.unit else ''}"
+    )
+    if metric.transform == "exp":
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
+    axes.set_xlim(left=-1.5)
+    axes.set_title(f"{suite}: {metric.name.replace('_', ' ')} against sparsity", loc="left", fontsize=11)
+    axes.legend(loc="best", fontsize=9)
+    caption = (
+        f"n = {dense.n}. Bands and bars: 95 % intervals; grey: the dense model's own. "
+        f"Dashed: where 5 % of the dense score is lost."
+        + (" Logarithmic scale; lower is better." if metric.transform == "exp" else "")
+        + (f" Dotted: chance, {metric.chance * scale:g}{' %' if percent else ''}." if metric.chance is not None else "")
+    )
+    if not dense.signal:
+        caption += " The dense model is not clearly above chance: this suite says nothing about it."
+    return figure, f"{suite}-against-sparsity", f"{suite} against sparsity", caption
+
+
+def _draw_families(axes: Axes, results: Results, suite: str, scale: float, dense: Estimate) -> None:
+    """Sparsities as a line with a band, which begin at dense; patterns as single points with bars, named."""
+    for family in results.families:
+        style = _method_style(results, family)
+        points = [
+            (100 * result.sparsity, found, result.level)
+            for result in results.compressed
+            if result.family == family
+            and result.sparsity is not None
+            and (found := results.estimate(result.name, suite))
+        ]
+        points.sort(key=lambda point: point[0])
+        if not points:
+            continue
+        is_pattern = isinstance(points[0][2], Pattern)
+        curve = (
+            [(x, found) for x, found, _ in points] if is_pattern else [(0.0, dense)] + [(x, f) for x, f, _ in points]
+        )
+        x = np.array([place for place, _ in curve])
+        y = np.array([found.score for _, found in curve]) * scale
+        low = np.array([found.interval.low for _, found in curve]) * scale
+        high = np.array([found.interval.high for _, found in curve]) * scale
+        if is_pattern:
+            axes.errorbar(
+                x, y, yerr=[np.maximum(y - low, 0), np.maximum(high - y, 0)], label=family, color=style["color"],
+                marker=style["marker"], markerfacecolor="white", markersize=7, linestyle="none", capsize=3, zorder=4,
+            )  # fmt: skip
+            for place, score, (_, _, level) in zip(x, y, points, strict=True):
+                axes.annotate(str(level), (place, score), xytext=(7, 3), textcoords="offset points", fontsize=8)
+        else:
+            axes.plot(x, y, label=family, linewidth=1.8, markersize=5.5, markevery=range(1, len(x)), zorder=3, **style)
+            axes.fill_between(x, low, high, color=style["color"], alpha=0.16, linewidth=0)
+
+
+def _label_line(axes: Axes, y: float, text: str, side: str = "center") -> None:
+    """Name a horizontal line, to the right of the axes where no curve runs."""
+    axes.annotate(
+        text, (1.0, y), xycoords=("axes fraction", "data"), xytext=(4, {"above": 3, "below": -3}.get(side, 0)),
+        textcoords="offset points", ha="left", va="center", fontsize=8, color="0.3", annotation_clip=False,
+    )  # fmt: skip
+
+
+def _size_against_retained(results: Results) -> tuple[Figure, str, str, str]:
+    """What is on disk, and beside it what the non-zero weights alone would take."""
+    figure, axes = plt.subplots()
+    axes.axhline(100 * (1 - TOLERANCE), color="0.25", linewidth=1.0, linestyle=(0, (4, 3)))
+    _label_line(axes, 100 * (1 - TOLERANCE), "95 % of dense")
+    dense = next(result for result in results.settings if result.setting.is_dense)
+    if dense.record:
+        axes.plot(
+            dense.record["bytes"] / 1e6, 100, marker="*", markersize=13, color="0.2", linestyle="none", label="dense"
+        )
+    labelled: set[str] = set()
+    for result in results.compressed:
+        mean = results.mean_retained(result.name)
+        if mean is None or result.record is None:
+            continue
+        style = _method_style(results, result.family)
+        method = result.family.removesuffix(" N:M")
+        y = 100 * mean[0]
+        disk, packed = result.record["bytes"] / 1e6, _nonzero_bytes(result.record) / 1e6
+        bars = [[max(0.0, y - 100 * mean[1].low)], [max(0.0, 100 * mean[1].high - y)]]
+        axes.plot([packed, disk], [y, y], color=style["color"], linewidth=0.7, alpha=0.5)
+        axes.errorbar(
+            packed,
+            y,
+            yerr=bars,
+            color=style["color"],
+            marker=style["marker"],
+            markerfacecolor="white",
+            capsize=2,
+            linewidth=0.9,
+        )
+        axes.plot(
+            disk,
+            y,
+            color=style["color"],
+            marker=style["marker"],
+            linestyle="none",
+            label=None if method in labelled else method,
+        )
+        labelled.add(method)
+        axes.annotate(
+            result.setting.level, (packed, y), xytext=(0, 6), textcoords="offset points", ha="right", fontsize=7.5
+        )
+    axes.set_xlabel("megabytes of weights")
+    axes.set_ylabel("mean retained score (%)")
+    axes.set_ylim(bottom=0)
+    axes.set_title("Size against what was retained", loc="left", fontsize=11)
+    axes.legend(loc="best", fontsize=9)
+    caption = (
+        "Filled: bytes on disk, where a zero takes the room of any other weight. Open: what the non-zero weights and a "
+        "bit mask alone would take, a format that nothing here stores or runs. "
+        f"Mean over {', '.join(results.task_suites)}; bars: 95 % intervals."
+    )
+    return figure, "size-against-retained", "Size against mean retained score", caption
+
+
+def _nonzero_bytes(record: dict[str, Any]) -> float:
+    """Bytes without the zeros of the pruned layers, with one bit of mask for each of their weights."""
+    zeros = sum(layer["zeros"] for layer in record["layers"].values())
+    weights = sum(layer["weights"] for layer in record["layers"].values())
+    return record["bytes"] - zeros * record["bits_per_weight"] / 8 + weights / 8

@@ -1,0 +1,173 @@
+"""report.html: one file that explains itself, works offline and on a phone. Everything from a model is escaped."""
+
+import json
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any
+
+from jinja2 import Environment
+from markupsafe import Markup
+
+from kick import statistics
+from kick.report import tables
+from kick.report.figures import Drawn
+from kick.report.results import Results
+from kick.settings import DENSE, Sparsity
+from kick.suite import Sample
+
+ANSWERS_PER_SUITE = 6
+_LONG = 1500
+
+
+def page(results: Results, drawn: list[Drawn]) -> str:
+    here = files("kick.report")
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"number": tables.number, "percent": tables.percent}
+    template = environment.from_string(here.joinpath("report.html.j2").read_text(encoding="utf-8"))
+    return template.render(
+        style=Markup(here.joinpath("report.css").read_text(encoding="utf-8")),
+        results=results,
+        run=results.run,
+        frontier=_frontier(results),
+        leaderboard=tables.leaderboard(results),
+        score_cell=tables.score_cell,
+        mean_cell=tables.mean_cell,
+        comparisons=_comparisons(results),
+        figures=[(figure, Markup(_inline(figure))) for figure in drawn],
+        answers=_answers(results),
+        failures=[e for e in results.evaluations.values() if e.reason is not None],
+        warnings=[(r.name, w) for r in results.settings if r.record for w in r.record["warnings"]],
+        facts=_facts(results),
+        config=json.dumps(results.run["config"], indent=2, ensure_ascii=False),
+        DENSE=DENSE,
+    )
+
+
+def _inline(figure: Drawn) -> str:
+    """The SVG element without its XML header, so that it can stand in a page; ids made unique to the figure."""
+    text = figure.svg.read_text(encoding="utf-8")
+    text = text[text.index("<svg") :]
+    return (
+        text.replace('id="', f'id="{figure.name}-')
+        .replace("url(#", f"url(#{figure.name}-")
+        .replace('href="#', f'href="#{figure.name}-')
+    )
+
+
+def _frontier(results: Results) -> list[dict[str, Any]]:
+    """For each method with sparsities: per suite the largest sparsity up to which every tested one matches."""
+    rows = []
+    for family in results.families:
+        if not any(r.family == family and isinstance(r.level, Sparsity) for r in results.compressed):
+            continue
+        cells = []
+        for suite in results.suites:
+            dense = results.estimate(DENSE, suite)
+            if dense is None or not dense.signal:
+                cells.append("no signal")
+            else:
+                cells.append(_frontier_cell(results.verdicts(family, suite)))
+        rows.append({"family": family, "cells": cells})
+    return rows
+
+
+def _frontier_cell(verdicts: list[tuple[float, statistics.Verdict]]) -> str:
+    """How far it matches, and what is known of the next level: "20 % (30 %: undecided)"."""
+    reached = statistics.frontier(verdicts)
+    beyond = [(level, verdict) for level, verdict in verdicts if reached is None or level > reached]
+    text = "none" if reached is None else tables.percent(reached)
+    return f"{text} ({tables.percent(beyond[0][0])}: {beyond[0][1]})" if beyond else text
+
+
+@dataclass(frozen=True)
+class _Row:
+    setting: str
+    suite: str
+    estimate: Any
+    pair: Any
+    adjusted: float
+    by_point: str
+
+
+def _comparisons(results: Results) -> list[_Row]:
+    """Every setting on every suite's primary metric, with p-values adjusted over all of them (Holm)."""
+    found = []
+    for result in results.compressed:
+        for suite in results.suites:
+            estimate, pair = results.estimate(result.name, suite), results.comparison(result.name, suite)
+            if estimate is not None and pair is not None:
+                found.append((result.name, suite, estimate, pair))
+    adjusted = statistics.holm([pair.p_value for *_, pair in found])
+    return [
+        _Row(
+            setting, suite, estimate, pair, p, "matching" if statistics.point_verdict(pair.retained) else "not matching"
+        )
+        for (setting, suite, estimate, pair), p in zip(found, adjusted, strict=True)
+    ]
+
+
+def _answers(results: Results) -> list[dict[str, Any]]:
+    """For each suite that answers in words: some questions with every setting's answer, those that changed first."""
+    sections = []
+    for suite in results.suites:
+        dense = {sample.id: sample for sample in results.get(DENSE, suite).samples}
+        key = results.suites[suite].metrics[0].value
+        others = {
+            result.name: {sample.id: sample for sample in results.get(result.name, suite).samples}
+            for result in results.compressed
+        }
+        answered = [id for id, sample in dense.items() if sample.output is not None and sample.error is None]
+        changes = {
+            id: sum(
+                1
+                for samples in others.values()
+                if id in samples and samples[id].scores.get(key) != dense[id].scores.get(key)
+            )
+            for id in answered
+        }
+        chosen = sorted(answered, key=lambda id: (-changes[id], id))
+        picked = chosen[: ANSWERS_PER_SUITE // 2] + chosen[len(chosen) // 2 :][: ANSWERS_PER_SUITE // 2]
+        if picked:
+            rows = [
+                {
+                    "id": id,
+                    "prompt": _shorten(dense[id].prompt),
+                    "answers": [(DENSE, _answer(dense[id], key))]
+                    + [(name, _answer(samples[id], key)) for name, samples in others.items() if id in samples],
+                }
+                for id in dict.fromkeys(picked)
+            ]
+            sections.append({"suite": suite, "questions": rows})
+    return sections
+
+
+def _answer(sample: Sample, key: str) -> dict[str, Any]:
+    return {"text": _shorten(sample.output or ""), "score": sample.scores.get(key), "truncated": sample.truncated}
+
+
+def _shorten(text: str) -> str:
+    """Both ends of a long text: a few-shot prompt begins with examples and ends with the question."""
+    return text if len(text) <= _LONG else f"{text[: _LONG // 2]}\n[…]\n{text[-_LONG // 2 :]}"
+
+
+def _facts(results: Results) -> list[tuple[str, str]]:
+    run = results.run
+    dense = next((r.record for r in results.settings if r.setting.is_dense and r.record), None)
+    hardware = ", ".join(f"{key} {value}" for key, value in run["hardware"].items())
+    facts = [
+        ("model", f"{run['model']['name']} ({run['model']['kind']}), SHA-256 {run['model']['fingerprint'][:16]}…"),
+        ("about the model", run["model"]["note"]),
+        ("parameters", f"{dense['parameters']:,}" if dense else ""),
+        ("precision and device", f"{run['dtype']} on {run['device']}"),
+        ("lm", ", ".join(f"{key} {value}" for key, value in run["config"]["lm"].items())),
+        ("calibration", ", ".join(f"{key} {value}" for key, value in run["config"]["calibration"].items())),
+        ("hardware", hardware),
+        ("versions", ", ".join(f"{name} {version}" for name, version in run["versions"].items())),
+        ("started", run["started"]),
+    ]
+    for name, suite in run["suites"].items():
+        params = ", ".join(f"{key} {value}" for key, value in suite["params"].items() if value is not None)
+        facts.append(
+            (f"suite {name}", f"{suite['questions']} questions of {suite['source']} ({params}), data {suite['data']}")
+        )
+    return [(name, value) for name, value in facts if value]

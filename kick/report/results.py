@@ -1,0 +1,175 @@
+"""What a run directory says, read once: for each setting its record, for each evaluation its scores beside dense."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kick import checkpoint as checkpoints
+from kick import compare, statistics
+from kick.compare import Comparison, Estimate
+from kick.config import SuiteSpec
+from kick.errors import RunError
+from kick.files import read_json
+from kick.settings import DENSE, Pattern, Setting, Sparsity
+from kick.statistics import Interval
+from kick.suite import OVERALL, Sample, Score, Suite
+from kick.sweep.plan import make_suite
+from kick.sweep.store import RUN, EvaluationStore, Store
+
+Key = tuple[str, str]
+"""(metric, group)"""
+
+
+@dataclass
+class SettingResult:
+    """A setting and what was measured on its checkpoint (None if it could not be made)."""
+
+    setting: Setting
+    record: dict[str, Any] | None
+
+    @property
+    def name(self) -> str:
+        return self.setting.name
+
+    @property
+    def sparsity(self) -> float | None:
+        return self.record["sparsity"] if self.record else None
+
+    @property
+    def level(self) -> Any:
+        return checkpoints.level_of(self.record) if self.record else None
+
+    @property
+    def family(self) -> str:
+        """What is drawn as one line: a compressor's sparsities; its patterns are another."""
+        label = self.setting.label.partition("@")[0] or self.setting.compressor
+        return f"{label} N:M" if isinstance(self.level, Pattern) else label
+
+
+@dataclass
+class Evaluation:
+    """One setting on one suite. `reason` says why there are no samples."""
+
+    setting: str
+    suite: str
+    samples: list[Sample] = field(default_factory=list)
+    scores: dict[Key, Score] = field(default_factory=dict)
+    estimates: dict[Key, Estimate] = field(default_factory=dict)
+    comparisons: dict[Key, Comparison] = field(default_factory=dict)
+    reason: str | None = None
+
+
+@dataclass
+class Results:
+    """A whole run. Settings and suites stand in the order of the sweep file."""
+
+    path: Path
+    run: dict[str, Any]
+    settings: list[SettingResult]
+    suites: dict[str, Suite]
+    evaluations: dict[tuple[str, str], Evaluation]
+
+    def get(self, setting: str, suite: str) -> Evaluation:
+        missing = Evaluation(setting, suite, reason="not part of this run")
+        return self.evaluations.get((setting, suite), missing)
+
+    def primary(self, suite: str) -> Key:
+        return self.suites[suite].metric, OVERALL
+
+    def estimate(self, setting: str, suite: str) -> Estimate | None:
+        """The primary metric over all questions."""
+        return self.get(setting, suite).estimates.get(self.primary(suite))
+
+    def comparison(self, setting: str, suite: str) -> Comparison | None:
+        return self.get(setting, suite).comparisons.get(self.primary(suite))
+
+    @cached_property
+    def compressed(self) -> list[SettingResult]:
+        return [result for result in self.settings if not result.setting.is_dense]
+
+    @cached_property
+    def families(self) -> list[str]:
+        return list(dict.fromkeys(result.family for result in self.compressed))
+
+    @cached_property
+    def task_suites(self) -> list[str]:
+        """Suites that enter means: those that ask for an answer (more is better) and on which dense shows a signal."""
+        return [
+            name
+            for name, suite in self.suites.items()
+            if suite.metrics[0].higher_is_better and (found := self.estimate(DENSE, name)) is not None and found.signal
+        ]
+
+    def mean_retained(self, setting: str) -> tuple[float, Interval] | None:
+        """Mean over task suites of the share of the dense score that is left, and its interval.
+
+        Suites are resampled independently of each other. None if one of them was not answered.
+        """
+        shares: list[float] = []
+        draws: list[np.ndarray] = []
+        sizes: list[int] = []
+        for suite in self.task_suites:
+            key = self.primary(suite)
+            dense, other = self.get(DENSE, suite).scores.get(key), self.get(setting, suite).scores.get(key)
+            comparison = self.comparison(setting, suite)
+            if dense is None or other is None or comparison is None:
+                return None
+            shares.append(comparison.retained)
+            sizes.append(comparison.n)
+            draws.append(compare.resampled_retained(dense, other, seed=len(draws)))
+        if not shares:
+            return None
+        return float(np.mean(shares)), statistics.percentile_interval(np.mean(draws, axis=0), min(sizes))
+
+    def verdicts(self, family: str, suite: str) -> list[tuple[float, statistics.Verdict]]:
+        """(sparsity, verdict) for each sparsity of a method, the smallest first: what its frontier is read from."""
+        levels = []
+        for result in self.compressed:
+            found = self.comparison(result.name, suite)
+            if result.family == family and isinstance(result.level, Sparsity) and found is not None:
+                levels.append((result.level.fraction, found.verdict))
+        return sorted(levels)
+
+
+def read_results(path: Path) -> Results:
+    """Everything in the run directory `path`, scored and compared. Raises RunError if it is none."""
+    if not (path / RUN).is_file():
+        raise RunError(
+            f"{path} is not a run: it holds no {RUN}.", "Expected a folder that `kick sweep` or `kick evaluate` wrote."
+        )
+    run = read_json(path / RUN)
+    store = Store(path)
+    settings = [Setting(**{k: v for k, v in row.items() if k != "name"}) for row in run["settings"]]
+    suites = {spec.name: make_suite(spec) for spec in (SuiteSpec(**row) for row in run["config"]["suites"])}
+    evaluations = {}
+    for setting in settings:
+        for name, suite in suites.items():
+            evaluations[setting.name, name] = _read_evaluation(
+                store.evaluation(setting.name, name), setting.name, name, suite
+            )
+    for (setting_name, name), evaluation in evaluations.items():
+        dense = evaluations.get((DENSE, name))
+        if dense is not None and setting_name != DENSE:
+            evaluation.comparisons = dict(_compare(dense, evaluation))
+    results = [SettingResult(setting, store.record(setting.name)) for setting in settings]
+    return Results(path, run, results, suites, evaluations)
+
+
+def _read_evaluation(store: EvaluationStore, setting: str, name: str, suite: Suite) -> Evaluation:
+    result = store.result()
+    if result is None or result["status"] != "complete":
+        return Evaluation(setting, name, reason=result["reason"] if result else "not answered yet")
+    samples = store.samples()
+    scores = {(score.metric.name, score.group): score for score in suite.score(samples)}
+    estimates = {key: compare.estimate(score) for key, score in scores.items()}
+    return Evaluation(setting, name, samples, scores, estimates)
+
+
+def _compare(dense: Evaluation, other: Evaluation) -> Iterator[tuple[Key, Comparison]]:
+    for key, score in other.scores.items():
+        if key in dense.scores:
+            yield key, compare.compare(dense.scores[key], score, dense.estimates[key].signal)

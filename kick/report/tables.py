@@ -1,0 +1,175 @@
+"""scores.csv (everything), and the leaderboard (a line a setting) as CSV and Markdown."""
+
+import csv
+import io
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from kick.report.results import Results, SettingResult
+from kick.settings import DENSE
+
+SCORE_COLUMNS = tuple(
+    "setting compressor level sparsity bits_per_weight suite metric group n score ci_low ci_high dense_score retained "  # noqa: SIM905
+    "retained_ci_low retained_ci_high verdict p_value flips truncated failed".split()
+)
+
+
+def scores_csv(results: Results) -> str:
+    """One row for each setting, suite, metric and group. p_value is unadjusted; flips counts both directions.
+
+    A setting that failed on a suite has one row with n 0, the primary metric and empty numbers.
+    """
+    return _csv(SCORE_COLUMNS, _score_rows(results))
+
+
+def _score_rows(results: Results) -> Iterable[dict[str, Any]]:
+    for result in results.settings:
+        for suite in results.suites:
+            evaluation = results.get(result.name, suite)
+            facts = {**_setting_facts(result), "suite": suite}
+            if evaluation.reason is not None:
+                metric, group = results.primary(suite)
+                yield {**facts, "metric": metric, "group": group, "n": 0}
+            for key in evaluation.estimates:
+                yield {**facts, **_numbers(results, result, suite, key)}
+
+
+def _setting_facts(result: SettingResult) -> dict[str, Any]:
+    record = result.record or {}
+    return {
+        "setting": result.name,
+        "compressor": result.setting.compressor,
+        "level": result.setting.level,
+        "sparsity": record.get("sparsity"),
+        "bits_per_weight": record.get("bits_per_weight"),
+    }
+
+
+def _numbers(results: Results, result: SettingResult, suite: str, key: tuple[str, str]) -> dict[str, Any]:
+    evaluation = results.get(result.name, suite)
+    found = evaluation.estimates[key]
+    row: dict[str, Any] = {
+        "metric": found.metric,
+        "group": found.group,
+        "n": found.n,
+        "score": found.score,
+        "ci_low": found.interval.low,
+        "ci_high": found.interval.high,
+        "truncated": found.truncated,
+        "failed": found.failed,
+    }
+    if result.setting.is_dense:
+        row |= {"dense_score": found.score, "retained": 1.0, "retained_ci_low": 1.0, "retained_ci_high": 1.0}
+    elif (pair := evaluation.comparisons.get(key)) is not None:
+        row |= {
+            "dense_score": pair.dense,
+            "retained": pair.retained,
+            "retained_ci_low": pair.interval.low,
+            "retained_ci_high": pair.interval.high,
+            "verdict": pair.verdict,
+            "p_value": pair.p_value,
+            "flips": pair.flips,
+        }
+    return row
+
+
+def leaderboard(results: Results) -> list[dict[str, Any]]:
+    """A row for each setting, dense first, then by mean retained share, the largest first."""
+    rows = [_leader(results, result) for result in results.settings]
+    return sorted(rows, key=lambda row: (row["setting"] != DENSE, -(row["mean_retained"] or 0.0)))
+
+
+def _leader(results: Results, result: SettingResult) -> dict[str, Any]:
+    record = result.record or {}
+    row: dict[str, Any] = {
+        "setting": result.name,
+        "sparsity": record.get("sparsity"),
+        "megabytes": record["bytes"] / 1e6 if record else None,
+    }
+    mean = (1.0, None) if result.setting.is_dense else results.mean_retained(result.name)
+    row["mean_retained"] = mean[0] if mean else None
+    row["mean_retained_ci_low"] = mean[1].low if mean and mean[1] else None
+    row["mean_retained_ci_high"] = mean[1].high if mean and mean[1] else None
+    for suite in results.suites:
+        found = results.estimate(result.name, suite)
+        pair = results.comparison(result.name, suite)
+        row |= {
+            suite: found.score if found else None,
+            f"{suite}_ci_low": found.interval.low if found else None,
+            f"{suite}_ci_high": found.interval.high if found else None,
+            f"{suite}_verdict": pair.verdict if pair else "",
+        }
+    return row
+
+
+def leaderboard_csv(results: Results) -> str:
+    rows = leaderboard(results)
+    return _csv(list(rows[0]), rows)
+
+
+def leaderboard_markdown(results: Results) -> str:
+    """The leaderboard for reading: scores with half-widths of their intervals, verdicts in words."""
+    header = ["setting", "sparsity", "MB", "mean retained"]
+    header += [f"{name} ({suite.metric})" for name, suite in results.suites.items()]
+    lines = [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
+    for row in leaderboard(results):
+        cells = [row["setting"], percent(row["sparsity"]), number(row["megabytes"], 0), mean_cell(row)]
+        cells += [score_cell(row, name) for name in results.suites]
+        lines.append(f"| {' | '.join(cells)} |")
+    notes = [
+        f"Model: {results.run['model']['name']}, {results.run['dtype']} on {results.run['device']}."
+        + (f" {results.run['model']['note']}" if results.run["model"]["note"] else ""),
+        "Scores with 95 % intervals. Verdict: does it lose at most 5 % of the dense score, by a paired 95 % interval?",
+        "Mean retained: share of the dense score left, over "
+        + (", ".join(results.task_suites) or "no suite with a signal")
+        + ".",
+        "Pruned weights are stored as zeros: the files are not smaller and the model is not faster.",
+    ]
+    return "\n".join(lines) + "\n\n" + "\n".join(f"{note}  " for note in notes) + "\n"
+
+
+def mean_cell(row: dict[str, Any]) -> str:
+    if row["mean_retained"] is None:
+        return "–"
+    if row["mean_retained_ci_low"] is None:
+        return percent(row["mean_retained"])
+    low, high = percent(row["mean_retained_ci_low"]), percent(row["mean_retained_ci_high"])
+    return f"{percent(row['mean_retained'])} [{low}, {high}]"
+
+
+def score_cell(row: dict[str, Any], suite: str) -> str:
+    if row[suite] is None:
+        return "failed"
+    interval = f"{number(row[suite])} [{number(row[suite + '_ci_low'])}, {number(row[suite + '_ci_high'])}]"
+    return f"{interval} {row[suite + '_verdict']}".rstrip()
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """Large numbers with fewer digits: 0.412, 63.7, 1,250."""
+    if value is None or math.isnan(value):
+        return "–"
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    if abs(value) >= 10:
+        return f"{value:.{min(digits, 1)}f}"
+    return f"{value:.{digits}f}"
+
+
+def percent(value: float | None) -> str:
+    return "–" if value is None or math.isnan(value) else f"{100 * value:.0f} %"
+
+
+def _csv(columns: Iterable[str], rows: Iterable[dict[str, Any]]) -> str:
+    text = io.StringIO()
+    writer: csv.DictWriter[str] = csv.DictWriter(text, list(columns), restval="", lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({key: _cell(value) for key, value in row.items()})
+    return text.getvalue()
+
+
+def _cell(value: Any) -> Any:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    return f"{value:.6g}" if isinstance(value, float) else value

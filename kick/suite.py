@@ -1,0 +1,217 @@
+"""The Suite interface: what is asked of every model, and what becomes of the answers.
+
+An example is a question with everything needed to ask and to score it; a sample is the record of one question asked of
+one model; a metric says how samples add up. Statistics, files and comparison are done elsewhere.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+from kick.settings import digest
+
+OVERALL = "overall"
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """Where a suite's rows come from: what the package carries, the Hugging Face hub, or a folder that mirrors it."""
+
+    kind: Literal["embedded", "hub", "directory"]
+    directory: Path | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> "DataSource":
+        if text == "embedded":
+            return cls("embedded")
+        if text == "hub":
+            return cls("hub")
+        return cls("directory", Path(text).expanduser())
+
+    def __str__(self) -> str:
+        return str(self.directory) if self.directory else self.kind
+
+
+@dataclass(frozen=True)
+class Example:
+    """One question. `id` is stable and unique in its suite; `content` is JSON: all that prompt and score need."""
+
+    id: str
+    group: str
+    content: dict[str, Any]
+
+
+@dataclass
+class Sample:
+    """The record of one question. `scores` holds the numbers that metrics add up; an `error` keeps it out of them."""
+
+    id: str
+    group: str
+    prompt: str
+    output: str | None = None
+    choices: list[dict[str, Any]] | None = None
+    scores: dict[str, float] = field(default_factory=dict)
+    truncated: bool = False
+    shots: int = 0
+    n_prompt_tokens: int = 0
+    n_output_tokens: int = 0
+    error: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, row: dict[str, Any]) -> "Sample":
+        return cls(**{field.name: row[field.name] for field in fields(cls)})
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How samples add up: transform(sum of scores[value] / sum of scores[per]); per=None counts each sample as one.
+
+    `chance` is what guessing gives; a dense model not clearly above it says nothing on this metric.
+    """
+
+    name: str
+    value: str
+    per: str | None = None
+    transform: Literal["mean", "exp"] = "mean"
+    higher_is_better: bool = True
+    chance: float | None = None
+    unit: str = ""
+
+    def combine(self, value: Any, per: Any) -> Any:
+        """The metric from sums over samples (numbers or arrays)."""
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            ratio = np.divide(value, per)
+            return np.exp(ratio) if self.transform == "exp" else ratio
+
+
+@dataclass(frozen=True)
+class Score:
+    """A metric over one group of samples, still by sample, so that another model's score can be paired with it.
+
+    ids [n]; value [n] and per [n] are what `metric` adds up.
+    """
+
+    metric: Metric
+    group: str
+    ids: tuple[str, ...]
+    value: np.ndarray
+    per: np.ndarray
+    truncated: int = 0
+    failed: int = 0
+
+    @property
+    def n(self) -> int:
+        return len(self.ids)
+
+    @property
+    def point(self) -> float:
+        return float(self.metric.combine(self.value.sum(), self.per.sum())) if self.n else float("nan")
+
+
+class Suite(ABC):
+    """Asks a model questions and scores the answers.
+
+    A subclass names itself, declares its parameters in `Params` and its metrics (the first is the primary one), makes
+    examples out of rows, and answers them.
+    """
+
+    name: ClassVar[str]
+    metrics: tuple[Metric, ...]
+    needs_judge: ClassVar[bool] = False
+    description: ClassVar[str] = ""
+
+    class Params(BaseModel):
+        """What can be asked differently: validated, and part of the evaluation's identity."""
+
+        model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def __init__(self, params: BaseModel | None = None) -> None:
+        self.params: Any = params if params is not None else self.Params()
+
+    @property
+    def metric(self) -> str:
+        return self.metrics[0].name
+
+    @property
+    def chance(self) -> float | None:
+        return self.metrics[0].chance
+
+    @abstractmethod
+    def examples(self, source: DataSource) -> list[Example]:
+        """All questions of `source`, in a stable order. Raises DataError for missing files and malformed rows."""
+
+    @abstractmethod
+    def answer(self, lm: Any, examples: Sequence[Example]) -> Iterator[Sample]:
+        """Ask `lm` (lm-eval's LM interface) each example; one sample each, in order, as answers come."""
+
+    def batches(self, examples: Sequence[Example], size: int) -> list[list[Example]]:
+        """What is asked in one go: `examples` in order, cut into pieces of at most `size`.
+
+        An interrupted evaluation takes up at a whole batch, so a batch must depend on the list of examples alone.
+        """
+        return [list(examples[start : start + size]) for start in range(0, len(examples), size)]
+
+    def groups_of(self, sample: Sample) -> list[str]:
+        """The groups that a sample counts in."""
+        return [OVERALL, sample.group]
+
+    def score(self, samples: Sequence[Sample], judgments: Sequence[Any] = ()) -> list[Score]:
+        """Every metric over every group, overall first. Samples with an error are counted as failed and left out."""
+        members: dict[str, list[Sample]] = {OVERALL: []}
+        for sample in samples:
+            for group in self.groups_of(sample):
+                members.setdefault(group, []).append(sample)
+        return [_score(metric, group, inside) for group, inside in members.items() for metric in self.metrics]
+
+
+def _score(metric: Metric, group: str, samples: list[Sample]) -> Score:
+    scored = sorted((s for s in samples if s.error is None), key=lambda sample: sample.id)
+    return Score(
+        metric=metric,
+        group=group,
+        ids=tuple(sample.id for sample in scored),
+        value=np.array([sample.scores[metric.value] for sample in scored], dtype=np.float64),
+        per=np.array([sample.scores[metric.per] if metric.per else 1.0 for sample in scored], dtype=np.float64),
+        truncated=sum(sample.truncated for sample in scored),
+        failed=len(samples) - len(scored),
+    )
+
+
+def subset(examples: Sequence[Example], limit: int | None, limit_per_group: int | None, seed: int) -> list[Example]:
+    """A seeded random choice, stratified over groups, in the original order.
+
+    `limit` shares its places among groups in proportion to their size (largest remainders get the places left over);
+    `limit_per_group` takes as many of each. With both, the second is applied first.
+    """
+    rng = np.random.default_rng(seed)
+    by_group: dict[str, list[int]] = {}
+    for index, example in enumerate(examples):
+        by_group.setdefault(example.group, []).append(index)
+    if limit_per_group is not None:
+        by_group = {group: _choose(rng, rows, limit_per_group) for group, rows in by_group.items()}
+    available = sum(map(len, by_group.values()))
+    if limit is not None and limit < available:
+        exact = {group: limit * len(rows) / available for group, rows in by_group.items()}
+        places = {group: int(share) for group, share in exact.items()}
+        left_over = sorted(exact, key=lambda group: (places[group] - exact[group], group))
+        for group in left_over[: limit - sum(places.values())]:
+            places[group] += 1
+        by_group = {group: _choose(rng, rows, places[group]) for group, rows in by_group.items()}
+    return [examples[index] for index in sorted(index for rows in by_group.values() for index in rows)]
+
+
+def _choose(rng: np.random.Generator, rows: list[int], count: int) -> list[int]:
+    return list(rng.choice(rows, size=count, replace=False)) if count < len(rows) else rows
+
+
+def data_fingerprint(examples: Sequence[Example]) -> str:
+    """Identity of the questions: equal for equal rows, wherever they were read from."""
+    return digest([[example.id, example.group, example.content] for example in examples])

@@ -1,0 +1,114 @@
+"""What a plan would cost, before it is carried out: questions, time and disk, from rates measured here."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+from kick.progress import duration
+from kick.sweep.plan import Plan
+from kick.sweep.run import missing_evaluations
+from kick.sweep.store import RUN, Store, check_same
+
+_BYTES_PER_TOKEN = 4.0
+_OVERHEAD = 3.0
+"""Measured wall seconds over matrix products at full speed alone, on the packaged model: attention, generation token by
+token, loading, and the few-shot examples in front of a question."""
+
+
+def describe(plan: Plan, out: Path) -> tuple[str, dict[str, Any]]:
+    """The plan in words and as a document. Nothing is written."""
+    check_same(out, plan.identity())
+    store = Store(out)
+    missing = missing_evaluations(plan, store)
+    parameters = _parameters(plan.path)
+    seconds = _seconds(plan, store, {name: [s.name for s in suites] for name, suites in missing.items()}, parameters)
+    width = {"float32": 4, "bfloat16": 2, "float16": 2}[plan.dtype]
+    kept = len(plan.settings) if plan.config.keep_checkpoints else min(2, len(missing))
+    questions = sum(len(suite.examples) for suite in plan.suites)
+    document: dict[str, Any] = {
+        "out": str(out),
+        "exists": (out / RUN).is_file(),
+        "model": plan.source.name,
+        "dtype": plan.dtype,
+        "device": plan.device,
+        "settings": [setting.name for setting in plan.settings],
+        "suites": {suite.name: len(suite.examples) for suite in plan.suites},
+        "evaluations": len(plan.settings) * len(plan.suites),
+        "missing": {name: [suite.name for suite in suites] for name, suites in missing.items()},
+        "estimated_seconds": round(seconds),
+        "estimated_disk_bytes": kept * parameters * width + len(missing) * questions * 3000,
+    }
+    todo = sum(map(len, missing.values()))
+    lines = [
+        f"{plan.source.name} in {plan.dtype} on {plan.device}, into {out}",
+        f"{len(plan.settings)} settings: {', '.join(document['settings'])}",
+        "suites: " + ", ".join(f"{name} ({count} questions)" for name, count in document["suites"].items()),
+        f"{document['evaluations']} evaluations, {document['evaluations'] - todo} already there, {todo} to do",
+        f"about {duration(seconds)} and {document['estimated_disk_bytes'] / 1e9:.1f} GB of disk at the peak",
+    ]
+    return "\n".join(lines), document
+
+
+def _seconds(plan: Plan, store: Store, missing: dict[str, list[str]], parameters: int) -> float:
+    """From this run's own rates where it has some, else from a measured matrix product and the questions' length."""
+    rates = {}
+    for setting in plan.settings:
+        for suite in plan.suites:
+            result = store.evaluation(setting.name, suite.name).result()
+            if result and result["status"] == "complete" and result["asked_now"]:
+                rates[suite.name] = result["seconds"] / result["asked_now"]
+    speed = None
+    total = 0.0
+    for names in missing.values():
+        for suite in plan.suites:
+            if suite.name not in names:
+                continue
+            if suite.name in rates:
+                total += rates[suite.name] * len(suite.examples)
+                continue
+            speed = speed or _flops_per_second(plan.device, plan.dtype)
+            tokens = sum(_content_bytes(example.content) for example in suite.examples) / _BYTES_PER_TOKEN
+            total += _OVERHEAD * tokens * 2 * parameters / speed
+    calibrated = 2 * plan.config.calibration.samples * plan.config.calibration.sequence_length
+    if missing:
+        speed = speed or _flops_per_second(plan.device, plan.dtype)
+        total += len(missing) * (calibrated * 2 * parameters / speed + 2 * parameters * 4 / 1e9)
+    return total
+
+
+def _content_bytes(content: dict[str, Any]) -> int:
+    """Text of a question itself; the examples in front of it are shared with others."""
+    return sum(len(str(value)) for key, value in content.items() if key not in ("shots", "answers", "id"))
+
+
+def _parameters(path: Path) -> int:
+    """Counted from the headers of the weight files: no weight is read."""
+    if path.is_file():
+        from gguf import GGUFReader
+
+        return sum(int(tensor.n_elements) for tensor in GGUFReader(path).tensors)
+    from safetensors import safe_open
+
+    total = 0
+    for file in path.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118 (not a dict)
+                count = 1
+                for size in tensors.get_slice(key).get_shape():
+                    count *= size
+                total += count
+    return total
+
+
+def _flops_per_second(device: str, dtype: str) -> float:
+    import torch
+
+    a = torch.randn(512, 1024, device=device, dtype=getattr(torch, dtype))
+    b = torch.randn(1024, 1024, device=device, dtype=getattr(torch, dtype))
+    a @ b
+    start = time.perf_counter()
+    rounds = 0
+    while time.perf_counter() - start < 0.2:
+        (a @ b).sum().item()
+        rounds += 1
+    return rounds * 2 * 512 * 1024 * 1024 / (time.perf_counter() - start)

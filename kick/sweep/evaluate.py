@@ -1,0 +1,68 @@
+"""One evaluation: one setting's model asked one suite's questions, sample by sample onto disk."""
+
+import time
+from typing import Any
+
+from kick.compare import Estimate, estimate
+from kick.suite import Sample
+from kick.sweep.clock import Clock
+from kick.sweep.plan import PlannedSuite
+from kick.sweep.store import EvaluationStore
+
+
+def evaluate(
+    lm: Any, planned: PlannedSuite, store: EvaluationStore, key: str, batch_size: int, clock: Clock
+) -> dict[str, Any]:
+    """Ask what is not on disk yet, then write scores.json. Safe to kill and call again.
+
+    Batches are the same whatever was done before, so that an interrupted evaluation ends with the same samples.
+    """
+    batches = planned.suite.batches(planned.examples, batch_size)
+    done = store.resume(batches)
+    before = sum(map(len, batches[:done]))
+    clock.skip(before)
+    start = time.perf_counter()
+    with store.appending() as appender:
+        for batch in batches[done:]:
+            for sample in planned.suite.answer(lm, batch):
+                appender.add(sample)
+            appender.sync()
+            clock.advance(len(batch))
+    seconds = time.perf_counter() - start
+    samples = store.samples()
+    result = {
+        "key": key,
+        "status": "complete",
+        "n": len(samples),
+        "truncated": sum(sample.truncated for sample in samples),
+        "failed": sum(sample.error is not None for sample in samples),
+        "shots": _shots(samples),
+        "asked_now": len(samples) - before,
+        "seconds": round(seconds, 3),
+        "lm": lm.record() if hasattr(lm, "record") else {"name": type(lm).__name__},
+        "batch_size": batch_size,
+        "scores": [_as_json(estimate(score)) for score in planned.suite.score(samples)],
+    }
+    store.finish(result)
+    return result
+
+
+def _shots(samples: list[Sample]) -> dict[str, int]:
+    """How many samples had how many examples in front of them."""
+    counts: dict[str, int] = {}
+    for sample in samples:
+        counts[str(sample.shots)] = counts.get(str(sample.shots), 0) + 1
+    return counts
+
+
+def _as_json(found: Estimate) -> dict[str, Any]:
+    return {
+        "metric": found.metric,
+        "group": found.group,
+        "n": found.n,
+        "score": found.score,
+        "ci_low": found.interval.low,
+        "ci_high": found.interval.high,
+        "truncated": found.truncated,
+        "failed": found.failed,
+    }

@@ -1,0 +1,154 @@
+"""From a sweep file to a plan: every setting, every suite with its questions, and the identity of each evaluation.
+
+All that can be wrong is found here, before anything is written: unknown names, impossible levels, missing data,
+malformed rows.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from kick import __version__, meter, models, plugins
+from kick import checkpoint as checkpoints
+from kick.calibration import read_documents
+from kick.compress import Recipe, prepare
+from kick.config import SuiteSpec, SweepConfig, explain
+from kick.errors import ConfigError, DataError
+from kick.lm import find_lm
+from kick.models import ModelSource
+from kick.settings import Setting, digest
+from kick.suite import DataSource, Example, Suite, data_fingerprint, subset
+
+_RELEVANT_VERSIONS = ("torch", "transformers", "tokenizers", "lm-eval")
+
+
+@dataclass(frozen=True)
+class PlannedSuite:
+    """A suite with the questions it will ask; `identity` names suite, parameters and questions."""
+
+    name: str
+    spec: SuiteSpec
+    suite: Suite
+    source: str
+    examples: list[Example]
+    identity: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Plan:
+    config: SweepConfig
+    source: ModelSource
+    path: Path
+    fingerprint: str
+    dtype: str
+    device: str
+    settings: list[Setting]
+    suites: list[PlannedSuite]
+    given: checkpoints.Checkpoint | None = None  # evaluated as it is: the plan's only setting
+
+    def recipe(self, setting: Setting) -> Recipe:
+        return Recipe(self.source, self.fingerprint, setting, self.config.calibration, self.dtype, self.device)
+
+    def identity(self) -> dict[str, Any]:
+        """Everything that decides the answers. A run folder holds one of these."""
+        return {
+            "kick": __version__,
+            "model": self.fingerprint,
+            "dtype": self.dtype,
+            "device": self.device,
+            "lm": self.config.lm.model_dump(mode="json"),
+            "calibration": self.config.calibration.model_dump(mode="json"),
+            "versions": {name: version for name, version in meter.versions().items() if name in _RELEVANT_VERSIONS},
+            "settings": {
+                setting.name: {
+                    **setting.model_dump(mode="json"),
+                    "plugin": _plugin_version(plugins.COMPRESSORS, setting.compressor),
+                }
+                for setting in self.settings
+            },
+            "suites": {suite.name: suite.identity for suite in self.suites},
+        }
+
+    def key(self, setting: Setting, suite: PlannedSuite) -> str:
+        """The content address of one evaluation."""
+        whole = self.identity()
+        return digest({**whole, "settings": whole["settings"][setting.name], "suites": suite.identity})
+
+
+def make_plan(config: SweepConfig, as_is: bool = False) -> Plan:
+    """Resolve and check everything that `config` names.
+
+    as_is: a model that is a kick checkpoint keeps its setting, instead of being the dense model of a new sweep.
+    """
+    settings = config.all_settings()
+    for setting in settings:
+        prepare(setting)
+    find_lm(config.lm.name)
+    source = models.find_source(config.model)
+    given = None
+    if as_is and source.path is not None and (source.path / checkpoints.RECORD).is_file():
+        given = checkpoints.read(source.path)
+        settings = [Setting(**given.record["setting"])]
+    suites = [plan_suite(spec, config.data) for spec in config.suites]
+    if given is None and any(map(_needs_calibration, settings)) and not _is_hub(config.calibration.source):
+        read_documents(config.calibration.source, config.calibration.text_field)
+    device = models.default_device() if config.device == "auto" else config.device
+    models.check_device(device)
+    dtype = models.default_dtype(device) if config.dtype == "auto" else config.dtype
+    path = models.fetch(source)
+    return Plan(config, source, path, models.fingerprint(path), dtype, device, settings, suites, given)
+
+
+def _needs_calibration(setting: Setting) -> bool:
+    compressor, _ = prepare(setting)
+    return compressor is not None and compressor.needs_calibration
+
+
+def _is_hub(source: str) -> bool:
+    return source != "embedded" and not Path(source).expanduser().exists() and source.count("/") == 1
+
+
+def make_suite(spec: SuiteSpec) -> Suite:
+    """The suite of `spec`, its parameters checked."""
+    kind = plugins.suite(spec.suite)
+    try:
+        return kind(kind.Params(**spec.params))
+    except ValidationError as error:
+        allowed = ", ".join(kind.Params.model_fields) or "none"
+        raise ConfigError(f"suite '{spec.name}': {explain(error)}", f"Its parameters: {allowed}.") from error
+
+
+def plan_suite(spec: SuiteSpec, default_data: str) -> PlannedSuite:
+    suite = make_suite(spec)
+    source = DataSource.parse(spec.data or default_data)
+    everything = suite.examples(source)
+    if not everything:
+        raise DataError(f"suite '{spec.name}' found no question in {source}.", "Check --data.")
+    _check_ids(spec.name, everything)
+    examples = subset(everything, spec.limit, spec.limit_per_group, spec.seed)
+    identity = {
+        "suite": spec.suite,
+        "plugin": _plugin_version(plugins.SUITES, spec.suite),
+        "params": suite.params.model_dump(mode="json"),
+        "questions": len(examples),
+        "data": data_fingerprint(examples),
+    }
+    return PlannedSuite(spec.name, spec, suite, str(source), examples, identity)
+
+
+def _check_ids(name: str, examples: Sequence[Example]) -> None:
+    seen: set[str] = set()
+    for example in examples:
+        if example.id in seen:
+            raise DataError(
+                f"suite '{name}' has two questions with the id '{example.id}'.", "Pairing needs unique ids."
+            )
+        seen.add(example.id)
+
+
+def _plugin_version(group: str, name: str) -> str:
+    found = plugins.available(group).get(name)
+    return f"{found.origin} {found.version}" if found else "built in"

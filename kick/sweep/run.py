@@ -1,0 +1,144 @@
+"""Carry out what a run directory does not hold yet. Safe to kill and call again."""
+
+import gc
+import traceback
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from kick import checkpoint as checkpoints
+from kick.checkpoint import Checkpoint
+from kick.compress import compress
+from kick.errors import CheckpointError, KickError
+from kick.lm import load_lm
+from kick.progress import Progress
+from kick.settings import Setting
+from kick.sweep.clock import COMPRESS, Clock
+from kick.sweep.evaluate import evaluate
+from kick.sweep.plan import Plan, PlannedSuite
+from kick.sweep.store import Store
+
+
+@dataclass
+class Summary:
+    """What a call of `run` found and did. failed: evaluation -> reason."""
+
+    evaluations: int
+    already: int
+    done: int = 0
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+def run(plan: Plan, store: Store, progress: Progress, debug: bool = False) -> Summary:
+    """Compress and evaluate every setting that is not complete. A failing one is recorded and the rest goes on."""
+    missing = missing_evaluations(plan, store)
+    units = Counter({COMPRESS: len(missing)})
+    for suites in missing.values():
+        units.update({suite.name: len(suite.examples) for suite in suites})
+    total = len(plan.settings) * len(plan.suites)
+    summary = Summary(evaluations=total, already=total - sum(map(len, missing.values())))
+    clock = Clock(progress, units)
+    workshop = Workshop(plan, store, clock)
+
+    def failed(setting: Setting, suite: PlannedSuite, error: Exception) -> None:
+        reason = str(error) if isinstance(error, KickError) else f"{type(error).__name__}: {error}"
+        summary.failed[f"{setting.name} on {suite.name}"] = reason
+        progress.note(f"failed: {setting.name} on {suite.name}: {reason}")
+        if debug:
+            progress.note("".join(traceback.format_exception(error)))
+        result = {"key": plan.key(setting, suite), "status": "failed", "reason": reason}
+        store.evaluation(setting.name, suite.name).finish(result)
+
+    for setting in plan.settings:
+        suites = missing.get(setting.name, [])
+        if not suites:
+            continue
+        try:
+            lm = load_lm(plan.config.lm.name, workshop.checkpoint(setting).path, plan.dtype, plan.device)
+        except Exception as error:  # whatever a compressor does wrong costs its own setting only
+            for suite in suites:
+                failed(setting, suite, error)
+            continue
+        for suite in suites:
+            clock.start(f"{setting.name}: {suite.name}", suite.name, len(suite.examples))
+            try:
+                evaluation = store.evaluation(setting.name, suite.name)
+                evaluate(lm, suite, evaluation, plan.key(setting, suite), plan.config.lm.batch_size, clock)
+                summary.done += 1
+            except Exception as error:  # likewise for a suite
+                failed(setting, suite, error)
+            clock.stop()
+        del lm
+        gc.collect()
+        workshop.finished_with(setting)
+    workshop.close()
+    return summary
+
+
+def missing_evaluations(plan: Plan, store: Store) -> dict[str, list[PlannedSuite]]:
+    """For each setting the suites that it has not completed; settings with none are left out."""
+    missing = {}
+    for setting in plan.settings:
+        suites = [
+            suite
+            for suite in plan.suites
+            if not store.evaluation(setting.name, suite.name).is_complete(plan.key(setting, suite))
+        ]
+        if suites:
+            missing[setting.name] = suites
+    return missing
+
+
+class Workshop:
+    """Makes checkpoints when they are needed and clears them away when they are not.
+
+    Every compressor starts from the dense checkpoint: the source in the run's precision, read once.
+    """
+
+    def __init__(self, plan: Plan, store: Store, clock: Clock) -> None:
+        self.plan, self.store, self.clock = plan, store, clock
+        self.verified: dict[str, Checkpoint] = {}
+
+    def checkpoint(self, setting: Setting) -> Checkpoint:
+        """The setting's checkpoint: the one on disk if it is whole, else made anew."""
+        if setting.name not in self.verified:
+            self.verified[setting.name] = self._given() or self._on_disk(setting) or self._make(setting)
+            self.store.keep_record(setting.name, self.verified[setting.name].record)
+        return self.verified[setting.name]
+
+    def _given(self) -> Checkpoint | None:
+        given = self.plan.given
+        if given is not None and (problems := checkpoints.verify(given)):
+            raise CheckpointError(f"{given.path} is not what its record says: {problems[0]}.", "Compress again.")
+        return given
+
+    def _on_disk(self, setting: Setting) -> Checkpoint | None:
+        path = self.store.checkpoint_path(setting.name)
+        if not (path / checkpoints.RECORD).is_file():
+            return None
+        found = checkpoints.read(path)
+        return None if checkpoints.verify(found) else found
+
+    def _make(self, setting: Setting) -> Checkpoint:
+        start: Path | None = None
+        if not setting.is_dense:
+            start = self.checkpoint(self.plan.settings[0]).path  # dense is always first
+        self.clock.start(f"{setting.name}: {'load' if setting.is_dense else 'compress'}", COMPRESS, 1)
+        out = self.store.checkpoint_path(setting.name)
+        made = compress(self.plan.recipe(setting), out, progress=self.clock.show, start=start)
+        self.clock.advance(1)
+        before = self.store.record(setting.name)
+        if before is not None and before["weights_fingerprint"] != made.fingerprint:
+            raise CheckpointError(
+                f"{setting.name} came out different from the weights that earlier answers in this folder belong to.",
+                "The compressor is not deterministic, or this is another machine. --fresh starts the folder again.",
+            )
+        return made
+
+    def finished_with(self, setting: Setting) -> None:
+        if not self.plan.config.keep_checkpoints and not setting.is_dense:
+            self.store.drop_checkpoint(setting.name)
+
+    def close(self) -> None:
+        if not self.plan.config.keep_checkpoints:
+            self.store.drop_checkpoint(self.plan.settings[0].name)

@@ -1,0 +1,259 @@
+"""The run directory: what is done, and the appending of what comes in. One writer at a time.
+
+run.json                                    resolved configuration, identity, versions, hardware
+evaluations/SETTING/kick.json               the record of the setting's checkpoint
+evaluations/SETTING/SUITE/samples.jsonl     one line a sample, appended as answers come
+                          scores.json       written last: with status "complete" the evaluation is done
+checkpoints/SETTING/                        weights, while they are needed
+"""
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TextIO
+
+from kick import meter
+from kick.errors import RunError
+from kick.files import check_writable, read_json, safe_name, write_bytes, write_json
+from kick.suite import Example, Sample
+from kick.sweep.plan import Plan
+
+RUN = "run.json"
+FORMAT = 1
+
+
+class Store:
+    """A run directory opened for writing."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    # The run as a whole
+
+    @staticmethod
+    @contextmanager
+    def open(root: Path, plan: Plan, fresh: bool = False) -> Iterator["Store"]:
+        """The run directory for `plan`, created or taken up again, locked until the block ends.
+
+        Raises RunError if it holds a run of another configuration, is in use, or is a folder of something else.
+        """
+        check_writable(root)
+        if root.exists() and any(root.iterdir()) and not (root / RUN).is_file() and not _only_lock(root):
+            raise RunError(
+                f"{root} is not empty and holds no {RUN}.", "Choose another --out: kick writes into folders of its own."
+            )
+        if not fresh:
+            check_same(root, plan.identity())
+        root.mkdir(parents=True, exist_ok=True)
+        with _lock(root):
+            if fresh:
+                for part in ("evaluations", "checkpoints", "figures"):
+                    shutil.rmtree(root / part, ignore_errors=True)
+                for part in (RUN, "scores.csv", "leaderboard.csv", "leaderboard.md", "report.html"):
+                    (root / part).unlink(missing_ok=True)
+            store = Store(root)
+            store._begin(plan)
+            yield store
+
+    def _begin(self, plan: Plan) -> None:
+        if (self.root / RUN).exists():
+            return
+        source = {
+            "name": plan.source.name,
+            "kind": plan.source.kind,
+            "note": plan.source.note,
+            "fingerprint": plan.fingerprint,
+        }
+        suites = {
+            suite.name: {"source": suite.source, **suite.identity, "groups": len({e.group for e in suite.examples})}
+            for suite in plan.suites
+        }
+        write_json(
+            self.root / RUN,
+            {
+                "format": FORMAT,
+                "started": datetime.now(UTC).isoformat(timespec="seconds"),
+                "config": plan.config.model_dump(mode="json"),
+                "model": source,
+                "dtype": plan.dtype,
+                "device": plan.device,
+                "settings": [setting.model_dump(mode="json") | {"name": setting.name} for setting in plan.settings],
+                "suites": suites,
+                "seeds": {
+                    "calibration": plan.config.calibration.seed,
+                    "suites": {s.name: s.spec.seed for s in plan.suites},
+                },
+                "versions": meter.versions(),
+                "hardware": meter.hardware(plan.device),
+                "identity": plan.identity(),
+            },
+        )
+
+    def checkpoint_path(self, setting: str) -> Path:
+        return self.root / "checkpoints" / safe_name(setting)
+
+    def drop_checkpoint(self, setting: str) -> None:
+        shutil.rmtree(self.checkpoint_path(setting), ignore_errors=True)
+        parent = self.root / "checkpoints"
+        if parent.is_dir() and not any(parent.iterdir()):
+            parent.rmdir()
+
+    # One setting, one evaluation
+
+    def setting_path(self, setting: str) -> Path:
+        return self.root / "evaluations" / safe_name(setting)
+
+    def evaluation(self, setting: str, suite: str) -> "EvaluationStore":
+        return EvaluationStore(self.setting_path(setting) / safe_name(suite))
+
+    def record(self, setting: str) -> dict[str, Any] | None:
+        """What was measured on the setting's checkpoint, or None if it was never made."""
+        path = self.setting_path(setting) / "kick.json"
+        return read_json(path) if path.is_file() else None
+
+    def keep_record(self, setting: str, record: dict[str, Any]) -> None:
+        self.setting_path(setting).mkdir(parents=True, exist_ok=True)
+        write_json(self.setting_path(setting) / "kick.json", record)
+
+
+class EvaluationStore:
+    """The files of one evaluation."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.samples_path = path / "samples.jsonl"
+        self.scores_path = path / "scores.json"
+
+    def result(self) -> dict[str, Any] | None:
+        return read_json(self.scores_path) if self.scores_path.is_file() else None
+
+    def is_complete(self, key: str) -> bool:
+        result = self.result()
+        return result is not None and result["status"] == "complete" and result["key"] == key
+
+    def samples(self) -> list[Sample]:
+        """All samples on disk. Raises RunError at a line that is not one."""
+        found = []
+        with open(self.samples_path, encoding="utf-8", errors="surrogateescape", newline="\n") as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    found.append(Sample.from_json(json.loads(line)))
+                except (ValueError, KeyError, TypeError) as error:
+                    raise RunError(
+                        f"line {number} of {self.samples_path} is damaged.", "Run the sweep again: it is asked anew."
+                    ) from error
+        return found
+
+    def resume(self, batches: Sequence[Sequence[Example]]) -> int:
+        """Cut samples.jsonl to its whole batches from the first on; gives how many there are.
+
+        A line cut short by a crash, a damaged line and an incomplete batch are taken away: they are asked again.
+        """
+        if not self.samples_path.is_file():
+            return 0
+        data = self.samples_path.read_bytes()
+        position = whole = done = 0
+        for batch in batches:
+            for example in batch:
+                end = data.find(b"\n", position)
+                if end < 0 or _id_of(data[position:end]) != example.id:
+                    break
+                position = end + 1
+            else:
+                whole, done = position, done + 1
+                continue
+            break
+        if whole < len(data):
+            write_bytes(self.samples_path, data[:whole])
+        return done
+
+    @contextmanager
+    def appending(self) -> Iterator["Appender"]:
+        self.path.mkdir(parents=True, exist_ok=True)
+        with open(self.samples_path, "a", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
+            yield Appender(file)
+
+    def finish(self, result: dict[str, Any]) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_json(self.scores_path, result)
+
+
+class Appender:
+    """Writes samples at once; `sync` makes sure that they are on disk."""
+
+    def __init__(self, file: TextIO) -> None:
+        self.file = file
+
+    def add(self, sample: Sample) -> None:
+        self.file.write(json.dumps(sample.to_json(), ensure_ascii=False) + "\n")
+        self.file.flush()
+
+    def sync(self) -> None:
+        os.fsync(self.file.fileno())
+
+
+def _id_of(line: bytes) -> str | None:
+    try:
+        row = json.loads(line)
+        return Sample.from_json(row).id
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _only_lock(root: Path) -> bool:
+    return all(entry.name == ".lock" for entry in root.iterdir())
+
+
+def check_same(root: Path, identity: dict[str, Any]) -> None:
+    """Raise RunError if the run in `root` was made by something else than `identity`; no run there is fine."""
+    if not (root / RUN).is_file():
+        return
+    try:
+        held = read_json(root / RUN)["identity"]
+    except (ValueError, KeyError) as error:
+        raise RunError(
+            f"{root / RUN} cannot be read.", "Choose another --out, or --fresh to start that folder again."
+        ) from error
+    differences = list(_differences(held, json.loads(json.dumps(identity))))
+    if differences:
+        shown = "; ".join(differences[:3]) + (f"; {len(differences) - 3} more" if len(differences) > 3 else "")
+        raise RunError(
+            f"{root} holds a run of another configuration: {shown}.",
+            "Choose another --out, or --fresh to start that folder again.",
+        )
+
+
+def _differences(held: Any, wanted: Any, place: str = "") -> Iterator[str]:
+    if isinstance(held, dict) and isinstance(wanted, dict):
+        for key in [*held, *(key for key in wanted if key not in held)]:
+            below = f"{place}.{key}" if place else key
+            if key not in wanted:
+                yield f"{below} is there, here not"
+            elif key not in held:
+                yield f"{below} is here, there not"
+            else:
+                yield from _differences(held[key], wanted[key], below)
+    elif held != wanted:
+        yield f"{place} is {held!r} there, {wanted!r} here"
+
+
+@contextmanager
+def _lock(root: Path) -> Iterator[None]:
+    """Held by the process, not by a file's existence: a killed run leaves no stale lock."""
+    with open(root / ".lock", "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            owner = file.read().strip() or "another process"
+            raise RunError(f"{root} is being written by {owner}.", "Wait for it, or choose another --out.") from None
+        file.seek(0)
+        file.truncate()
+        file.write(f"process {os.getpid()} since {datetime.now(UTC).isoformat(timespec='seconds')}")
+        file.flush()
+        yield

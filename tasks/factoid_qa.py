@@ -1,0 +1,152 @@
+"""Factoid questions (FreebaseQA): does the model still know what the dense one knew?
+
+    kick evaluate MODEL --suite factoid_qa --data DIR --param shots=3
+
+The first of LLM-KICK's settings (arXiv 2310.01382). The completion alone is scored, never the prompt. Primary metric:
+an accepted answer stands in the completion as whole words.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from kick.errors import DataError
+from kick.lm import generate
+from kick.suite import DataSource, Example, Metric, Sample, Suite
+
+from . import scoring, sources
+from .prompts import ChatTemplate, few_shot, fit, uses_chat
+
+HUB = "microsoft/freebase_qa"
+_INSTRUCTION = "Answer the question with a name or a few words.\n\n"
+
+
+class FactoidQA(Suite):
+    name = "factoid_qa"
+    description = "short factual questions (FreebaseQA), answered freely"
+    metrics = (
+        Metric("contains", value="contains", unit="share of questions"),
+        Metric("exact_match", value="exact_match", unit="share of questions"),
+        Metric("f1", value="f1"),
+    )
+
+    class Params(BaseModel):
+        model_config = ConfigDict(frozen=True, extra="forbid")
+
+        shots: int = Field(default=0, ge=0, description="solved questions in front, from the dev split")
+        shot_seed: int = Field(default=0, description="which dev questions are the shots")
+        chat_template: ChatTemplate = "off"
+        max_new_tokens: int = Field(default=32, ge=1)
+
+    def examples(self, source: DataSource) -> list[Example]:
+        shots = self._shots(source)
+        rows = _rows(source, "test")
+        return [Example(row["id"], row["topic"], {**row, "shots": shots}) for row in rows]
+
+    def _shots(self, source: DataSource) -> list[list[str]]:
+        """[question, answer] pairs: the same for all questions, so that their prompts begin alike."""
+        if self.params.shots == 0:
+            return []
+        dev = _rows(source, "dev")
+        if len(dev) < self.params.shots:
+            raise DataError(f"{self.params.shots} shots asked for; the dev split holds {len(dev)}.", "Ask for fewer.")
+        chosen = np.random.default_rng(self.params.shot_seed).choice(len(dev), self.params.shots, replace=False)
+        return [[dev[index]["question"], dev[index]["answers"][0]] for index in chosen]
+
+    def answer(self, lm: Any, examples: Sequence[Example]) -> Iterator[Sample]:
+        chat = uses_chat(lm, self.params.chat_template)
+        prompts = [
+            fit(lm, self._builder(lm, chat, example), self.params.shots, self.params.max_new_tokens)
+            for example in examples
+        ]
+        until = [] if chat else ["\n"]
+        outputs = generate(lm, [prompt.text for prompt in prompts], until, self.params.max_new_tokens)
+        for example, prompt, output in zip(examples, prompts, outputs, strict=True):
+            answers = example.content["answers"]
+            yield Sample(
+                id=example.id,
+                group=example.group,
+                prompt=prompt.text,
+                output=output,
+                scores={
+                    "contains": scoring.contains(output, answers),
+                    "exact_match": scoring.exact_match(output, answers),
+                    "f1": scoring.token_f1(output, answers),
+                },
+                truncated=prompt.truncated,
+                shots=prompt.shots,
+                n_prompt_tokens=prompt.tokens,
+                n_output_tokens=len(lm.tok_encode(output, add_special_tokens=False)),
+            )
+
+    @staticmethod
+    def _builder(lm: Any, chat: bool, example: Example) -> Any:
+        shots = [(f"Question: {question}\nAnswer:", answer) for question, answer in example.content["shots"]]
+        question = f"Question: {example.content['question']}\nAnswer:"
+        return lambda count: few_shot(lm, chat, "" if count else _INSTRUCTION, shots[:count], question)
+
+
+def _rows(source: DataSource, split: str) -> list[dict[str, Any]]:
+    """Rows with id, topic, question and answers."""
+    if source.kind == "embedded":
+        path = sources.EMBEDDED / "factoid_qa" / f"{split}.jsonl"
+        return [_checked(row, f"line {number} of {path}") for number, row in sources.read_jsonl(path)]
+    if source.kind == "hub":
+        upstream = {"test": "test", "dev": "validation"}[split]
+        return [
+            _from_freebase(row, f"row {number} of {HUB}")
+            for number, row in enumerate(sources.hub_rows(HUB, split=upstream, revision="refs/convert/parquet"), 1)
+        ]
+    file = {"test": "FreebaseQA-eval.json", "dev": "FreebaseQA-dev.json"}[split]
+    path = sources.find(source.directory, f"freebaseqa/{file}", file, suite="factoid_qa")
+    return [_from_freebase(row, f"question {number} of {path}") for number, row in enumerate(_questions(path), 1)]
+
+
+def _questions(path: Path) -> list[dict[str, Any]]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["Questions"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is not a FreebaseQA file: {error!r}.", 'Expected {"Questions": [...]}.') from error
+
+
+def _from_freebase(row: dict[str, Any], where: str) -> dict[str, Any]:
+    """A FreebaseQA question: each answer name of each parse is accepted. The hub turns records into columns."""
+    try:
+        names: list[str] = []
+        for parse in _records(row["Parses"]):
+            for answer in _records(parse["Answers"]):
+                names += answer["AnswersName"]
+        return _checked(
+            {
+                "id": row["Question-ID"],
+                "topic": "FreebaseQA",
+                "question": row["RawQuestion"],
+                "answers": list(dict.fromkeys(names)),
+            },
+            where,
+        )
+    except (KeyError, TypeError) as error:
+        raise DataError(f"{where} is not in FreebaseQA's schema: {error!r} is missing.", "See docs/data.md.") from error
+
+
+def _records(value: Any) -> list[dict[str, Any]]:
+    if isinstance(value, dict):
+        return [dict(zip(value, row, strict=True)) for row in zip(*value.values(), strict=True)]
+    return value
+
+
+def _checked(row: dict[str, Any], where: str) -> dict[str, Any]:
+    if not isinstance(row.get("question"), str) or not row["question"].strip():
+        raise DataError(f"{where} has no question.", "Mend the row or remove it.")
+    answers = row.get("answers")
+    if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
+        raise DataError(f"{where} has no list of answers.", "Mend the row or remove it.")
+    if not any(scoring.normalize(answer) for answer in answers):
+        raise DataError(
+            f"{where} has no answer.", "A question needs at least one accepted answer: mend the row or remove it."
+        )
+    return {"id": str(row["id"]), "topic": str(row["topic"]), "question": row["question"], "answers": answers}

@@ -1,0 +1,160 @@
+"""MMLU: four-option questions over 57 subjects, options ranked by likelihood.
+
+    kick evaluate MODEL --suite mmlu --data DIR --param shots=5 --param format=cloze
+
+Hendrycks et al., arXiv 2009.03300; the second of LLM-KICK's settings. `format=letters` shows the options and ranks the
+letters A to D; `format=cloze` shows only the question and ranks the texts of the options, by likelihood for each
+character of text. Small models are at chance on letters while the texts still carry signal.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from kick.errors import DataError
+from kick.lm import loglikelihoods
+from kick.suite import OVERALL, DataSource, Example, Metric, Sample, Suite
+
+from . import sources
+from .mmlu_subjects import CATEGORY
+from .prompts import Prompt, fit
+
+HUB = "cais/mmlu"
+LETTERS = "ABCD"
+
+
+class MMLU(Suite):
+    name = "mmlu"
+    description = "four-option questions over 57 subjects, ranked by likelihood (letters or answer texts)"
+    metrics = (Metric("accuracy", value="correct", chance=0.25, unit="share of questions"),)
+
+    class Params(BaseModel):
+        model_config = ConfigDict(frozen=True, extra="forbid")
+
+        shots: int = Field(default=5, ge=0, le=5, description="solved questions of the same subject in front")
+        format: Literal["letters", "cloze"] = "letters"
+        normalization: Literal["characters", "none"] = Field(
+            default="characters", description="cloze: divide an option's log-likelihood by its characters, or not"
+        )
+        subjects: tuple[str, ...] | None = Field(default=None, description="only these subjects")
+
+    def examples(self, source: DataSource) -> list[Example]:
+        subjects = self._subjects(source)
+        examples = []
+        for subject in subjects:
+            shots = _rows(source, subject, "dev")[: self.params.shots] if self.params.shots else []
+            if len(shots) < self.params.shots:
+                raise DataError(
+                    f"{self.params.shots} shots asked for; {subject} has {len(shots)} dev questions.", "Ask for fewer."
+                )
+            for number, row in enumerate(_rows(source, subject, "test")):
+                examples.append(Example(f"{subject}-{number}", subject, {**row, "subject": subject, "shots": shots}))
+        return examples
+
+    def _subjects(self, source: DataSource) -> list[str]:
+        """The subjects to ask: those named, or all that the source has."""
+        if self.params.subjects:
+            unknown = [subject for subject in self.params.subjects if subject not in CATEGORY]
+            if unknown:
+                raise DataError(
+                    f"'{unknown[0]}' is not a subject of MMLU.", "Known: " + ", ".join(sorted(CATEGORY)) + "."
+                )
+            return list(self.params.subjects)
+        if source.kind == "hub":
+            return sorted(CATEGORY)
+        folder = _folder(source)
+        present = [subject for subject in sorted(CATEGORY) if (folder / "test" / f"{subject}_test.csv").is_file()]
+        if not present:
+            raise DataError(f"{folder}/test holds no SUBJECT_test.csv of a known subject.", "See docs/data.md.")
+        return present
+
+    def batches(self, examples: Sequence[Example], size: int) -> list[list[Example]]:
+        """One subject at a time: its questions share the examples in front of them."""
+        by_subject = [list(rows) for _, rows in groupby(examples, key=lambda example: example.group)]
+        return [batch for rows in by_subject for batch in super(MMLU, self).batches(rows, size)]
+
+    def answer(self, lm: Any, examples: Sequence[Example]) -> Iterator[Sample]:
+        prompts = [self._prompt(lm, example) for example in examples]
+        pairs = [
+            (prompt.text, f" {option}")
+            for example, prompt in zip(examples, prompts, strict=True)
+            for option in self._options(example)
+        ]
+        values = iter(loglikelihoods(lm, pairs))
+        for example, prompt in zip(examples, prompts, strict=True):
+            choices = [
+                {"text": option, "loglikelihood": next(values)[0], "correct": index == example.content["answer"]}
+                for index, option in enumerate(self._options(example))
+            ]
+            yield self._sample(example, prompt, choices)
+
+    def _sample(self, example: Example, prompt: Prompt, choices: list[dict[str, Any]]) -> Sample:
+        by_character = self.params.format == "cloze" and self.params.normalization == "characters"
+        ranks = [choice["loglikelihood"] / (max(1, len(choice["text"])) if by_character else 1) for choice in choices]
+        best = ranks.index(max(ranks))
+        return Sample(
+            id=example.id,
+            group=example.group,
+            prompt=prompt.text,
+            output=choices[best]["text"],
+            choices=choices,
+            scores={"correct": float(choices[best]["correct"])},
+            truncated=prompt.truncated,
+            shots=prompt.shots,
+            n_prompt_tokens=prompt.tokens,
+        )
+
+    def groups_of(self, sample: Sample) -> list[str]:
+        return [OVERALL, CATEGORY[sample.group], sample.group]
+
+    def _options(self, example: Example) -> list[str]:
+        return list(LETTERS) if self.params.format == "letters" else example.content["choices"]
+
+    def _prompt(self, lm: Any, example: Example) -> Prompt:
+        room = max(len(lm.tok_encode(f" {option}", add_special_tokens=False)) for option in self._options(example))
+        return fit(lm, self._builder(example), len(example.content["shots"]), room)
+
+    def _builder(self, example: Example) -> Callable[[int], str]:
+        letters = self.params.format == "letters"
+        subject = example.content["subject"].replace("_", " ")
+        kind = "multiple choice questions" if letters else "questions"
+        header = f"The following are {kind} (with answers) about {subject}.\n\n"
+
+        def ask(row: dict[str, Any]) -> str:
+            if not letters:
+                return f"Question: {row['question'].strip()}\nAnswer:"
+            options = "".join(f"{letter}. {text}\n" for letter, text in zip(LETTERS, row["choices"], strict=True))
+            return f"{row['question'].strip()}\n{options}Answer:"
+
+        def solved(row: dict[str, Any]) -> str:
+            answer = LETTERS[row["answer"]] if letters else row["choices"][row["answer"]]
+            return f"{ask(row)} {answer}\n\n"
+
+        return lambda count: header + "".join(map(solved, example.content["shots"][:count])) + ask(example.content)
+
+
+def _folder(source: DataSource) -> Path:
+    if source.kind == "embedded":
+        return sources.EMBEDDED / "mmlu"
+    return sources.find(source.directory, "mmlu/test", "test", suite="mmlu").parent
+
+
+def _rows(source: DataSource, subject: str, split: str) -> list[dict[str, Any]]:
+    """Rows with question, choices [4] and answer (0-3)."""
+    if source.kind == "hub":
+        rows = sources.hub_rows(HUB, subject, split=split)
+        return [{"question": r["question"], "choices": list(r["choices"]), "answer": int(r["answer"])} for r in rows]
+    path = _folder(source) / split / f"{subject}_{split}.csv"
+    if not path.is_file():
+        raise DataError(f"{path} is missing.", f"The suite 'mmlu' reads {split}/{subject}_{split}.csv.")
+    found = []
+    for number, (question, *choices, answer) in sources.read_csv(path, columns=6):
+        letter = answer.strip()
+        if len(letter) != 1 or letter not in LETTERS:
+            given = f"the answer '{answer}'" if letter else "no answer"
+            raise DataError(f"row {number} of {path} has {given}.", "Expected A, B, C or D in the sixth column.")
+        found.append({"question": question, "choices": choices, "answer": LETTERS.index(letter)})
+    return found

@@ -1,0 +1,65 @@
+"""Where rows come from: files that the package carries, a local mirror in the public files' own formats, or the hub.
+
+A local mirror is searched for the names under which the public files are known; see docs/data.md.
+"""
+
+import csv
+import gzip
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from kick.errors import DataError
+
+EMBEDDED = Path(__file__).parent / "data"
+
+
+def find(root: Path | None, *candidates: str, suite: str) -> Path:
+    """The first of `candidates` (relative paths) that exists under `root`. Raises DataError naming them all."""
+    assert root is not None
+    if not root.is_dir():
+        raise DataError(f"no data folder {root}.", "--data takes a folder, 'embedded' or 'hub'.")
+    for candidate in candidates:
+        if (root / candidate).exists():
+            return root / candidate
+    raise DataError(f"{root} holds no data for the suite '{suite}'.", "Expected one of: " + ", ".join(candidates) + ".")
+
+
+def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number, row) of a .jsonl file, plain or .gz. Lines end at \\n alone: text may hold other separators."""
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rt", encoding="utf-8", newline="\n") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise DataError(f"line {number} of {path} is not JSON: {error}.", "One JSON object a line.") from error
+            if not isinstance(row, dict):
+                raise DataError(f"line {number} of {path} is not a JSON object.", "One JSON object a line.")
+            yield number, row
+
+
+def read_csv(path: Path, columns: int) -> Iterator[tuple[int, list[str]]]:
+    """(row number, cells) of a csv file without a header. Cells are text: "None" stays the word None."""
+    with open(path, encoding="utf-8", newline="") as file:
+        for number, row in enumerate(csv.reader(file), 1):
+            if len(row) != columns:
+                raise DataError(f"row {number} of {path} has {len(row)} columns.", f"Expected {columns}.")
+            yield number, row
+
+
+def hub_rows(name: str, config: str | None = None, split: str = "test", **options: Any) -> Iterable[dict[str, Any]]:
+    """Rows of a dataset on the Hugging Face hub. Raises DataError if it cannot be had."""
+    from datasets import load_dataset
+
+    try:
+        return load_dataset(name, config, split=split, **options)
+    except Exception as error:  # datasets raises many kinds; each means that the rows cannot be had
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DataError(
+            f"the dataset '{name}' cannot be read from the hub: {reason}",
+            "Without a network, give --data DIR (a local mirror) or --data embedded (kick's own small sets).",
+        ) from error
