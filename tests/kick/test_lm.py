@@ -1,0 +1,248 @@
+"""The fast LM against a one-by-one reference and against lm-eval's own HFLM."""
+
+import pytest
+import torch
+from conftest import make_tiny_llama
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kick.errors import KickError
+from kick.lm import find_lm, generate, loglikelihoods, rolling_loglikelihoods
+from kick.lm.fast import FastLM
+from kick.lm.packing import PREFIX_STEP, Packed, clusters, pack, shared_prefix
+
+
+def one_by_one(model, context, continuation):
+    """The definition: one plain forward pass, all logits, log-softmax in double precision."""
+    with torch.no_grad():
+        logits = model(torch.tensor([context + continuation])).logits[0].double().log_softmax(-1)
+    places = range(len(context) - 1, len(context) + len(continuation) - 1)
+    chosen = logits[list(places)]
+    value = chosen.gather(1, torch.tensor(continuation)[:, None]).sum().item()
+    return value, chosen.argmax(-1).tolist() == continuation
+
+
+def greedy(model, context, count, end):
+    made = []
+    for _ in range(count):
+        with torch.no_grad():
+            token = int(model(torch.tensor([context + made])).logits[0, -1].argmax())
+        if token == end:
+            break
+        made.append(token)
+    return made
+
+
+def ask(lm, pairs):
+    return lm._loglikelihood_tokens([(("", ""), context, continuation) for context, continuation in pairs])
+
+
+@pytest.fixture(scope="module")
+def lm(tokenizer):
+    return FastLM(make_tiny_llama(), tokenizer)
+
+
+# Packing
+
+
+def test_a_trie_holds_each_shared_token_once():
+    (row,) = pack([[1, 2, 3], [1, 2, 4, 5], [1, 9]], [0, 1, 2], max_tokens=100)
+    assert row.tokens == [1, 2, 3, 4, 5, 9]
+    assert row.depth == [0, 1, 2, 2, 3, 1]
+    assert row.parent == [-1, 0, 1, 1, 3, 0]
+    assert row.paths == {0: [0, 1, 2], 1: [0, 1, 3, 4], 2: [0, 5]}
+
+
+def test_a_token_sees_the_prefix_its_ancestors_and_itself():
+    row = Packed(tokens=[7, 8, 9], depth=[0, 1, 1], parent=[-1, 0, 0])
+    assert row.attends(1).astype(int).tolist() == [[1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 0, 1]]
+
+
+def test_rows_are_bounded_and_lose_nothing():
+    sequences = [[1, 2, 3], [1, 2, 4], [5] * 10, [6]]
+    rows = pack(sequences, range(4), max_tokens=4)
+    assert [list(row.paths) for row in rows] == [[0, 1], [2], [3]]
+    for row in rows:
+        for index, path in row.paths.items():
+            assert [row.tokens[place] for place in path] == sequences[index]
+
+
+def test_shared_prefixes_are_cut_to_whole_steps():
+    long = list(range(3 * PREFIX_STEP))
+    assert shared_prefix([[*long, 1], [*long, 2]], limit=1000) == 3 * PREFIX_STEP
+    assert shared_prefix([[*long[:-1], 1], [*long[:-1], 2]], limit=1000) == 2 * PREFIX_STEP
+    assert shared_prefix([[*long, 1], [*long, 2]], limit=PREFIX_STEP + 5) == PREFIX_STEP
+
+
+def test_clusters_share_what_is_not_scored():
+    head = list(range(PREFIX_STEP))
+    sequences = [[*head, 1], [500], [*head, 2], [501]]
+    assert clusters(sequences, unscored=[PREFIX_STEP, 0, PREFIX_STEP, 0]) == [(PREFIX_STEP, [0, 2]), (0, [1, 3])]
+    assert clusters(sequences, unscored=[PREFIX_STEP, 0, 5, 0]) == [(0, [0, 2, 1, 3])]  # one scores inside it
+
+
+# Scores
+
+
+def test_prefixes_are_shared_by_a_llama(lm):
+    assert lm.no_sharing is None
+    assert lm.record()["shares_prefixes"] is True
+
+
+words = st.lists(st.integers(2, 9), min_size=1, max_size=12)
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 2), words, st.lists(st.integers(2, 9), min_size=1, max_size=5)),
+        min_size=1,
+        max_size=12,
+    )
+)
+@settings(max_examples=25, deadline=None)
+def test_any_mix_of_requests_scores_like_one_by_one(lm, requests):
+    heads = ([], list(range(10, 10 + PREFIX_STEP)), list(range(100, 100 + 2 * PREFIX_STEP + 3)))
+    pairs = [(heads[head] + context, continuation) for head, context, continuation in requests]
+    for (value, is_greedy), (context, continuation) in zip(ask(lm, pairs), pairs, strict=True):
+        expected, expected_greedy = one_by_one(lm.model, context, continuation)
+        assert value == pytest.approx(expected, abs=1e-4)
+        assert is_greedy == expected_greedy
+
+
+def test_a_kept_prefix_gives_the_same_numbers_as_a_recomputed_one(tokenizer):
+    head = list(range(10, 10 + PREFIX_STEP))
+    pairs = [([*head, 3], [4, 5]), ([*head, 6], [7])]
+    warm = FastLM(make_tiny_llama(), tokenizer)
+    ask(warm, [([*head, 8], [9]), ([*head, 9], [9])])
+    assert ask(warm, pairs) == ask(FastLM(make_tiny_llama(), tokenizer), pairs)  # to the last bit
+
+
+def test_a_prompt_longer_than_the_context_is_cut_on_the_left(tokenizer):
+    lm = FastLM(make_tiny_llama(max_position_embeddings=16), tokenizer)
+    context, continuation = list(range(20, 60)), [7, 8]
+    (value, _) = ask(lm, [(context, continuation)])[0]
+    assert value == pytest.approx(one_by_one(lm.model, context[-15:], continuation)[0], abs=1e-4)
+
+
+def test_a_model_with_a_sliding_window_is_asked_row_by_row_and_says_so(tokenizer):
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(0)
+    config = MistralConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=600, sliding_window=8, initializer_range=0.2,
+    )  # fmt: skip
+    lm = FastLM(MistralForCausalLM(config).eval(), tokenizer)
+    assert lm.record()["shares_prefixes"] is False
+    assert "DynamicSlidingWindowLayer" in lm.record()["why_not"]
+    pairs = [(list(range(10, 40)), [4, 5]), (list(range(10, 30)), [6]), ([3], [4])]
+    for (value, _), pair in zip(ask(lm, pairs), pairs, strict=True):
+        assert value == pytest.approx(one_by_one(lm.model, *pair)[0], abs=1e-4)
+    text = generate(lm, ["The river ran", "A"], [], 8)
+    for prompt, made in zip(["The river ran", "A"], text, strict=True):
+        expected = greedy(lm.model, tokenizer(prompt)["input_ids"], 8, tokenizer.eos_token_id)
+        assert made == tokenizer.decode(expected, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "opt", "gpt_neox", "phi", "qwen2", "gemma"])
+def test_other_architectures_score_like_one_by_one(kind, tokenizer):
+    from test_blocks import tiny
+
+    lm = FastLM(tiny(kind, vocab_size=600), tokenizer)
+    pairs = [([11, 12, 13], [4, 5]), ([11, 12], [13, 6]), ([20], [21])]
+    for (value, _), pair in zip(ask(lm, pairs), pairs, strict=True):
+        assert value == pytest.approx(one_by_one(lm.model, *pair)[0], abs=1e-4)
+
+
+def test_rolling_likelihood_counts_every_token_once(tokenizer):
+    lm = FastLM(make_tiny_llama(max_position_embeddings=8), tokenizer)
+    text = "Rivers carve valleys over thousands of years and carry sand to the sea."
+    tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert len(tokens) > 16
+    stream = [tokenizer.bos_token_id, *tokens]  # stream[i] comes before tokens[i]
+    expected = 0.0
+    for start in range(0, len(tokens), 8):
+        end = min(start + 8, len(tokens))
+        first = end - 8 if end == len(tokens) else start  # the last window has eight inputs like all others
+        expected += one_by_one(lm.model, stream[max(0, first) : start + 1], tokens[start:end])[0]
+    assert rolling_loglikelihoods(lm, [text])[0] == pytest.approx(expected, abs=1e-3)
+
+
+# Generation
+
+
+def test_generation_in_a_batch_is_generation_alone(lm, tokenizer):
+    prompts = ["The lighthouse", "A", "Bread is made of flour, water, salt and", "One two three four five six"]
+    together = generate(lm, prompts, [], 12)
+    for prompt, text in zip(prompts, together, strict=True):
+        tokens = greedy(lm.model, tokenizer(prompt)["input_ids"], 12, tokenizer.eos_token_id)
+        assert text == tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def test_generation_after_a_shared_prefix_is_generation_alone(lm, tokenizer):
+    head = "Question: what runs but never walks? Answer: a river.\n\n" * 6
+    prompts = [head + end for end in ("Who?", "Where does it go?", "When")]
+    assert len(tokenizer(head)["input_ids"]) > PREFIX_STEP
+    for prompt, text in zip(prompts, generate(lm, prompts, [], 10), strict=True):
+        tokens = greedy(lm.model, tokenizer(prompt)["input_ids"], 10, tokenizer.eos_token_id)
+        assert text == tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def test_a_stop_string_ends_a_completion_and_is_not_part_of_it(lm):
+    (whole,) = generate(lm, ["The lighthouse"], [], 16)
+    stop = whole[3:5]
+    (cut,) = generate(lm, ["The lighthouse"], [stop], 16)
+    assert cut == whole[: whole.index(stop)]
+
+
+def test_sampling_is_refused(lm):
+    request = type("Request", (), {"args": ("x", {"until": [], "temperature": 0.7})})
+    with pytest.raises(KickError, match="greedily"):
+        lm.generate_until([request])
+
+
+def test_an_unknown_lm_lists_the_known_ones():
+    with pytest.raises(KickError, match="Did you mean 'fast'"):
+        find_lm("fats")
+
+
+# Against lm-eval
+
+
+def test_scores_are_those_of_hflm(lm, tokenizer):
+    from lm_eval.models.huggingface import HFLM
+
+    peer = HFLM(pretrained=lm.model, tokenizer=tokenizer, batch_size=2)
+    pairs = [
+        ("The sea is", " wide"),
+        ("The sea is", " deep and cold"),
+        ("", "Rain"),
+        ("A ", "b"),
+        ("Salt comes from the sea.", " Yes"),
+    ]
+    for ours, theirs in zip(loglikelihoods(lm, pairs), loglikelihoods(peer, pairs), strict=True):
+        assert ours[0] == pytest.approx(theirs[0], abs=1e-4)
+        assert ours[1] == theirs[1]
+    texts = ["Rivers carve valleys.", "Tides rise and fall twice a day."]
+    assert rolling_loglikelihoods(lm, texts) == pytest.approx(rolling_loglikelihoods(peer, texts), abs=1e-3)
+    assert generate(lm, texts, ["."], 12) == generate(peer, texts, ["."], 12)
+
+
+@pytest.mark.real_model
+@pytest.mark.parametrize(("form", "shots"), [("letters", 2), ("cloze", 0)])
+def test_mmlu_on_the_real_model_scores_like_stock_hflm(real_checkpoint, mirror, form, shots):
+    from kick_tasks.mmlu import MMLU
+    from lm_eval.models.huggingface import HFLM
+
+    from kick.suite import DataSource, subset
+
+    lm = FastLM.from_checkpoint(real_checkpoint.path, "float32", "cpu")
+    peer = HFLM(pretrained=lm.model, tokenizer=lm.tokenizer, batch_size=4)
+    suite = MMLU(
+        MMLU.Params(shots=shots, format=form, subjects=("astronomy", "global_facts", "high_school_psychology"))
+    )
+    examples = subset(suite.examples(DataSource.parse(str(mirror))), None, 3, seed=0)
+    for ours, theirs in zip(suite.answer(lm, examples), suite.answer(peer, examples), strict=True):
+        assert ours.output == theirs.output
+        for a, b in zip(ours.choices, theirs.choices, strict=True):
+            assert a["loglikelihood"] == pytest.approx(b["loglikelihood"], abs=1e-3)

@@ -1,0 +1,104 @@
+import shutil
+
+import pytest
+import torch
+
+from kick import models
+from kick.errors import ConfigError, ModelError
+
+
+def test_a_directory_is_loaded_as_it_is(tiny_model):
+    source = models.find_source(str(tiny_model))
+    assert source.kind == "directory"
+    model = models.load_model(source.path, "float32", "cpu")
+    assert model.dtype == torch.float32
+    assert not model.training
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("smollm2-153m", "Did you mean 'smollm2-135m'"),
+        ("smollm2", "no model called 'smollm2'"),
+        ("gpt2", "no model called 'gpt2'"),
+        ("./no/such/folder", "no model called"),
+    ],
+)
+def test_an_unknown_model_fails_at_once(name, says):
+    with pytest.raises(ModelError, match=says) as error:
+        models.find_source(name)
+    assert "smollm2-135m" in str(error.value)
+
+
+def test_a_misspelt_folder_names_its_neighbour(tiny_model):
+    with pytest.raises(ModelError, match=r"Did you mean .*tiny-llama"):
+        models.find_source(str(tiny_model.parent / "tiny-lama"))
+
+
+def test_a_hub_id_that_cannot_be_had_is_no_other_model():
+    source = models.find_source("no-such-owner/no-such-model")
+    assert source.kind == "hub"
+    with pytest.raises(ModelError, match="no-such-owner/no-such-model"):
+        models.fetch(source)
+
+
+def test_pickles_and_empty_folders_are_refused(tmp_path, tiny_model):
+    shutil.copy(tiny_model / "config.json", tmp_path)
+    with pytest.raises(ModelError, match="no weights"):
+        models.find_source(str(tmp_path))
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(ModelError, match="a pickle"):
+        models.find_source(str(tmp_path))
+    with pytest.raises(ModelError, match=r"no config\.json"):
+        models.find_source(str(tmp_path.parent))
+    (tmp_path / "model.onnx").write_bytes(b"")
+    with pytest.raises(ModelError, match="not a model that kick reads"):
+        models.find_source(str(tmp_path / "model.onnx"))
+
+
+def test_code_in_a_models_folder_is_not_run(tmp_path, tiny_model):
+    import json
+
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    with pytest.raises(ModelError):
+        models.load_model(folder, "float32", "cpu")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_the_fingerprint_is_of_the_content(tmp_path, tiny_model):
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_model, copy)
+    assert models.fingerprint(copy) == models.fingerprint(tiny_model)
+    weights = next(copy.glob("*.safetensors"))
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(bytes(data))
+    assert models.fingerprint(copy) != models.fingerprint(tiny_model)
+
+
+def test_precision_and_device():
+    assert models.default_dtype("cpu") == "float32"
+    assert models.default_dtype("cuda") == "bfloat16"
+    with pytest.raises(ConfigError, match="device 'gpu'"):
+        models.check_device("gpu")
+
+
+@pytest.mark.real_model
+def test_the_packaged_model_is_what_its_file_says(real_checkpoint):
+    record = real_checkpoint.record
+    assert record["parameters"] == 134_515_008  # the published count, embeddings tied
+    assert len(record["layers"]) == 30 * 7
+    assert record["coverage"]["share"] == 1.0
+    config = (real_checkpoint.path / "config.json").read_text()
+    assert "quantization_config" not in config  # dequantised: saved as the plain model that it now is
+
+
+@pytest.mark.skipif("not config.getoption('--hub', default=False)", reason="needs the Hugging Face hub: pytest --hub")
+def test_a_hub_model_is_fetched():
+    source = models.find_source("HuggingFaceTB/SmolLM2-135M-Instruct")
+    assert models.fetch(source).is_dir()

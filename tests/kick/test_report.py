@@ -1,0 +1,225 @@
+"""Tables, figures and the page, from a run directory written by hand: no model is needed to report."""
+
+import csv
+import html.parser
+import json
+import xml.etree.ElementTree
+
+import pytest
+
+from kick.errors import RunError
+from kick.report import read_results, tables, write_report
+from kick.suite import Sample
+
+HOSTILE = [
+    "<script>alert(1)</script>",
+    "<img src=x onerror=alert(1)>",
+    "</td></table><h1>mine</h1>",
+    "\u202eright to left\u202c",
+    "broken \udcff surrogate",
+    "x" * 100_000,
+    "{{ 7 * 7 }} {% raw %}",
+    "]]> &amp; &lt;",
+]
+
+# right answers of 100 questions: dense 60; small loses 1 and wins 1; large loses 40
+DENSE = [1] * 60 + [0] * 40
+SMALL = [0] + [1] * 59 + [1] + [0] * 39
+LARGE = [1] * 20 + [0] * 80
+
+
+def write_run(root, settings, suites, failing=()):
+    root.mkdir()
+    specs = [{"suite": suite, "label": "", "params": {}, "data": None, "limit": None, "limit_per_group": None, "seed": 0}
+             for suite in suites]  # fmt: skip
+    rows = []
+    for name, sparsity in settings:
+        compressor, _, level = name.partition("@")
+        row = {"compressor": compressor, "level": level, "params": {}, "seed": 0, "label": ""}
+        rows.append({**row, "name": name})
+        folder = root / "evaluations" / name
+        folder.mkdir(parents=True)
+        layer = {
+            "shape": [10, 10],
+            "weights": 100,
+            "zeros": round(100 * sparsity),
+            "sparsity": sparsity,
+            "weight_error": 0.1,
+        }
+        record = {"setting": row, "sparsity": sparsity, "bits_per_weight": 32, "bytes": 4_000_000, "parameters": 1_000_000,
+                  "layers": {"a": layer}, "warnings": ["a dead column"] if sparsity == 0.2 else []}  # fmt: skip
+        (folder / "kick.json").write_text(json.dumps(record))
+    run = {
+        "format": 1, "started": "2026-01-01T00:00:00+00:00", "model": {"name": "<b>model</b>", "kind": "directory", "note": "",
+        "fingerprint": "f" * 64}, "dtype": "float32", "device": "cpu", "settings": rows, "hardware": {"cores": 2},
+        "versions": {"torch": "2"}, "suites": {s: {"source": "x", "params": {}, "questions": 100, "data": "d"} for s in suites},
+        "config": {"suites": specs, "lm": {"name": "fast"}, "calibration": {"source": "embedded"}},
+    }  # fmt: skip
+    (root / "run.json").write_text(json.dumps(run))
+    for (name, _), suite in [(setting, suite) for setting in settings for suite in suites]:
+        folder = root / "evaluations" / name / suite
+        folder.mkdir()
+        if (name, suite) in failing:
+            (folder / "scores.json").write_text(
+                json.dumps({"key": "k", "status": "failed", "reason": "it <i>broke</i>"})
+            )
+            continue
+        with open(folder / "samples.jsonl", "w", encoding="utf-8", errors="backslashreplace") as file:
+            for sample in samples(name, suite):
+                file.write(json.dumps(sample.to_json(), ensure_ascii=False) + "\n")
+        (folder / "scores.json").write_text(json.dumps({"key": "k", "status": "complete"}))
+    return root
+
+
+def samples(setting, suite):
+    right = {"dense": DENSE, "magnitude@0.2": SMALL, "wanda@0.1": DENSE}.get(setting, LARGE)
+    for index, correct in enumerate(right):
+        hostile = HOSTILE[0] + HOSTILE[6] + HOSTILE[index % len(HOSTILE)]
+        if suite == "perplexity":
+            worse = 1.0 if setting == "dense" else 1.3
+            nll = (2.0 + 0.01 * index) * worse
+            yield Sample(
+                f"w{index}", "t", hostile, scores={"nll": nll, "tokens": 1.0, "bits": nll / 0.693, "bytes": 4.0}
+            )
+        else:
+            scores = {"contains": float(correct), "exact_match": float(correct), "f1": float(correct)}
+            yield Sample(
+                f"q{index:03d}", "topic", f"{hostile} Why?", output=hostile, scores=scores, truncated=index < 3
+            )
+
+
+SETTINGS = [("dense", 0.0), ("magnitude@0.2", 0.2), ("magnitude@0.5", 0.5), ("wanda@0.1", 0.1), ("wanda@2:4", 0.5)]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    root = write_run(tmp_path_factory.mktemp("report") / "run", SETTINGS, ["factoid_qa", "perplexity"])
+    write_report(root)
+    return root
+
+
+def rows(run):
+    with open(run / "scores.csv", encoding="utf-8", newline="") as file:
+        found = csv.DictReader(file)
+        return {(row["setting"], row["suite"], row["metric"], row["group"]): row for row in found}
+
+
+def test_scores_by_hand(run):
+    found = rows(run)
+    dense = found["dense", "factoid_qa", "contains", "overall"]
+    assert (dense["n"], dense["score"], dense["truncated"], dense["failed"]) == ("100", "0.6", "3", "0")
+    assert (dense["verdict"], dense["p_value"], dense["retained"]) == ("", "", "1")
+    small = found["magnitude@0.2", "factoid_qa", "contains", "overall"]
+    assert (small["score"], small["retained"], small["flips"], small["p_value"]) == ("0.6", "1", "2", "1")
+    large = found["magnitude@0.5", "factoid_qa", "contains", "overall"]
+    assert (large["score"], large["retained"], large["flips"], large["verdict"]) == (
+        "0.2",
+        "0.333333",
+        "40",
+        "not matching",
+    )
+    assert float(large["p_value"]) == pytest.approx(2 * 0.5**40, rel=1e-4)
+    # perplexity: mean nll 2.495 against 1.3 times that
+    worse = found["wanda@2:4", "perplexity", "perplexity", "overall"]
+    assert float(worse["retained"]) == pytest.approx(2.718281828 ** (2.495 - 2.495 * 1.3), rel=1e-5)
+    assert (worse["verdict"], worse["flips"]) == ("not matching", "")
+
+
+def test_the_leaderboard_is_ordered_by_what_was_retained(run):
+    order = [row["setting"] for row in tables.leaderboard(read_results(run))]
+    assert order[0] == "dense"
+    assert set(order[1:3]) == {"magnitude@0.2", "wanda@0.1"}
+    text = (run / "leaderboard.md").read_text(encoding="utf-8")
+    assert "| magnitude@0.5 | 50 % | 4 | 33 % [" in text
+    assert "stored as zeros" in text
+
+
+def test_perplexity_enters_no_mean(run):
+    assert read_results(run).task_suites == ["factoid_qa"]
+
+
+def test_figures_are_drawn_with_their_axes_named(run):
+    for name in ("factoid_qa-against-sparsity", "perplexity-against-sparsity", "size-against-retained"):
+        assert (run / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        text = (run / "figures" / f"{name}.svg").read_text(encoding="utf-8")
+        xml.etree.ElementTree.fromstring(text)
+        assert {"95 % of dense", "magnitude", "wanda"} <= set(_texts(text))
+    text = (run / "figures" / "factoid_qa-against-sparsity.svg").read_text(encoding="utf-8")
+    assert {"sparsity of the pruned layers, measured (%)", "contains (%)", "dense", "2:4"} <= set(_texts(text))
+
+
+def _texts(svg):
+    return [element.text for element in xml.etree.ElementTree.fromstring(svg).iter() if element.text]
+
+
+class Page(html.parser.HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.attributes, self.words = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+def test_what_a_model_says_stays_text(run):
+    page = Page((run / "report.html").read_text(encoding="utf-8"))
+    assert "script" not in page.tags
+    assert "img" not in page.tags
+    assert page.tags.count("h1") == 1
+    assert not [name for name, _ in page.attributes if name.startswith("on")]
+    text = "".join(page.words)
+    assert "<script>alert(1)</script>" in text
+    assert "{{ 7 * 7 }}" in text
+    assert "What did <b>model</b> lose?" in text
+
+
+def test_the_page_needs_nothing_from_outside(run):
+    page = Page((run / "report.html").read_text(encoding="utf-8"))
+    links = [value for name, value in page.attributes if name in ("src", "href", "xlink:href")]
+    assert links
+    assert all(value.startswith("#") for value in links)
+    assert not {"link", "iframe", "object"} & set(page.tags)
+    assert (run / "report.html").stat().st_size < 1_000_000  # long outputs are shortened
+
+
+def test_ids_in_the_page_are_unique(run):
+    page = Page((run / "report.html").read_text(encoding="utf-8"))
+    ids = [value for name, value in page.attributes if name == "id"]
+    assert len(ids) == len(set(ids))
+
+
+def test_the_page_says_where_each_method_stops_matching(run):
+    text = "".join(Page((run / "report.html").read_text(encoding="utf-8")).words)
+    assert "none (10 %: undecided)" in text or "10 %" in text
+    assert "a dead column" in text
+    assert "n to decide" in text
+
+
+def test_a_failed_evaluation_is_shown_and_left_out(tmp_path):
+    run = write_run(tmp_path / "run", SETTINGS, ["factoid_qa", "perplexity"], failing={("wanda@0.1", "factoid_qa")})
+    write_report(run)
+    row = rows(run)["wanda@0.1", "factoid_qa", "contains", "overall"]
+    assert (row["n"], row["score"], row["verdict"]) == ("0", "", "")
+    assert "it <i>broke</i>" in "".join(Page((run / "report.html").read_text(encoding="utf-8")).words)
+    assert "failed" in (run / "leaderboard.md").read_text(encoding="utf-8")
+
+
+def test_without_a_signal_there_is_no_verdict_and_no_mean(tmp_path, monkeypatch):
+    import test_report
+
+    monkeypatch.setattr(test_report, "DENSE", [0] * 100)
+    run = write_run(tmp_path / "run", SETTINGS, ["factoid_qa"])
+    results = write_report(run)
+    assert rows(run)["wanda@2:4", "factoid_qa", "contains", "overall"]["verdict"] == "no signal"
+    assert results.task_suites == []
+    assert results.mean_retained("wanda@2:4") is None
+
+
+def test_a_folder_that_is_no_run(tmp_path):
+    with pytest.raises(RunError, match="is not a run"):
+        read_results(tmp_path)

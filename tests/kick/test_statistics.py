@@ -1,0 +1,177 @@
+"""Expected values come from scipy, from published tables, or from a line of arithmetic in the comment."""
+
+import time
+
+import numpy as np
+import pytest
+import scipy.stats
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kick import statistics
+from kick.statistics import Interval
+
+MATCHING, NOT, UNDECIDED, NO_SIGNAL = "matching", "not matching", "undecided", "no signal"
+
+
+@pytest.mark.parametrize(("successes", "n"), [(0, 10), (3, 10), (10, 10), (50, 120), (1, 1), (655, 1000)])
+def test_wilson_is_scipys(successes, n):
+    ours = statistics.wilson(successes, n)
+    theirs = scipy.stats.binomtest(successes, n).proportion_ci(method="wilson")
+    assert ours.low == pytest.approx(theirs.low, abs=1e-12)
+    assert ours.high == pytest.approx(theirs.high, abs=1e-12)
+
+
+def test_mcnemar_by_hand():
+    # 1 lost, 9 won: 2 * (C(10,0) + C(10,1)) / 2^10 = 22 / 1024
+    assert statistics.mcnemar(1, 9) == pytest.approx(22 / 1024)
+    assert statistics.mcnemar(9, 1) == pytest.approx(22 / 1024)
+    assert statistics.mcnemar(5, 5) == 1.0
+    assert statistics.mcnemar(0, 0) == 1.0
+
+
+def test_holm_by_hand():
+    # sorted .005 .01 .03 .04 times 4 3 2 1 = .02 .03 .06 .04; never falling: .02 .03 .06 .06
+    assert statistics.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    adjusted = statistics.holm([0.01, float("nan"), 0.02])  # the missing one is not counted
+    assert adjusted[0] == pytest.approx(0.02)
+    assert np.isnan(adjusted[1])
+    assert statistics.holm([0.9, 0.8]) == [1.0, 1.0]
+    assert statistics.holm([]) == []
+
+
+def test_sign_flip_agrees_with_scipys_permutation_test():
+    differences = np.random.default_rng(3).normal(0.35, 1.0, 40)
+    theirs = scipy.stats.permutation_test(
+        (differences,), np.mean, permutation_type="samples", n_resamples=20_000, rng=np.random.default_rng(0)
+    ).pvalue
+    assert statistics.sign_flip(differences) == pytest.approx(theirs, abs=0.01)
+    assert statistics.sign_flip(np.zeros(5)) == 1.0
+    assert 0 < statistics.sign_flip(np.full(30, 1.0)) < 0.001  # never exactly 0
+
+
+def test_the_bootstrap_of_a_mean_is_scipys():
+    values = np.random.default_rng(0).exponential(size=300)
+    sums = statistics.resampled_sums(values[:, None])
+    ours = statistics.percentile_interval(sums[:, 0] / 300, n=300)
+    theirs = scipy.stats.bootstrap(
+        (values,), np.mean, method="percentile", n_resamples=10_000, rng=1
+    ).confidence_interval
+    assert ours.low == pytest.approx(theirs.low, abs=0.01)
+    assert ours.high == pytest.approx(theirs.high, abs=0.01)
+
+
+def test_resampling_distinct_rows_is_resampling_rows():
+    # right-or-wrong rows go through a multinomial over four kinds; the same rows made distinct go one by one
+    rows = np.random.default_rng(1).integers(0, 2, (600, 2)).astype(float)
+    together = statistics.resampled_sums(rows, seed=1)
+    apart = statistics.resampled_sums(rows + np.arange(600)[:, None] * 1e-9, seed=2)
+    assert together.mean(axis=0) == pytest.approx(apart.mean(axis=0), rel=0.002)
+    assert np.cov(together.T) == pytest.approx(np.cov(apart.T), abs=10)  # about 150 on the diagonal
+
+
+def test_resampling_is_repeatable():
+    rows = np.random.default_rng(1).random((50, 2))
+    assert (statistics.resampled_sums(rows) == statistics.resampled_sums(rows)).all()
+
+
+def test_a_t_interval_is_what_a_few_normal_values_get():
+    # The mean of 8 draws: the percentile interval alone is narrower than Student's by sqrt(7/8) * 1.96 / 2.36 = 0.78
+    values = np.random.default_rng(5).normal(size=8)
+    low, high = scipy.stats.ttest_1samp(values, 0).confidence_interval()
+    sums = statistics.resampled_sums(values[:, None])
+    ours = statistics.percentile_interval(sums[:, 0] / 8, n=8)
+    assert ours.high - ours.low == pytest.approx(high - low, rel=0.12)
+
+
+def test_one_sample_has_no_interval():
+    interval = statistics.percentile_interval(np.ones(100), n=1)
+    assert np.isnan(interval.low)
+    assert statistics.verdict(interval, signal=True) == UNDECIDED
+
+
+def test_ten_thousand_resamples_of_fourteen_thousand_answers_take_about_a_second():
+    rows = np.random.default_rng(0).integers(0, 2, (14_000, 2)).astype(float)
+    start = time.perf_counter()
+    sums = statistics.resampled_sums(rows, 10_000, pseudo=statistics.corners(rows[:, 0], rows[:, 1]))
+    assert sums.shape == (10_000, 2)
+    assert time.perf_counter() - start < 30  # a loop over resamples would take minutes; this is no measurement
+
+
+def test_corners_only_for_scores_within_bounds():
+    assert statistics.corners(np.array([0.0, 1.0]), np.array([0.3, 0.2])).tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
+    assert statistics.corners(np.array([0.0, 7.0]), np.array([1.0, 2.0])) is None
+
+
+def test_nothing_changed_in_a_small_sample_is_not_certainty():
+    right = np.array([1.0] * 6 + [0.0] * 4)
+    rows = np.stack([right, right], axis=1)
+    sums = statistics.resampled_sums(rows, pseudo=statistics.corners(right, right))
+    with np.errstate(invalid="ignore"):
+        interval = statistics.percentile_interval(sums[:, 1] / sums[:, 0], n=10)
+    assert interval.low < 0.95 < interval.high
+    many = np.repeat(rows, 100, axis=0)  # the same in a thousand questions is
+    sums = statistics.resampled_sums(many, pseudo=statistics.corners(many[:, 0], many[:, 1]))
+    assert statistics.percentile_interval(sums[:, 1] / sums[:, 0], n=1000).low > 0.95
+
+
+def test_the_paired_interval_covers_the_truth():
+    # 60 questions, dense right on 60 %, one in five of those lost, one in ten of the others won: retained .52 / .60
+    rng = np.random.default_rng(0)
+    truth = (0.6 * 0.8 + 0.4 * 0.1) / 0.6
+    covered = 0
+    for trial in range(300):
+        dense = (rng.random(60) < 0.6).astype(float)
+        other = np.where(dense == 1, rng.random(60) < 0.8, rng.random(60) < 0.1).astype(float)
+        sums = statistics.resampled_sums(
+            np.stack([dense, other], axis=1), 1000, seed=trial, pseudo=statistics.corners(dense, other)
+        )
+        interval = statistics.percentile_interval(sums[:, 1] / sums[:, 0], n=60)
+        covered += interval.low <= truth <= interval.high
+    assert 0.92 <= covered / 300 <= 0.985  # nominal .95; three standard errors are .038
+
+
+def test_verdicts():
+    assert statistics.verdict(Interval(0.96, 1.02), True) == MATCHING
+    assert statistics.verdict(Interval(0.60, 0.94), True) == NOT
+    assert statistics.verdict(Interval(0.90, 0.99), True) == UNDECIDED
+    assert statistics.verdict(Interval(0.95, 1.00), True) == UNDECIDED  # the line itself is not above it
+    assert statistics.verdict(Interval(0.99, 1.01), False) == NO_SIGNAL
+
+
+def test_signal_is_an_interval_above_chance():
+    assert statistics.has_signal(Interval(0.27, 0.40), 0.25)
+    assert not statistics.has_signal(Interval(0.22, 0.40), 0.25)
+    assert statistics.has_signal(Interval(0.01, 0.10), None)
+    assert not statistics.has_signal(Interval(0.0, 0.10), None)
+    assert not statistics.has_signal(Interval(float("nan"), float("nan")), None)
+
+
+def test_how_many_would_decide():
+    # the estimate lies .02 above the line and the interval reaches .04 below the estimate: twice the reach, four times n
+    assert statistics.n_to_decide(100, 0.97, Interval(0.93, 1.01)) == pytest.approx(400, abs=1)
+    assert statistics.n_to_decide(100, 0.95, Interval(0.9, 1.0)) is None
+    assert statistics.n_to_decide(100, float("nan"), Interval(0.9, 1.0)) is None
+
+
+def test_the_frontier_stops_at_the_first_level_that_does_not_match():
+    assert statistics.frontier([(0.1, MATCHING), (0.2, MATCHING), (0.3, NOT)]) == 0.2
+    assert statistics.frontier([(0.3, MATCHING), (0.1, NOT), (0.2, MATCHING)]) is None  # not monotone
+    assert statistics.frontier([(0.1, MATCHING), (0.2, UNDECIDED), (0.3, MATCHING)]) == 0.1
+    assert statistics.frontier([(0.1, NO_SIGNAL), (0.2, MATCHING)]) == 0.2
+    assert statistics.frontier([]) is None
+
+
+def test_the_papers_point_rule_on_the_papers_scores():
+    # Factoid QA of Vicuna-7B under magnitude pruning at 10 ... 50 % (LLM-KICK): fails, passes, fails, fails, fails
+    dense, scores = 65.44, [61.74, 66.53, 60.84, 42.06, 13.99]
+    assert [statistics.point_verdict(score / dense) for score in scores] == [False, True, False, False, False]
+
+
+@given(st.lists(st.floats(min_value=0, max_value=1), min_size=1, max_size=20))
+@settings(max_examples=50)
+def test_holm_never_makes_a_p_value_smaller_and_keeps_their_order(p_values):
+    adjusted = statistics.holm(p_values)
+    assert all(a >= p for a, p in zip(adjusted, p_values, strict=True))
+    order = np.argsort(p_values, kind="stable")
+    assert (np.diff(np.array(adjusted)[order]) >= 0).all()

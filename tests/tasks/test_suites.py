@@ -1,0 +1,337 @@
+"""The three suites with a scripted LM: prompts, scores, and rows that are wrong."""
+
+import csv
+import json
+import math
+
+import pytest
+from kick_tasks.factoid_qa import FactoidQA
+from kick_tasks.mmlu import MMLU
+from kick_tasks.mmlu_subjects import CATEGORY
+from kick_tasks.perplexity import Perplexity, cut
+
+from kick.errors import ConfigError, DataError
+from kick.suite import DataSource, Example, Sample, data_fingerprint, subset
+
+EMBEDDED = DataSource.parse("embedded")
+
+
+class ScriptedLM:
+    """An LM that answers from functions; a token is a word."""
+
+    def __init__(
+        self, complete=lambda prompt: "", likelihood=lambda context, continuation: 0.0, max_length=10_000, chat=False
+    ):
+        self.complete, self.likelihood, self.max_length, self.has_chat_template = complete, likelihood, max_length, chat
+        self.prompts = []
+
+    def tok_encode(self, text, add_special_tokens=None):
+        return text.split()
+
+    def generate_until(self, requests, disable_tqdm=False):
+        self.prompts += [request.args[0] for request in requests]
+        self.options = requests[0].args[1]
+        return [self.complete(request.args[0]) for request in requests]
+
+    def loglikelihood(self, requests, disable_tqdm=False):
+        self.prompts += [request.args[0] for request in requests]
+        return [(self.likelihood(*request.args), False) for request in requests]
+
+    def loglikelihood_rolling(self, requests, disable_tqdm=False):
+        return [self.likelihood("", request.args[0]) for request in requests]
+
+    def apply_chat_template(self, history, add_generation_prompt=True):
+        return "".join(f"<{turn['role']}>{turn['content']}" for turn in history) + "<assistant>"
+
+
+def suite(kind, **params):
+    return kind(kind.Params(**params))
+
+
+def example(question="Who wrote Emma?", answers=("Jane Austen",), shots=()):
+    return Example(
+        "q1", "books", {"question": question, "answers": list(answers), "shots": [list(shot) for shot in shots]}
+    )
+
+
+# Factoid QA
+
+
+def test_zero_shot_prompt():
+    lm = ScriptedLM(lambda prompt: " Jane Austen")
+    (sample,) = suite(FactoidQA).answer(lm, [example()])
+    assert lm.prompts == ["Answer the question with a name or a few words.\n\nQuestion: Who wrote Emma?\nAnswer:"]
+    assert lm.options["until"] == ["\n"]
+    assert sample.scores == {"contains": 1.0, "exact_match": 1.0, "f1": 1.0}
+    assert (sample.shots, sample.truncated, sample.output) == (0, False, " Jane Austen")
+
+
+def test_shots_stand_in_front():
+    lm = ScriptedLM()
+    list(suite(FactoidQA, shots=2).answer(lm, [example(shots=[("1+1?", "2"), ("2+2?", "4")])]))
+    assert lm.prompts == [
+        "Question: 1+1?\nAnswer: 2\n\nQuestion: 2+2?\nAnswer: 4\n\nQuestion: Who wrote Emma?\nAnswer:"
+    ]
+
+
+def test_shots_are_dropped_until_the_prompt_fits_and_counted():
+    shots = [("one two three", "four")] * 3  # six words each
+    lm = ScriptedLM(max_length=5 + 32 + 12)  # the question has five words, the answer room for 32
+    (sample,) = suite(FactoidQA, shots=3).answer(lm, [example(shots=shots)])
+    assert (sample.shots, sample.truncated) == (2, False)
+    lm.max_length = 20  # not even the question alone
+    (sample,) = suite(FactoidQA, shots=3).answer(lm, [example(shots=shots)])
+    assert (sample.shots, sample.truncated) == (0, True)
+
+
+def test_the_prompt_is_never_scored():
+    lm = ScriptedLM(lambda prompt: " I do not know")
+    (sample,) = suite(FactoidQA).answer(lm, [example("Did Jane Austen write Emma?", ["Jane Austen"])])
+    assert sample.scores["contains"] == 0.0
+
+
+def test_chat_template():
+    lm = ScriptedLM(chat=True)
+    list(suite(FactoidQA, shots=1, chat_template="on").answer(lm, [example(shots=[("1+1?", "2")])]))
+    assert lm.prompts == [
+        "<user>Question: 1+1?\nAnswer:<assistant>2<user>Question: Who wrote Emma?\nAnswer:<assistant>"
+    ]
+    list(suite(FactoidQA, chat_template="auto").answer(ScriptedLM(chat=False), [example()]))
+    with pytest.raises(ConfigError, match="no chat template"):
+        list(suite(FactoidQA, chat_template="on").answer(ScriptedLM(chat=False), [example()]))
+
+
+def write_freebase(folder, questions, name="FreebaseQA-eval.json"):
+    (folder / name).write_text(json.dumps({"Dataset": "x", "Version": "1", "Questions": questions}))
+
+
+def freebase(id="q-1", question="Who?", names=("me",)):
+    return {
+        "Question-ID": id,
+        "RawQuestion": question,
+        "Parses": [{"Answers": [{"AnswersMid": "m", "AnswersName": list(names)}]}],
+    }
+
+
+def test_freebase_rows(tmp_path):
+    row = freebase(names=["jane austen", "austen"])
+    row["Parses"].append({"Answers": [{"AnswersMid": "n", "AnswersName": ["austen"]}]})
+    write_freebase(tmp_path, [row])
+    (found,) = suite(FactoidQA).examples(DataSource.parse(str(tmp_path)))
+    assert found.content["answers"] == ["jane austen", "austen"]
+    # the hub gives records as columns
+    from kick_tasks.factoid_qa import _from_freebase
+
+    columns = {**row, "Parses": {"Answers": [{"AnswersMid": ["m"], "AnswersName": [["jane austen", "austen"]]}]}}
+    assert _from_freebase(columns, "row 1")["answers"] == ["jane austen", "austen"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "says"),
+    [
+        ([freebase(), freebase("q-2", names=[])], "question 2 of .* has no answer"),
+        ([freebase(names=["?!"])], "question 1 of .* has no answer"),
+        ([freebase(question=" ")], "has no question"),
+        ([{"Question-ID": "q", "RawQuestion": "Who?"}], "'Parses'. is missing"),
+    ],
+)
+def test_wrong_freebase_rows_are_named(tmp_path, rows, says):
+    write_freebase(tmp_path, rows)
+    with pytest.raises(DataError, match=says):
+        suite(FactoidQA).examples(DataSource.parse(str(tmp_path)))
+
+
+def test_missing_data_says_what_was_expected(tmp_path):
+    for kind in (FactoidQA, MMLU, Perplexity):
+        with pytest.raises(DataError, match="holds no data for the suite"):
+            suite(kind).examples(DataSource.parse(str(tmp_path)))
+        with pytest.raises(DataError, match="no data folder"):
+            suite(kind).examples(DataSource.parse(str(tmp_path / "none")))
+
+
+def test_the_hub_out_of_reach_is_said():
+    with pytest.raises(DataError, match="cannot be read from the hub"):
+        suite(FactoidQA).examples(DataSource.parse("hub"))
+
+
+def test_real_freebaseqa_rows(mirror):
+    found = suite(FactoidQA, shots=3).examples(DataSource.parse(str(mirror)))
+    assert len(found) == 2758
+    assert len({e.id for e in found}) == 2758
+    assert all(len(e.content["shots"]) == 3 for e in found)
+
+
+# MMLU
+
+
+def mmlu_example(answer=1):
+    content = {
+        "question": "2+2?",
+        "choices": ["3", "four", "5", "22"],
+        "answer": answer,
+        "subject": "elementary_mathematics",
+    }
+    shot = {"question": "1+1?", "choices": ["2", "3", "4", "5"], "answer": 0}
+    return Example("elementary_mathematics-0", "elementary_mathematics", {**content, "shots": [shot]})
+
+
+def test_letters_prompt_is_hendrycks():
+    lm = ScriptedLM(likelihood=lambda context, continuation: {" A": -3, " B": -1, " C": -2, " D": -4}[continuation])
+    (sample,) = suite(MMLU, shots=1).answer(lm, [mmlu_example()])
+    assert lm.prompts[0] == (
+        "The following are multiple choice questions (with answers) about elementary mathematics.\n\n"
+        "1+1?\nA. 2\nB. 3\nC. 4\nD. 5\nAnswer: A\n\n2+2?\nA. 3\nB. four\nC. 5\nD. 22\nAnswer:"
+    )
+    assert (sample.output, sample.scores) == ("B", {"correct": 1.0})
+    assert [choice["loglikelihood"] for choice in sample.choices] == [-3, -1, -2, -4]
+
+
+def test_cloze_ranks_texts_by_likelihood_per_character():
+    values = {" 3": -2.0, " four": -4.0, " 5": -3.0, " 22": -9.0}  # per character: -2, -1, -3, -4.5
+    lm = ScriptedLM(likelihood=lambda context, continuation: values[continuation])
+    (sample,) = suite(MMLU, shots=1, format="cloze").answer(lm, [mmlu_example()])
+    assert lm.prompts[0] == (
+        "The following are questions (with answers) about elementary mathematics.\n\n"
+        "Question: 1+1?\nAnswer: 2\n\nQuestion: 2+2?\nAnswer:"
+    )
+    assert (sample.output, sample.scores) == ("four", {"correct": 1.0})
+    (raw,) = suite(MMLU, shots=1, format="cloze", normalization="none").answer(lm, [mmlu_example()])
+    assert (raw.output, raw.scores) == ("3", {"correct": 0.0})
+
+
+def test_scores_by_subject_category_and_overall():
+    rows = [("astronomy", 1), ("astronomy", 0), ("philosophy", 1)]
+    samples = [Sample(f"{i}", subject, "", scores={"correct": float(c)}) for i, (subject, c) in enumerate(rows)]
+    found = {score.group: (score.n, score.point) for score in suite(MMLU).score(samples)}
+    assert found == {
+        "overall": (3, pytest.approx(2 / 3)),
+        "STEM": (2, 0.5),
+        "astronomy": (2, 0.5),
+        "humanities": (1, 1.0),
+        "philosophy": (1, 1.0),
+    }
+
+
+def test_batches_hold_one_subject_each():
+    groups = ["a", "a", "a", "b", "b"]
+    examples = [Example(str(i), group, {}) for i, group in enumerate(groups)]
+    assert [[e.id for e in batch] for batch in suite(MMLU).batches(examples, 2)] == [["0", "1"], ["2"], ["3", "4"]]
+
+
+def write_mmlu(folder, rows, subject="astronomy", split="test"):
+    (folder / "mmlu" / split).mkdir(parents=True, exist_ok=True)
+    with open(folder / "mmlu" / split / f"{subject}_{split}.csv", "w", newline="") as file:
+        csv.writer(file).writerows(rows)
+
+
+def test_none_is_a_word(tmp_path):
+    write_mmlu(tmp_path, [["How many?", "None", "One", "nan", "", "A"]])
+    (found,) = suite(MMLU, shots=0).examples(DataSource.parse(str(tmp_path)))
+    assert found.content["choices"] == ["None", "One", "nan", ""]
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        (["q", "a", "b", "c", "d", ""], "row 1 of .* has no answer"),
+        (["q", "a", "b", "c", "d", "E"], "the answer 'E'"),
+        (["q", "a", "b", "c", "A"], "has 5 columns"),
+    ],
+)
+def test_wrong_mmlu_rows_are_named(tmp_path, row, says):
+    write_mmlu(tmp_path, [row])
+    with pytest.raises(DataError, match=says):
+        suite(MMLU, shots=0).examples(DataSource.parse(str(tmp_path)))
+
+
+def test_a_subject_without_enough_shots(tmp_path):
+    write_mmlu(tmp_path, [["q", "a", "b", "c", "d", "A"]])
+    with pytest.raises(DataError, match=r"astronomy_dev\.csv is missing"):
+        suite(MMLU, shots=5).examples(DataSource.parse(str(tmp_path)))
+    write_mmlu(tmp_path, [["q", "a", "b", "c", "d", "A"]], split="dev")
+    with pytest.raises(DataError, match="astronomy has 1 dev questions"):
+        suite(MMLU, shots=5).examples(DataSource.parse(str(tmp_path)))
+
+
+def test_real_mmlu_rows(mirror):
+    found = suite(MMLU, shots=5).examples(DataSource.parse(str(mirror)))
+    assert len(found) == 11762
+    assert len({e.group for e in found}) == 45
+
+
+def test_there_are_57_subjects_in_four_categories():
+    assert len(CATEGORY) == 57
+    assert {c: list(CATEGORY.values()).count(c) for c in set(CATEGORY.values())} == {
+        "STEM": 19, "humanities": 13, "social sciences": 12, "other": 13,
+    }  # fmt: skip
+
+
+# Perplexity
+
+
+def test_windows_join_to_the_text_and_stay_within_size():
+    text = "Ebb and flow.\n\n  The tide, " * 40 + "x" * 100 + " end\n"
+    windows = cut(text, 64)
+    assert "".join(windows) == text
+    assert all(len(w.encode()) <= 64 for w in windows if "xxx" not in w)
+    assert all(w[0].isspace() for w in windows[1:])
+    assert cut("  \n ", 64) == []
+    assert cut("é" * 50 + " " + "é" * 50, 64) == ["é" * 50, " " + "é" * 50]
+
+
+def test_perplexity_and_bits_per_byte_by_hand():
+    lm = ScriptedLM(likelihood=lambda context, text: -2.0 * len(text.split()))
+    examples = [Example("w0", "t", {"text": "ab cd"}), Example("w1", "t", {"text": "efgh"})]
+    samples = list(suite(Perplexity).answer(lm, examples))
+    scores = {s.metric.name: s.point for s in suite(Perplexity).score(samples) if s.group == "overall"}
+    assert scores["perplexity"] == pytest.approx(math.exp(2.0))  # 6 nats over 3 tokens
+    assert scores["bits_per_byte"] == pytest.approx(6 / math.log(2) / 9)
+
+
+def test_a_likelihood_that_is_no_number_fails_and_is_not_counted():
+    lm = ScriptedLM(likelihood=lambda context, text: float("nan") if text == "bad" else -1.0)
+    samples = list(
+        suite(Perplexity).answer(lm, [Example("a", "t", {"text": "bad"}), Example("b", "t", {"text": "good"})])
+    )
+    overall = suite(Perplexity).score(samples)[0]
+    assert (overall.n, overall.failed) == (1, 1)
+
+
+def test_wikitext_and_c4_are_found(mirror):
+    source = DataSource.parse(str(mirror))
+    wiki = suite(Perplexity).examples(source)
+    assert sum(len(e.content["text"].encode()) for e in wiki) == 1_290_590  # the official size of wiki.test.raw
+    assert len(suite(Perplexity, text="c4").examples(source)) > 50
+
+
+def test_a_text_of_ones_own(tmp_path):
+    path = tmp_path / "mine.txt"
+    path.write_text("some words of mine")
+    (found,) = suite(Perplexity, text=str(path)).examples(EMBEDDED)
+    assert found.content["text"] == "some words of mine"
+    with pytest.raises(DataError, match="no text at"):
+        suite(Perplexity, text=str(tmp_path / "none.txt")).examples(EMBEDDED)
+
+
+# Subsets
+
+
+def test_a_limit_is_a_seeded_stratified_choice():
+    examples = [
+        Example(f"{group}{i}", group, {}) for group, size in (("a", 60), ("b", 30), ("c", 10)) for i in range(size)
+    ]
+    chosen = subset(examples, 20, None, seed=0)
+    assert [sum(e.group == group for e in chosen) for group in "abc"] == [12, 6, 2]
+    assert chosen == subset(examples, 20, None, seed=0)
+    assert chosen != subset(examples, 20, None, seed=1)
+    assert chosen != [*examples[:12], *examples[60:66], *examples[90:92]]  # not the first rows
+    assert [e.id for e in chosen] == [e.id for e in examples if e in chosen]  # in the original order
+    per_group = subset(examples, None, 15, seed=0)
+    assert [sum(e.group == group for e in per_group) for group in "abc"] == [15, 15, 10]
+    assert subset(examples, 1000, None, seed=0) == examples
+
+
+def test_the_data_fingerprint_is_of_the_rows_alone():
+    one = [Example("a", "g", {"question": "x"})]
+    assert data_fingerprint(one) == data_fingerprint([Example("a", "g", {"question": "x"})])
+    assert data_fingerprint(one) != data_fingerprint([Example("a", "g", {"question": "y"})])

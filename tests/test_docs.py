@@ -1,0 +1,110 @@
+"""What the documentation shows is run: the sweep of the first guide, and both plugins as a reader would make them."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import REPOSITORY
+
+from kick import cli, plugins
+
+
+def blocks(page, language):
+    text = (REPOSITORY / page).read_text(encoding="utf-8")
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.S)
+
+
+@pytest.fixture
+def forget_plugins(monkeypatch):
+    monkeypatch.setattr(plugins, "_from_files", {plugins.COMPRESSORS: {}, plugins.SUITES: {}})
+
+
+def run(line, *changes):
+    for old, new in changes:
+        line = line.replace(old, str(new))
+    command, *arguments = line.split()
+    assert command == "kick"
+    return cli.main(arguments)
+
+
+def test_the_commands_of_the_first_sweep(tmp_path, monkeypatch, tiny_model, capsys):
+    monkeypatch.chdir(tmp_path)
+    (sweep,) = blocks("docs/first-sweep.md", "yaml")
+    (tmp_path / "first.yaml").write_text(sweep.replace("smollm2-135m", str(tiny_model)))
+    lines = [line for block in blocks("docs/first-sweep.md", "console") for line in block.strip().split("\n")]
+    assert len(lines) == 6
+    for line in lines:
+        assert run(line, ("smollm2-135m", tiny_model)) == 0, line
+    assert "wanda@2:4" in (tmp_path / "runs/one/scores.csv").read_text()  # a checkpoint keeps its setting's name
+    assert (tmp_path / "runs/first/report.html").is_file()
+
+
+def test_the_documented_compressor_works_as_a_single_file(tmp_path, monkeypatch, tiny_model, forget_plugins, capsys):
+    monkeypatch.chdir(tmp_path)
+    (code,) = blocks("docs/add-a-compressor.md", "python")
+    assert len([line for line in code.split("\n") if line.strip()]) <= 30
+    (tmp_path / "stochastic.py").write_text(code)
+    for line in blocks("docs/add-a-compressor.md", "console")[0].strip().split("\n"):
+        assert run(line, ("/tmp", tmp_path), ("smollm2-135m", tiny_model)) == 0, line
+    record = json.loads((tmp_path / "stochastic" / "kick.json").read_text())
+    assert record["setting"]["compressor"] == "stochastic"
+    assert record["sparsity"] == pytest.approx(0.3, abs=0.02)
+
+
+def test_the_documented_compressor_works_as_an_installed_package(tmp_path, tiny_model):
+    package = tmp_path / "package"
+    package.mkdir()
+    (code,) = blocks("docs/add-a-compressor.md", "python")
+    (package / "stochastic.py").write_text(code)
+    (package / "pyproject.toml").write_text(blocks("docs/add-a-compressor.md", "toml")[0])
+    site = tmp_path / "site"
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--no-deps",
+            "--no-build-isolation",
+            "--target",
+            site,
+            package,
+        ],
+        check=True,
+    )
+    script = (
+        f"import site, sys; site.addsitedir({str(site)!r}); from kick import cli;"
+        f"sys.exit(cli.main(['compress', {str(tiny_model)!r}, 'stochastic@2:4', '--out', {str(tmp_path / 'out')!r}]))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "out" / "kick.json").read_text())
+    assert (record["sparsity"], record["pattern_violations"]) == (0.5, 0)
+
+
+def test_the_documented_suite_works(tmp_path, monkeypatch, tiny_model, forget_plugins, capsys):
+    monkeypatch.chdir(tmp_path)
+    (code,) = blocks("docs/add-a-suite.md", "python")
+    (tmp_path / "opposites.py").write_text(code)
+    (line,) = blocks("docs/add-a-suite.md", "console")[0].strip().split("\n")
+    assert run(line, ("/tmp", tmp_path), ("smollm2-135m", tiny_model)) == 0
+    assert "opposites,accuracy,overall,6" in (tmp_path / "opposites" / "scores.csv").read_text()
+
+
+def test_the_table_of_keys_is_complete():
+    from kick.config import SweepConfig
+
+    text = (REPOSITORY / "docs/first-sweep.md").read_text(encoding="utf-8")
+    table = text[text.index("## Keys of a sweep file") :]
+    for key in SweepConfig.model_fields:
+        assert f"`{key}`" in table, key
+
+
+@pytest.mark.parametrize("name", ["demo", "real"])
+def test_the_shipped_sweep_files_are_valid(name):
+    from kick.config import load
+
+    assert len(load(REPOSITORY / "configs" / f"{name}.yaml").all_settings()) >= 9
