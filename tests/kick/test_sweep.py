@@ -150,7 +150,7 @@ def test_a_killed_sweep_ends_like_an_undisturbed_one(finished, config, tmp_path,
     process.wait()
     before = _samples_on_disk(out)
     assert 0 < before < 144
-    complete = {path for path in out.glob("evaluations/*/*/scores.json")}
+    complete = set(out.glob("evaluations/*/*/scores.json"))
     assert cli.main(["sweep", str(config), "--out", str(out)]) == 0
     assert (out / "scores.csv").read_bytes() == (finished / "scores.csv").read_bytes()
     others = set(out.glob("evaluations/*/*/scores.json")) - complete
