@@ -25,7 +25,7 @@ from kick.models import load_model, load_tokenizer
 PACKED_TOKENS = 512
 """Tokens in a row: enough for full speed of the matrix units, few enough that the mask stays small."""
 
-GENERATION_ROWS = 32
+GENERATION_ROWS = 128
 PLAIN_ROWS = 8
 _AGREEMENT = {torch.float32: 1e-3, torch.float64: 1e-6}  # log-likelihoods with and without packing; half precision 0.25
 

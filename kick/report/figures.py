@@ -27,6 +27,7 @@ from kick.statistics import TOLERANCE
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _MARKERS = "osD^vP"
 _DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1)), (0, (1, 1)))
+_PATTERN_STEP = 1.5  # points of sparsity between methods whose patterns would lie on one another
 _STYLE = {
     "figure.figsize": (6.4, 4.0),
     "figure.dpi": 110,
@@ -119,6 +120,11 @@ def _score_against_sparsity(results: Results, suite: str) -> tuple[Figure, str, 
     caption = (
         f"n = {dense.n}. Bands and bars: 95 % intervals; grey: the dense model's own. "
         f"Dashed: where 5 % of the dense score is lost."
+        + (
+            " Patterns stand side by side at their sparsity."
+            if any(f.endswith(" N:M") for f in results.families)
+            else ""
+        )
         + (" Logarithmic scale; lower is better." if metric.transform == "exp" else "")
         + (f" Dotted: chance, {metric.chance * scale:g}{' %' if percent else ''}." if metric.chance is not None else "")
     )
@@ -129,6 +135,7 @@ def _score_against_sparsity(results: Results, suite: str) -> tuple[Figure, str, 
 
 def _draw_families(axes: Axes, results: Results, suite: str, scale: float, dense: Estimate) -> None:
     """Sparsities as a line with a band, which begin at dense; patterns as single points with bars, named."""
+    patterns = [family for family in results.families if family.endswith(" N:M")]
     for family in results.families:
         style = _method_style(results, family)
         points = [
@@ -142,10 +149,11 @@ def _draw_families(axes: Axes, results: Results, suite: str, scale: float, dense
         if not points:
             continue
         is_pattern = isinstance(points[0][2], Pattern)
+        beside = _PATTERN_STEP * (patterns.index(family) - (len(patterns) - 1) / 2) if is_pattern else 0.0
         curve = (
             [(x, found) for x, found, _ in points] if is_pattern else [(0.0, dense)] + [(x, f) for x, f, _ in points]
         )
-        x = np.array([place for place, _ in curve])
+        x = np.array([place + beside for place, _ in curve])
         y = np.array([found.score for _, found in curve]) * scale
         low = np.array([found.interval.low for _, found in curve]) * scale
         high = np.array([found.interval.high for _, found in curve]) * scale

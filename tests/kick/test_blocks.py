@@ -46,8 +46,8 @@ ARCHITECTURES = {
         [{"attn.c_attn"}, {"attn.c_proj"}, {"c_fc"}, {"mlp.c_proj"}],
     ),
     "gpt_neox": (
-        {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 128,
-         "max_position_embeddings": 64},
+        {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "vocab_size": 128, "max_position_embeddings": 64},
         [{"query_key_value"}, {"attention.dense"}, {"dense_h_to_4h"}, {"dense_4h_to_h"}],
     ),
 }  # fmt: skip

@@ -16,7 +16,8 @@ def test_help_imports_nothing_heavy():
         "import sys; from kick import cli\n"
         "try: cli.main(['--help'])\n"
         "except SystemExit: pass\n"
-        "print('HEAVY', [m for m in ('torch','transformers','numpy','pydantic','yaml','matplotlib') if m in sys.modules])"
+        "heavy = ('torch', 'transformers', 'numpy', 'pydantic', 'yaml', 'matplotlib')\n"
+        "print('HEAVY', [m for m in heavy if m in sys.modules])"
     )
     assert run_python(code).strip().endswith("HEAVY []")
 

@@ -30,8 +30,8 @@ LARGE = [1] * 20 + [0] * 80
 
 def write_run(root, settings, suites, failing=()):
     root.mkdir()
-    specs = [{"suite": suite, "label": "", "params": {}, "data": None, "limit": None, "limit_per_group": None, "seed": 0}
-             for suite in suites]  # fmt: skip
+    unset = {"label": "", "params": {}, "data": None, "limit": None, "limit_per_group": None, "seed": 0}
+    specs = [{"suite": suite, **unset} for suite in suites]
     rows = []
     for name, sparsity in settings:
         compressor, _, level = name.partition("@")
@@ -46,13 +46,16 @@ def write_run(root, settings, suites, failing=()):
             "sparsity": sparsity,
             "weight_error": 0.1,
         }
-        record = {"setting": row, "sparsity": sparsity, "bits_per_weight": 32, "bytes": 4_000_000, "parameters": 1_000_000,
-                  "layers": {"a": layer}, "warnings": ["a dead column"] if sparsity == 0.2 else []}  # fmt: skip
+        record = {"setting": row, "sparsity": sparsity, "bits_per_weight": 32, "bytes": 4_000_000,
+                  "parameters": 1_000_000, "layers": {"a": layer},
+                  "warnings": ["a dead column"] if sparsity == 0.2 else []}  # fmt: skip
         (folder / "kick.json").write_text(json.dumps(record))
     run = {
-        "format": 1, "started": "2026-01-01T00:00:00+00:00", "model": {"name": "<b>model</b>", "kind": "directory", "note": "",
-        "fingerprint": "f" * 64}, "dtype": "float32", "device": "cpu", "settings": rows, "hardware": {"cores": 2},
-        "versions": {"torch": "2"}, "suites": {s: {"source": "x", "params": {}, "questions": 100, "data": "d"} for s in suites},
+        "format": 1, "started": "2026-01-01T00:00:00+00:00",
+        "model": {"name": "<b>model</b>", "kind": "directory", "note": "", "fingerprint": "f" * 64},
+        "dtype": "float32", "device": "cpu", "settings": rows, "hardware": {"cores": 2},
+        "versions": {"torch": "2"},
+        "suites": {s: {"source": "x", "params": {}, "questions": 100, "data": "d"} for s in suites},
         "config": {"suites": specs, "lm": {"name": "fast"}, "calibration": {"source": "embedded"}},
     }  # fmt: skip
     (root / "run.json").write_text(json.dumps(run))

@@ -148,7 +148,7 @@ def test_signal_is_an_interval_above_chance():
 
 
 def test_how_many_would_decide():
-    # the estimate lies .02 above the line and the interval reaches .04 below the estimate: twice the reach, four times n
+    # the estimate lies .02 above the line, the interval reaches .04 below it: twice the reach, four times n
     assert statistics.n_to_decide(100, 0.97, Interval(0.93, 1.01)) == pytest.approx(400, abs=1)
     assert statistics.n_to_decide(100, 0.95, Interval(0.9, 1.0)) is None
     assert statistics.n_to_decide(100, float("nan"), Interval(0.9, 1.0)) is None

@@ -1,6 +1,5 @@
 """The embedded sets: large enough, well formed, and without the faults that can be found by looking."""
 
-import csv
 from collections import Counter
 
 import pytest
@@ -63,11 +62,8 @@ def test_multiple_choice_covers_the_categories_with_balanced_letters():
 
 
 def test_no_multiple_choice_question_stands_twice():
-    questions = [
-        row[0]
-        for path in (sources.EMBEDDED / "mmlu").glob("*/*.csv")
-        for row in csv.reader(open(path, encoding="utf-8"))
-    ]
+    paths = (sources.EMBEDDED / "mmlu").glob("*/*.csv")
+    questions = [row[0] for path in paths for _, row in sources.read_csv(path, columns=6)]
     assert len(questions) == len(set(questions)) >= 140
 
 
