@@ -104,12 +104,18 @@ def read_documents(source: str, text_field: str = "text") -> list[str]:
                 "Calibration text is one of these, or .gz of it.",
             )
         return [document for file in inside for document in _read_file(file, text_field)]
-    if source.count("/") == 1 and not source.startswith((".", "/", "~")):
+    if is_hub(source):
         return _read_hub(source, text_field)
     raise DataError(
         f"no calibration source '{source}'.",
         "Expected 'embedded', a text or .jsonl file, a folder, or a hub id (owner/name).",
     )
+
+
+def is_hub(source: str) -> bool:
+    """Whether `source` is written like a hub id (owner/name) and is nothing on this disk."""
+    looks_like_id = source.count("/") == 1 and not source.startswith((".", "/", "~"))
+    return looks_like_id and not Path(source).exists()
 
 
 def _is_text(path: Path) -> bool:

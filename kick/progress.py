@@ -13,14 +13,15 @@ class Progress(Protocol):
     def close(self) -> None: ...
 
 
-def progress(stream: TextIO | None = None, quiet: bool = False) -> Progress:
+def progress(stream: TextIO | None = None) -> Progress:
+    """A bar if `stream` (by default stderr) is a terminal, else lines."""
     stream = stream or sys.stderr
-    if quiet:
-        return Silent()
     return Bar() if stream.isatty() else Lines(stream)
 
 
 class Silent:
+    """For those who only want the result."""
+
     def step(self, what: str, done: int, total: int, left: float | None) -> None:
         pass
 

@@ -8,6 +8,7 @@ character of text. Small models are at chance on letters while the texts still c
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
@@ -145,8 +146,7 @@ def _folder(source: DataSource) -> Path:
 def _rows(source: DataSource, subject: str, split: str) -> list[dict[str, Any]]:
     """Rows with question, choices [4] and answer (0-3)."""
     if source.kind == "hub":
-        rows = sources.hub_rows(HUB, subject, split=split)
-        return [{"question": r["question"], "choices": list(r["choices"]), "answer": int(r["answer"])} for r in rows]
+        return _hub_split(split)[subject]
     path = _folder(source) / split / f"{subject}_{split}.csv"
     if not path.is_file():
         raise DataError(f"{path} is missing.", f"The suite 'mmlu' reads {split}/{subject}_{split}.csv.")
@@ -157,4 +157,14 @@ def _rows(source: DataSource, subject: str, split: str) -> list[dict[str, Any]]:
             given = f"the answer '{answer}'" if letter else "no answer"
             raise DataError(f"row {number} of {path} has {given}.", "Expected A, B, C or D in the sixth column.")
         found.append({"question": question, "choices": choices, "answer": LETTERS.index(letter)})
+    return found
+
+
+@cache
+def _hub_split(split: str) -> dict[str, list[dict[str, Any]]]:
+    """All subjects' rows of a split, in one download."""
+    found: dict[str, list[dict[str, Any]]] = {subject: [] for subject in CATEGORY}
+    for row in sources.hub_rows(HUB, "all", split=split):
+        content = {"question": row["question"], "choices": list(row["choices"]), "answer": int(row["answer"])}
+        found[row["subject"]].append(content)
     return found

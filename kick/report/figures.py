@@ -163,7 +163,10 @@ def _draw_families(axes: Axes, results: Results, suite: str, scale: float, dense
                 marker=style["marker"], markerfacecolor="white", markersize=7, linestyle="none", capsize=3, zorder=4,
             )  # fmt: skip
             for place, score, (_, _, level) in zip(x, y, points, strict=True):
-                axes.annotate(str(level), (place, score), xytext=(7, 3), textcoords="offset points", fontsize=8)
+                axes.annotate(
+                    str(level), (place, score), xytext=(-7 if beside < 0 else 7, 3), textcoords="offset points",
+                    ha="right" if beside < 0 else "left", fontsize=8,
+                )  # fmt: skip
         else:
             axes.plot(x, y, label=family, linewidth=1.8, markersize=5.5, markevery=range(1, len(x)), zorder=3, **style)
             axes.fill_between(x, low, high, color=style["color"], alpha=0.16, linewidth=0)

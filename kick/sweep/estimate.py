@@ -17,7 +17,7 @@ token, loading, and the few-shot examples in front of a question."""
 
 def describe(plan: Plan, out: Path) -> tuple[str, dict[str, Any]]:
     """The plan in words and as a document. Nothing is written."""
-    check_same(out, plan.identity())
+    check_same(out, plan.identity)
     store = Store(out)
     missing = missing_evaluations(plan, store)
     parameters = _parameters(plan.path)

@@ -6,6 +6,7 @@ malformed rows.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from pydantic import ValidationError
 
 from kick import __version__, meter, models, plugins
 from kick import checkpoint as checkpoints
-from kick.calibration import read_documents
+from kick.calibration import CalibrationSpec, is_hub, read_documents
 from kick.compress import Recipe, prepare
 from kick.config import SuiteSpec, SweepConfig, explain
 from kick.errors import ConfigError, DataError
@@ -47,11 +48,13 @@ class Plan:
     device: str
     settings: list[Setting]
     suites: list[PlannedSuite]
+    calibration_text: str  # identity of the documents, "" if none are needed
     given: checkpoints.Checkpoint | None = None  # evaluated as it is: the plan's only setting
 
     def recipe(self, setting: Setting) -> Recipe:
         return Recipe(self.source, self.fingerprint, setting, self.config.calibration, self.dtype, self.device)
 
+    @cached_property
     def identity(self) -> dict[str, Any]:
         """Everything that decides the answers. A run folder holds one of these."""
         return {
@@ -60,7 +63,7 @@ class Plan:
             "dtype": self.dtype,
             "device": self.device,
             "lm": self.config.lm.model_dump(mode="json"),
-            "calibration": self.config.calibration.model_dump(mode="json"),
+            "calibration": {**self.config.calibration.model_dump(mode="json"), "text": self.calibration_text},
             "versions": {name: version for name, version in meter.versions().items() if name in _RELEVANT_VERSIONS},
             "settings": {
                 setting.name: {
@@ -74,8 +77,8 @@ class Plan:
 
     def key(self, setting: Setting, suite: PlannedSuite) -> str:
         """The content address of one evaluation."""
-        whole = self.identity()
-        return digest({**whole, "settings": whole["settings"][setting.name], "suites": suite.identity})
+        own = {"settings": self.identity["settings"][setting.name], "suites": suite.identity}
+        return digest({**self.identity, **own})
 
 
 def make_plan(config: SweepConfig, as_is: bool = False) -> Plan:
@@ -93,13 +96,14 @@ def make_plan(config: SweepConfig, as_is: bool = False) -> Plan:
         given = checkpoints.read(source.path)
         settings = [Setting(**given.record["setting"])]
     suites = [plan_suite(spec, config.data) for spec in config.suites]
-    if given is None and any(map(_needs_calibration, settings)) and not _is_hub(config.calibration.source):
-        read_documents(config.calibration.source, config.calibration.text_field)
+    text = ""
+    if given is None and any(map(_needs_calibration, settings)):
+        text = _calibration_text(config.calibration)
     device = models.default_device() if config.device == "auto" else config.device
     models.check_device(device)
     dtype = models.default_dtype(device) if config.dtype == "auto" else config.dtype
     path = models.fetch(source)
-    return Plan(config, source, path, models.fingerprint(path), dtype, device, settings, suites, given)
+    return Plan(config, source, path, models.fingerprint(path), dtype, device, settings, suites, text, given)
 
 
 def _needs_calibration(setting: Setting) -> bool:
@@ -107,8 +111,11 @@ def _needs_calibration(setting: Setting) -> bool:
     return compressor is not None and compressor.needs_calibration
 
 
-def _is_hub(source: str) -> bool:
-    return source != "embedded" and not Path(source).expanduser().exists() and source.count("/") == 1
+def _calibration_text(spec: CalibrationSpec) -> str:
+    """A hash of the calibration documents; a hub dataset is named by its id, for it is read when it is needed."""
+    if is_hub(spec.source):
+        return spec.source
+    return digest(read_documents(spec.source, spec.text_field))
 
 
 def make_suite(spec: SuiteSpec) -> Suite:

@@ -48,7 +48,7 @@ class Store:
                 f"{root} is not empty and holds no {RUN}.", "Choose another --out: kick writes into folders of its own."
             )
         if not fresh:
-            check_same(root, plan.identity())
+            check_same(root, plan.identity)
         root.mkdir(parents=True, exist_ok=True)
         with _lock(root):
             if fresh:
@@ -90,7 +90,7 @@ class Store:
                 },
                 "versions": meter.versions(),
                 "hardware": meter.hardware(plan.device),
-                "identity": plan.identity(),
+                "identity": plan.identity,
             },
         )
 

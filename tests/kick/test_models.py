@@ -89,6 +89,13 @@ def test_precision_and_device():
 
 
 @pytest.mark.real_model
+def test_a_gguf_file_is_a_source(real_model):
+    source = models.find_source(str(real_model.path))
+    assert (source.kind, source.path) == ("gguf", real_model.path)
+    assert models.fingerprint(source.path) == models.fingerprint(real_model.path)
+
+
+@pytest.mark.real_model
 def test_the_packaged_model_is_what_its_file_says(real_checkpoint):
     record = real_checkpoint.record
     assert record["parameters"] == 134_515_008  # the published count, embeddings tied

@@ -154,6 +154,38 @@ def test_the_hub_out_of_reach_is_said():
         suite(FactoidQA).examples(DataSource.parse("hub"))
 
 
+def test_rows_from_the_hub_have_their_own_schemas(monkeypatch):
+    """The hub gives FreebaseQA's records as columns and MMLU's subjects in one table: scripted rows of that form."""
+    from kick_tasks import mmlu, sources
+
+    answers = {"AnswersMid": ["m1"], "AnswersName": [["jane austen", "austen"]]}
+    freebase_row = {
+        "Question-ID": "FreebaseQA-eval-0",
+        "RawQuestion": "Who wrote Emma?",
+        "Parses": {"Answers": [answers]},
+    }
+    mmlu_row = {"question": "2+2?", "subject": "elementary_mathematics", "choices": ["3", "4", "5", "6"], "answer": 1}
+    asked = []
+
+    def hub_rows(name, config=None, split="test", **options):
+        asked.append((name, config, split))
+        return [freebase_row] if "freebase" in name else [mmlu_row] * 5
+
+    monkeypatch.setattr(sources, "hub_rows", hub_rows)
+    mmlu._hub_split.cache_clear()
+    (found,) = suite(FactoidQA).examples(DataSource.parse("hub"))
+    assert found.content["answers"] == ["jane austen", "austen"]
+    questions = suite(MMLU, shots=2, subjects=("elementary_mathematics",)).examples(DataSource.parse("hub"))
+    assert [q.content["answer"] for q in questions] == [1] * 5
+    assert len(questions[0].content["shots"]) == 2
+    assert set(asked) == {
+        ("microsoft/freebase_qa", None, "test"),
+        ("cais/mmlu", "all", "test"),
+        ("cais/mmlu", "all", "dev"),
+    }
+    mmlu._hub_split.cache_clear()
+
+
 def test_real_freebaseqa_rows(mirror):
     found = suite(FactoidQA, shots=3).examples(DataSource.parse(str(mirror)))
     assert len(found) == 2758

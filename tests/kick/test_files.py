@@ -1,0 +1,48 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kick.errors import RunError
+from kick.files import check_writable, new_directory, safe_name, write_text
+
+
+@given(st.text(min_size=1))
+def test_a_safe_name_stays_inside_its_folder_and_is_unique(tmp_path_factory, name):
+    safe = safe_name(name)
+    assert "/" not in safe
+    assert safe not in (".", "..", "")
+    assert not safe.startswith(".")
+
+
+def test_ordinary_names_stay_as_they_are():
+    for name in ("wanda@0.5", "sparsegpt@2:4", "mmlu_letters"):
+        assert safe_name(name) == name
+    assert safe_name("../x") == "%2E.%2Fx"
+    assert len({safe_name(name) for name in ("a/b", "a%2Fb", "a b")}) == 3
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "scores.csv"
+    write_text(path, "old")
+    monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space left"):
+        write_text(path, "new")
+    assert path.read_text() == "old"
+
+
+def test_a_directory_appears_whole_or_not_at_all(tmp_path):
+    with pytest.raises(ZeroDivisionError), new_directory(tmp_path / "checkpoint") as partial:  # noqa: PT012
+        (partial / "half").write_text("x")
+        raise ZeroDivisionError
+    assert list(tmp_path.iterdir()) == []
+    with new_directory(tmp_path / "checkpoint") as partial:
+        (partial / "whole").write_text("x")
+    assert [path.name for path in (tmp_path / "checkpoint").iterdir()] == ["whole"]
+
+
+def test_checking_leaves_nothing(tmp_path):
+    check_writable(tmp_path / "new" / "deep")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="is a file"):
+        check_writable(tmp_path / "file")

@@ -1,0 +1,87 @@
+import io
+import time
+
+import pytest
+
+from kick.progress import Lines, Silent, duration, progress
+from kick.sweep.clock import COMPRESS, Clock
+
+
+class Remembering(Silent):
+    def __init__(self):
+        self.steps = []
+
+    def step(self, what, done, total, left):
+        self.steps.append((what, done, total, left))
+
+
+@pytest.fixture
+def now(monkeypatch):
+    clock = {"seconds": 0.0}
+    monkeypatch.setattr(time, "perf_counter", lambda: clock["seconds"])
+    monkeypatch.setattr(time, "monotonic", lambda: clock["seconds"])
+    return clock
+
+
+def test_the_time_left_comes_from_each_kinds_own_rate(now):
+    seen = Remembering()
+    clock = Clock(seen, {"slow": 20, "quick": 40, COMPRESS: 2})
+    clock.start("a: compress", COMPRESS, 1)
+    now["seconds"] += 5
+    clock.advance(1)
+    assert seen.steps[-1] == ("a: compress", 0, 60, None)  # no question has been timed yet
+    clock.start("a: slow", "slow", 10)
+    now["seconds"] += 20
+    clock.advance(10)  # 2 s each: 10 left of these, 40 of the other kind taken as equal, one compression of 5 s
+    assert seen.steps[-1] == ("a: slow", 10, 60, pytest.approx(10 * 2 + 40 * 2 + 5))
+    clock.start("a: quick", "quick", 20)
+    clock.skip(10)  # on disk already
+    now["seconds"] += 5
+    clock.advance(10)
+    assert seen.steps[-1] == ("a: quick", 30, 60, pytest.approx(10 * 2 + 20 * 0.5 + 5))
+
+
+def test_what_is_given_up_is_not_waited_for(now):
+    seen = Remembering()
+    clock = Clock(seen, {"suite": 20})
+    clock.start("a: suite", "suite", 10)
+    now["seconds"] += 1
+    clock.advance(1)
+    clock.stop()  # it failed with nine questions left
+    clock.start("b: suite", "suite", 10)
+    assert seen.steps[-1] == ("b: suite", 10, 20, pytest.approx(10))
+
+
+def test_a_log_gets_a_line_for_each_new_thing_and_one_every_ten_seconds(now):
+    text = io.StringIO()
+    lines = Lines(text)
+    now["seconds"] = 100.0
+    for done in range(5):
+        lines.step("a: suite", done, 100, None)
+    now["seconds"] += 11
+    lines.step("a: suite", 6, 100, 125.0)
+    lines.step("b: suite", 7, 100, 30.0)
+    assert text.getvalue() == "  0 %  a: suite\n  6 %  a: suite, 2 min left\n  7 %  b: suite, 30 s left\n"
+
+
+def test_a_log_is_not_a_terminal():
+    assert isinstance(progress(io.StringIO()), Lines)
+
+
+def test_a_terminal_gets_a_bar(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    from kick.progress import Bar
+
+    bar = progress(Terminal())
+    assert isinstance(bar, Bar)
+    bar.step("a: suite", 3, 10, 60.0)
+    bar.note("failed: [red]not markup[/red]")
+    bar.close()
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0, "0 s"), (89, "89 s"), (125, "2 min"), (7300, "2.0 h")])
+def test_durations(seconds, text):
+    assert duration(seconds) == text
