@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kick.errors import LevelError
+from kick.errors import KickError, LevelError
 from kick.settings import Level, Pattern, Sparsity
 
 
@@ -21,10 +21,10 @@ def keep_largest(score: Tensor, level: Level, dim: Literal["row", "matrix"]) -> 
     >>> keep_largest(torch.tensor([[4.0, 1.0, 3.0, 2.0]]), Sparsity(fraction=0.25), dim="row")
     tensor([[ True, False,  True,  True]])
 
-    Raises LevelError if M does not divide `in`, ValueError if a score is NaN.
+    Raises LevelError if M does not divide `in`, KickError if a score is NaN.
     """
     if torch.isnan(score).any():
-        raise ValueError("a score is NaN: the weights or the activations are not finite.")
+        raise KickError("a score is not a number: the weights or the activations are not finite.")
     if isinstance(level, Pattern):
         return _keep_pattern(score, level)
     if not isinstance(level, Sparsity):

@@ -4,7 +4,6 @@ Documents are shuffled by the seed, cut into segments of at most one sequence, a
 between them. Every document gives one segment before any gives a second, so that a long one does not fill the sample.
 """
 
-import gzip
 import hashlib
 import json
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ import numpy as np
 from pydantic import Field
 
 from kick.errors import DataError
+from kick.rows import read_texts
 from kick.settings import Spec
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def read_documents(source: str, text_field: str = "text") -> list[str]:
         return [json.loads(line)["text"] for line in text.split("\n") if line]
     path = Path(source).expanduser()
     if path.is_file():
-        return list(_read_file(path, text_field))
+        return list(read_texts(path, text_field))
     if path.is_dir():
         inside = sorted(p for p in path.rglob("*") if p.is_file() and _is_text(p))
         if not inside:
@@ -103,7 +103,7 @@ def read_documents(source: str, text_field: str = "text") -> list[str]:
                 f"the folder {source} holds no .txt, .raw or .jsonl file.",
                 "Calibration text is one of these, or .gz of it.",
             )
-        return [document for file in inside for document in _read_file(file, text_field)]
+        return [document for file in inside for document in read_texts(file, text_field)]
     if is_hub(source):
         return _read_hub(source, text_field)
     raise DataError(
@@ -120,27 +120,6 @@ def is_hub(source: str) -> bool:
 
 def _is_text(path: Path) -> bool:
     return path.name.removesuffix(".gz").endswith((".txt", ".raw", ".jsonl", ".json"))
-
-
-def _read_file(path: Path, text_field: str) -> Iterator[str]:
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(
-        path, "rt", encoding="utf-8", newline="\n"
-    ) as file:  # rows may hold U+2028, which splitlines() would cut
-        if not path.name.removesuffix(".gz").endswith((".jsonl", ".json")):
-            yield file.read()
-            return
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                text = json.loads(line)[text_field]
-            except (ValueError, KeyError, TypeError) as error:
-                raise DataError(
-                    f"line {number} of {path} is not a JSON object with '{text_field}'.",
-                    "Set text_field, or mend the row.",
-                ) from error
-            yield text
 
 
 def _read_hub(source: str, text_field: str) -> list[str]:

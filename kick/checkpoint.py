@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from kick.blocks import Decoder, find_decoder
 from kick.errors import CheckpointError
 from kick.files import new_directory, read_json, sha256_of, write_json
-from kick.settings import Knob as AnyKnob
-from kick.settings import Level, Pattern, parse_level
+from kick.settings import Knob, Level, Pattern, Setting, parse_level
 
 RECORD = "kick.json"
 FORMAT = 1
@@ -26,8 +25,8 @@ FORMAT = 1
 class Measured:
     """What was counted on the weights of a model, whatever was asked for.
 
-    `layers`: for each linear its shape [out, in], weights, zeros, sparsity and, under a pattern, violations: groups of
-    M neighbours that keep more than N.
+    `layers`: for each linear its shape [out, in], weights, zeros, sparsity and, under a pattern, pattern_violations:
+    groups of M neighbours that keep more than N.
     """
 
     layers: dict[str, dict[str, Any]]
@@ -93,7 +92,7 @@ class Checkpoint:
 
     @property
     def fingerprint(self) -> str:
-        """Identity of the weights: SHA-256 of the safetensors files' own hashes."""
+        """Identity of the weights: the beginnings of the safetensors files' SHA-256, in order."""
         return self.record["weights_fingerprint"]
 
 
@@ -112,7 +111,8 @@ def save(path: Path, model: Any, tokenizer: Any, record: dict[str, Any], measure
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         record["files"] = {
-            file.name: {"bytes": file.stat().st_size, "sha256": sha256_of(file)} for file in sorted(partial.iterdir())
+            name: {"bytes": (partial / name).stat().st_size, "sha256": sha256_of(partial / name)}
+            for name in _files_in(partial)
         }
         weight_files = {name: facts for name, facts in record["files"].items() if name.endswith(".safetensors")}
         record["bytes"] = sum(facts["bytes"] for facts in weight_files.values())
@@ -130,11 +130,26 @@ def read(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path} holds no {RECORD}.", "Expected a directory that `kick compress` wrote.")
     try:
         record = read_json(path / RECORD)
-        if record["format"] != FORMAT:
-            raise CheckpointError(f"{path / RECORD} has format {record['format']}; this kick reads {FORMAT}.")
-    except (ValueError, KeyError, TypeError) as error:
+        _check_record(path, record)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path / RECORD} cannot be read: {error!r}.", "Compress again.") from error
     return Checkpoint(path, record)
+
+
+def _check_record(path: Path, record: dict[str, Any]) -> None:
+    """A record may come from anywhere: it must have our form, and name files inside its own directory only."""
+    if record["format"] != FORMAT:
+        raise CheckpointError(f"{path / RECORD} has format {record['format']}; this kick reads {FORMAT}.")
+    level_of(Setting(**record["setting"]).level)
+    needed = {"setting_name", "source", "sparsity", "bytes", "bits_per_weight", "weights_fingerprint", "warnings"}
+    if missing := needed - record.keys():
+        raise KeyError(*sorted(missing))
+    for name, facts in record["files"].items():
+        if not (path / name).resolve().is_relative_to(path.resolve()) or {"bytes", "sha256"} - facts.keys():
+            raise CheckpointError(f"{path / RECORD} names a file '{name}' that is not its own.", "Do not trust it.")
+    for name, layer in record["layers"].items():
+        if {"weights", "zeros", "transposed"} - layer.keys():
+            raise KeyError(name)
 
 
 def verify(checkpoint: Checkpoint) -> list[str]:
@@ -149,11 +164,11 @@ def verify(checkpoint: Checkpoint) -> list[str]:
             problems.append(f"{name} has {file.stat().st_size} bytes, recorded {facts['bytes']}")
         elif sha256_of(file) != facts["sha256"]:
             problems.append(f"{name} has changed: its SHA-256 is not the recorded one")
-    present = {file.name for file in checkpoint.path.iterdir()}
-    problems += [f"{name} was added" for name in sorted(present - recorded.keys() - {RECORD})]
+    added = set(_files_in(checkpoint.path)) - recorded.keys() - {RECORD}
+    problems += [f"{name} was added" for name in sorted(added)]
     if problems:
         return problems
-    level = level_of(checkpoint.record)
+    level = level_of(checkpoint.record["setting"]["level"])
     for name, weight in _weights(checkpoint):
         counted = count_weight(weight, level)
         expected = checkpoint.record["layers"][name]
@@ -165,9 +180,14 @@ def verify(checkpoint: Checkpoint) -> list[str]:
     return problems
 
 
-def level_of(record: dict[str, Any]) -> Level | None:
-    text = record["setting"]["level"]
-    return parse_level(text, AnyKnob.SPARSITY | AnyKnob.PATTERN | AnyKnob.BITS | AnyKnob.SHAPE) if text else None
+def _files_in(directory: Path) -> list[str]:
+    """Names of all files below `directory`, relative to it."""
+    return sorted(file.relative_to(directory).as_posix() for file in directory.rglob("*") if file.is_file())
+
+
+def level_of(text: str) -> Level | None:
+    """The level that a stored setting names, whichever compressor took it."""
+    return parse_level(text, Knob.SPARSITY | Knob.PATTERN | Knob.BITS | Knob.SHAPE) if text else None
 
 
 def _weights(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:

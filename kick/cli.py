@@ -15,7 +15,7 @@ from kick.errors import KickError
 
 Command = Callable[[argparse.Namespace], int]
 
-OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+OK, USAGE, INTERRUPTED = 0, 2, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

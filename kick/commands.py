@@ -14,7 +14,7 @@ from kick.calibration import CalibrationSpec
 from kick.compress import Recipe, prepare
 from kick.compress import compress as make_checkpoint
 from kick.config import LMSpec, SuiteSpec, SweepConfig
-from kick.errors import ConfigError
+from kick.errors import ConfigError, KickError
 from kick.files import check_writable
 from kick.lm import LMS
 from kick.progress import duration, progress
@@ -174,7 +174,11 @@ def _describe_checkpoint(found: checkpoints.Checkpoint) -> str:
 
 def _compressors() -> Iterable[dict[str, Any]]:
     for name, plugin in sorted(plugins.available(plugins.COMPRESSORS).items()):
-        kind = plugins.compressor(name)
+        try:
+            kind = plugins.compressor(name)
+        except KickError as error:
+            yield _broken(name, plugin, error)
+            continue
         yield {
             "name": name,
             "description": _first_line(sys.modules[kind.__module__].__doc__ or kind.__doc__),
@@ -187,7 +191,11 @@ def _compressors() -> Iterable[dict[str, Any]]:
 
 def _suites() -> Iterable[dict[str, Any]]:
     for name, plugin in sorted(plugins.available(plugins.SUITES).items()):
-        kind = plugins.suite(name)
+        try:
+            kind = plugins.suite(name)
+        except KickError as error:
+            yield _broken(name, plugin, error)
+            continue
         yield {
             "name": name,
             "description": kind.description or _first_line(kind.__doc__),
@@ -196,6 +204,15 @@ def _suites() -> Iterable[dict[str, Any]]:
             "params": kind.Params.model_json_schema().get("properties", {}),
             "origin": f"{plugin.origin} {plugin.version}",
         }
+
+
+def _broken(name: str, plugin: plugins.Plugin, error: KickError) -> dict[str, Any]:
+    """A plugin that cannot be loaded is listed as such; the others are not its fault."""
+    return {
+        "name": name,
+        "description": f"cannot be loaded: {error.message}",
+        "origin": f"{plugin.origin} {plugin.version}",
+    }
 
 
 def _models() -> Iterable[dict[str, Any]]:

@@ -60,6 +60,15 @@ class SuiteSpec(Spec):
     def name(self) -> str:
         return self.label or self.suite
 
+    @field_validator("label")
+    @classmethod
+    def _no_column(cls, label: str) -> str:
+        if label in ("setting", "sparsity", "megabytes", "mean_retained") or "|" in label or "\n" in label:
+            raise ValueError(
+                "a label may not be the name of a column of the leaderboard, nor hold a bar or a line break"
+            )
+        return label
+
 
 class LMSpec(Spec):
     """Which LM answers. `batch_size` is the number of examples asked in one go, and what a crash can lose."""

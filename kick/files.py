@@ -38,7 +38,8 @@ def read_json(path: Path) -> Any:
 
 @contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
-    """A directory to fill, which appears at `path` only when the block ends without an error."""
+    """A directory to fill, which replaces `path` only when the block ends without an error."""
+    path = path.resolve()
     partial = path.with_name(f".{path.name}.partial")
     if partial.exists():
         shutil.rmtree(partial)

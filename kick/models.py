@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 Kind = Literal["hub", "directory", "gguf"]
 
-_WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.gguf")
+_WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
 _TEXT_FILES = ("*.json", "*.txt", "*.jinja", "*.model")
 
 
@@ -177,9 +177,13 @@ def check_device(device: str) -> None:
 def load_tokenizer(path: Path) -> Any:
     from transformers import AutoTokenizer
 
-    if path.is_file():
-        return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    return AutoTokenizer.from_pretrained(path)
+    folder, options = (path.parent, {"gguf_file": path.name}) if path.is_file() else (path, {})
+    try:
+        return AutoTokenizer.from_pretrained(folder, **options, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
+        raise ModelError(
+            f"the tokenizer of {path.name} cannot be loaded: {_first_line(error)}", "--debug shows the whole error."
+        ) from error
 
 
 def load_model(path: Path, dtype: str, device: str) -> "torch.nn.Module":

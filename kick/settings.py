@@ -28,13 +28,9 @@ class Knob(Flag):
 
 
 class Spec(BaseModel):
-    """A frozen description. Two specs with equal content have the same `identity`."""
+    """A frozen description; unknown keys are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-
-    def identity(self) -> str:
-        """First 16 hex digits of the SHA-256 of the canonical JSON."""
-        return digest(self.model_dump(mode="json"))
 
 
 class Sparsity(Spec):

@@ -179,14 +179,17 @@ def n_to_decide(n: int, retained: float, interval: Interval, tolerance: float = 
 def frontier(levels: Sequence[tuple[float, Verdict]]) -> float | None:
     """The largest level up to which every tested level matches; None if the smallest already does not.
 
-    levels: (how far, verdict), any order. Verdicts are not monotone: a level that matches beyond one that does not, or
-    that is undecided, does not count. Levels without signal are left out.
+    levels: (how far, verdict), any order; a level with several verdicts (seeds) matches if all of them do. Verdicts are
+    not monotone: a level that matches beyond one that does not, or that is undecided, does not count. Verdicts without
+    signal are left out.
     """
+    by_level: dict[float, list[Verdict]] = {}
+    for level, outcome in levels:
+        if outcome != "no signal":
+            by_level.setdefault(level, []).append(outcome)
     reached = None
-    for level, outcome in sorted(levels, key=lambda item: item[0]):
-        if outcome == "no signal":
-            continue
-        if outcome != "matching":
+    for level in sorted(by_level):
+        if any(outcome != "matching" for outcome in by_level[level]):
             return reached
         reached = level
     return reached

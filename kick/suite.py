@@ -159,6 +159,10 @@ class Suite(ABC):
         """
         return [list(examples[start : start + size]) for start in range(0, len(examples), size)]
 
+    def length(self, example: Example) -> int:
+        """Characters that asking `example` takes, without what all examples share. For estimates only."""
+        return sum(len(value) for value in example.content.values() if isinstance(value, str))
+
     def groups_of(self, sample: Sample) -> list[str]:
         """The groups that a sample counts in."""
         return [OVERALL, sample.group]

@@ -1,6 +1,6 @@
 """Factoid questions (FreebaseQA): does the model still know what the dense one knew?
 
-    kick evaluate MODEL --suite factoid_qa --data DIR --param shots=3
+    kick evaluate MODEL --suite factoid_qa --data DIR --param shots=3 --out RUN
 
 The first of LLM-KICK's settings (arXiv 2310.01382). The completion alone is scored, never the prompt. Primary metric:
 an accepted answer stands in the completion as whole words.
@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from kick.errors import DataError
 from kick.lm import generate
+from kick.rows import read_jsonl
 from kick.suite import DataSource, Example, Metric, Sample, Suite
 
 from . import scoring, sources
@@ -94,7 +95,7 @@ def _rows(source: DataSource, split: str) -> list[dict[str, Any]]:
     """Rows with id, topic, question and answers."""
     if source.kind == "embedded":
         path = sources.EMBEDDED / "factoid_qa" / f"{split}.jsonl"
-        return [_checked(row, f"line {number} of {path}") for number, row in sources.read_jsonl(path)]
+        return [_checked(row, f"line {number} of {path}") for number, row in read_jsonl(path)]
     if source.kind == "hub":
         upstream = {"test": "test", "dev": "validation"}[split]
         return [

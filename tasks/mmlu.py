@@ -1,6 +1,6 @@
 """MMLU: four-option questions over 57 subjects, options ranked by likelihood.
 
-    kick evaluate MODEL --suite mmlu --data DIR --param shots=5 --param format=cloze
+    kick evaluate MODEL --suite mmlu --data DIR --param shots=5 --param format=cloze --out RUN
 
 Hendrycks et al., arXiv 2009.03300; the second of LLM-KICK's settings. `format=letters` shows the options and ranks the
 letters A to D; `format=cloze` shows only the question and ranks the texts of the options, by likelihood for each
@@ -56,7 +56,7 @@ class MMLU(Suite):
         return examples
 
     def _subjects(self, source: DataSource) -> list[str]:
-        """The subjects to ask: those named, or all that the source has."""
+        """The subjects to ask: those named, or all that the source has (a folder may hold some of the 57)."""
         if self.params.subjects:
             unknown = [subject for subject in self.params.subjects if subject not in CATEGORY]
             if unknown:
@@ -107,6 +107,9 @@ class MMLU(Suite):
             shots=prompt.shots,
             n_prompt_tokens=prompt.tokens,
         )
+
+    def length(self, example: Example) -> int:
+        return len(example.content["question"]) + sum(map(len, example.content["choices"]))
 
     def groups_of(self, sample: Sample) -> list[str]:
         return [OVERALL, CATEGORY[sample.group], sample.group]

@@ -1,6 +1,6 @@
 """Perplexity and bits per byte on running text (WikiText-2, C4, or your own).
 
-    kick evaluate MODEL --suite perplexity --data DIR --param text=wikitext2
+    kick evaluate MODEL --suite perplexity --data DIR --param text=wikitext2 --out RUN
 
 The text is cut at white space into windows of about `window_bytes`; every token of a window is predicted from the
 window's beginning on. Windows are the same bytes for every model, so that bits per byte compares models with different
@@ -9,7 +9,7 @@ Papers cut by tokens (2,048) instead: with the same context length the two diffe
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from kick.errors import DataError
 from kick.lm import rolling_loglikelihoods
+from kick.rows import read_texts
 from kick.suite import DataSource, Example, Metric, Sample, Suite
 
 from . import sources
@@ -26,6 +27,9 @@ _FILES = {
     "wikitext2": ("ppl/wikitext-2-raw/wiki.test.raw", "wikitext-2-raw/wiki.test.raw", "wiki.test.raw"),
     "c4": ("ppl/c4/en/c4-validation.00000-of-00008.json.gz", "en/c4-validation.00000-of-00008.json.gz"),
 }
+
+C4_DOCUMENTS = 1100
+"""How many documents of C4's first validation file are read, as papers on pruning do."""
 
 
 class Perplexity(Suite):
@@ -39,34 +43,44 @@ class Perplexity(Suite):
     class Params(BaseModel):
         model_config = ConfigDict(frozen=True, extra="forbid")
 
-        text: str = Field(default="wikitext2", description="wikitext2, c4, or the path of a text or .jsonl file")
+        text: str = Field(
+            default="auto",
+            description="wikitext2, c4, embedded, or the path of a file; auto is what the data source has",
+        )
         window_bytes: int = Field(default=4096, ge=64, description="size of a window")
 
     def examples(self, source: DataSource) -> list[Example]:
-        windows = [
-            (f"{name}-{number:05d}", name, window)
-            for name, document in self._documents(source)
-            for number, window in enumerate(cut(document, self.params.window_bytes))
-        ]
+        name, text = self._text(source)
+        windows = cut(text, self.params.window_bytes)
         if not windows:
             raise DataError(f"the text '{self.params.text}' is empty.", "Give a text with at least one word.")
-        return [Example(id, group, {"text": text}) for id, group, text in windows]
+        return [Example(f"{name}-{number:05d}", name, {"text": window}) for number, window in enumerate(windows)]
 
-    def _documents(self, source: DataSource) -> list[tuple[str, str]]:
-        """(name, text) pairs. Rows of a .jsonl file are joined by blank lines: most are shorter than a window."""
+    def _text(self, source: DataSource) -> tuple[str, str]:
+        """(name, text). Documents are joined by blank lines: most are shorter than a window."""
         text = self.params.text
+        if text == "auto":
+            text = "embedded" if source.kind == "embedded" else "wikitext2"
+        if text == "embedded":
+            return text, _join(read_texts(sources.EMBEDDED / "perplexity" / "text.jsonl"))
         if text not in _FILES:
-            return [(Path(text).stem, _read(Path(text)))]
+            if not Path(text).is_file():
+                raise DataError(
+                    f"no text at {text}.", "`text` is auto, wikitext2, c4, embedded, or the path of a file."
+                )
+            return Path(text).stem, _join(read_texts(Path(text)))
         if source.kind == "embedded":
-            return [("embedded", _read(sources.EMBEDDED / "perplexity" / "text.jsonl"))]
+            raise DataError(f"{text} does not come with kick.", "Set data to hub or to a folder, or text to embedded.")
         if source.kind == "directory":
-            return [(text, _read(sources.find(source.directory, *_FILES[text], suite="perplexity")))]
-        if text == "wikitext2":
-            rows = sources.hub_rows("Salesforce/wikitext", "wikitext-2-raw-v1", split="test")
-            return [(text, "".join(row["text"] for row in rows))]
-        data_file = "en/c4-validation.00000-of-00008.json.gz"
-        rows = sources.hub_rows("allenai/c4", split="validation", data_files={"validation": data_file}, streaming=True)
-        return [(text, "\n\n".join(row["text"] for row in islice(rows, 1100)))]
+            rows = read_texts(sources.find(source.directory, *_FILES[text], suite="perplexity"))
+        elif text == "wikitext2":
+            lines = sources.hub_rows("Salesforce/wikitext", "wikitext-2-raw-v1", split="test")
+            return text, "".join(line["text"] for line in lines)
+        else:
+            files = {"validation": "en/c4-validation.00000-of-00008.json.gz"}
+            found = sources.hub_rows("allenai/c4", split="validation", data_files=files, streaming=True)
+            rows = (row["text"] for row in found)
+        return text, _join(islice(rows, C4_DOCUMENTS))
 
     def answer(self, lm: Any, examples: Sequence[Example]) -> Iterator[Sample]:
         texts = [example.content["text"] for example in examples]
@@ -121,14 +135,5 @@ def _words(text: str) -> Iterator[str]:
         yield text[start:]
 
 
-def _read(path: Path) -> str:
-    if not path.is_file():
-        raise DataError(f"no text at {path}.", "`text` is wikitext2, c4, or the path of a text or .jsonl file.")
-    if not path.name.removesuffix(".gz").endswith((".jsonl", ".json")):
-        return path.read_text(encoding="utf-8")
-    documents = []
-    for number, row in sources.read_jsonl(path):
-        if not isinstance(row.get("text"), str):
-            raise DataError(f"line {number} of {path} has no 'text'.", "Each row needs a text.")
-        documents.append(row["text"])
+def _join(documents: Iterable[str]) -> str:
     return "\n\n".join(documents)

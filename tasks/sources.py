@@ -4,8 +4,6 @@ A local mirror is searched for the names under which the public files are known;
 """
 
 import csv
-import gzip
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,22 +22,6 @@ def find(root: Path | None, *candidates: str, suite: str) -> Path:
         if (root / candidate).exists():
             return root / candidate
     raise DataError(f"{root} holds no data for the suite '{suite}'.", "Expected one of: " + ", ".join(candidates) + ".")
-
-
-def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, row) of a .jsonl file, plain or .gz. Lines end at \\n alone: text may hold other separators."""
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8", newline="\n") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise DataError(f"line {number} of {path} is not JSON: {error}.", "One JSON object a line.") from error
-            if not isinstance(row, dict):
-                raise DataError(f"line {number} of {path} is not a JSON object.", "One JSON object a line.")
-            yield number, row
 
 
 def read_csv(path: Path, columns: int) -> Iterator[tuple[int, list[str]]]:

@@ -108,3 +108,37 @@ def test_the_shipped_sweep_files_are_valid(name):
     from kick.config import load
 
     assert len(load(REPOSITORY / "configs" / f"{name}.yaml").all_settings()) >= 9
+
+
+def test_the_commands_of_the_readme(tmp_path, monkeypatch, tiny_model, capsys):
+    from kick.models import is_installed
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(REPOSITORY / "configs")
+    lines = [line for block in blocks("README.md", "console") for line in block.strip().split("\n")]
+    assert [line for line in lines if not line.startswith("kick ")] == ["make demo", "make test", "pip install ."]
+    for line in lines:
+        if not line.startswith("kick ") or ("demo.yaml" in line and not is_installed("smollm2-135m")):
+            continue
+        assert run(line, ("smollm2-135m", tiny_model)) == 0, line
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", *sorted(f"docs/{path.name}" for path in (REPOSITORY / "docs").glob("*.md"))]
+)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)\)", (REPOSITORY / page).read_text(encoding="utf-8")):
+        if not target.startswith("http"):
+            assert ((REPOSITORY / page).parent / target).is_file(), target
+
+
+@pytest.mark.parametrize(
+    "module", ["kick.progress", "kick_compressors.masks", "kick_tasks.scoring", "kick_tasks.perplexity"]
+)
+def test_examples_in_docstrings(module):
+    import doctest
+    import importlib
+
+    found = doctest.testmod(importlib.import_module(module))
+    assert found.attempted > 0
+    assert found.failed == 0

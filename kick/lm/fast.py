@@ -9,6 +9,7 @@ so an interrupted evaluation that asks the same batches again gets the same answ
 """
 
 import copy
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ PACKED_TOKENS = 512
 
 GENERATION_ROWS = 128
 PLAIN_ROWS = 8
+_REMEMBERED_TEXTS = 1024
 _AGREEMENT = {torch.float32: 1e-3, torch.float64: 1e-6}  # log-likelihoods with and without packing; half precision 0.25
 
 
@@ -42,6 +44,7 @@ class FastLM(TemplateLM):
         self.model = model
         self.tokenizer = tokenizer
         self._device = model.device
+        self._encode = lru_cache(maxsize=_REMEMBERED_TEXTS)(self._encode_uncached)  # a prompt is met once an option
         self._prefix: tuple[tuple[int, ...], DynamicCache] | None = None
         self.no_sharing = self._why_no_sharing()
 
@@ -90,11 +93,15 @@ class FastLM(TemplateLM):
         )
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """Token ids of `string`; None leaves special tokens to the tokenizer, unless the text begins with one."""
         bos = self.tokenizer.bos_token
         if add_special_tokens is None and bos and string.startswith(bos):
             add_special_tokens = False
+        return list(self._encode(string, add_special_tokens))
+
+    def _encode_uncached(self, string: str, add_special_tokens: bool | None) -> tuple[int, ...]:
         options = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
-        return self.tokenizer(string, verbose=False, **options)["input_ids"]
+        return tuple(self.tokenizer(string, verbose=False, **options)["input_ids"])
 
     # Likelihoods
 
@@ -324,6 +331,8 @@ class FastLM(TemplateLM):
                 difference = abs(float(values.sum()) - alone[index][0])
                 if not difference <= _AGREEMENT.get(self.model.dtype, 0.25):
                     return f"packed rows differ by {difference:.2g} from whole ones"
+        except torch.OutOfMemoryError:
+            raise
         except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
             return f"its attention does not take packed rows ({type(error).__name__}: {str(error)[:120]})"
         return None

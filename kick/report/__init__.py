@@ -20,8 +20,8 @@ def write_report(run: Path, out: Path | None = None) -> Results:
     from kick.report import figures, html
 
     out = out or run
-    out.mkdir(parents=True, exist_ok=True)
     results = read_results(run)
+    out.mkdir(parents=True, exist_ok=True)
     write_tables(results, out)
     drawn = figures.draw_all(results, out / "figures")
     write_text(out / "report.html", html.page(results, drawn))

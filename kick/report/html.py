@@ -107,7 +107,7 @@ def _comparisons(results: Results) -> list[_Row]:
 
 
 def _answers(results: Results) -> list[dict[str, Any]]:
-    """For each suite that answers in words: some questions with every setting's answer, those that changed first."""
+    """For each suite that has answers to show: some questions with every setting's, those that changed first."""
     sections = []
     for suite in results.suites:
         dense = {sample.id: sample for sample in results.get(DENSE, suite).samples}
@@ -150,6 +150,11 @@ def _shorten(text: str) -> str:
     return text if len(text) <= _LONG else f"{text[: _LONG // 2]}\n[…]\n{text[-_LONG // 2 :]}"
 
 
+def _lm_record(results: Results) -> dict[str, Any]:
+    """What the LM said of itself, whether it shares prefixes and if not why; the same for all settings of a run."""
+    return next((evaluation.lm for evaluation in results.evaluations.values() if evaluation.lm), {})
+
+
 def _facts(results: Results) -> list[tuple[str, str]]:
     run = results.run
     dense = next((r.record for r in results.settings if r.setting.is_dense and r.record), None)
@@ -159,7 +164,7 @@ def _facts(results: Results) -> list[tuple[str, str]]:
         ("about the model", run["model"]["note"]),
         ("parameters", f"{dense['parameters']:,}" if dense else ""),
         ("precision and device", f"{run['dtype']} on {run['device']}"),
-        ("lm", ", ".join(f"{key} {value}" for key, value in run["config"]["lm"].items())),
+        ("lm", ", ".join(f"{key} {value}" for key, value in (run["config"]["lm"] | _lm_record(results)).items())),
         ("calibration", ", ".join(f"{key} {value}" for key, value in run["config"]["calibration"].items())),
         ("hardware", hardware),
         ("versions", ", ".join(f"{name} {version}" for name, version in run["versions"].items())),

@@ -18,7 +18,7 @@ from kick.settings import DENSE, Pattern, Setting, Sparsity
 from kick.statistics import Interval
 from kick.suite import OVERALL, Sample, Score, Suite
 from kick.sweep.plan import make_suite
-from kick.sweep.store import RUN, EvaluationStore, Store
+from kick.sweep.store import FORMAT, RUN, EvaluationStore, Store
 
 Key = tuple[str, str]
 """(metric, group)"""
@@ -41,7 +41,7 @@ class SettingResult:
 
     @property
     def level(self) -> Any:
-        return checkpoints.level_of(self.record) if self.record else None
+        return checkpoints.level_of(self.setting.level)
 
     @property
     def family(self) -> str:
@@ -61,6 +61,7 @@ class Evaluation:
     estimates: dict[Key, Estimate] = field(default_factory=dict)
     comparisons: dict[Key, Comparison] = field(default_factory=dict)
     reason: str | None = None
+    lm: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -72,6 +73,7 @@ class Results:
     settings: list[SettingResult]
     suites: dict[str, Suite]
     evaluations: dict[tuple[str, str], Evaluation]
+    _means: dict[str, tuple[float, Interval] | None] = field(default_factory=dict, repr=False)
 
     def get(self, setting: str, suite: str) -> Evaluation:
         missing = Evaluation(setting, suite, reason="not part of this run")
@@ -105,6 +107,12 @@ class Results:
         ]
 
     def mean_retained(self, setting: str) -> tuple[float, Interval] | None:
+        """See `_mean_retained`; computed once."""
+        if setting not in self._means:
+            self._means[setting] = self._mean_retained(setting)
+        return self._means[setting]
+
+    def _mean_retained(self, setting: str) -> tuple[float, Interval] | None:
         """Mean over task suites of the share of the dense score that is left, and its interval.
 
         Suites are resampled independently of each other. None if one of them was not answered.
@@ -127,11 +135,13 @@ class Results:
 
     def verdicts(self, family: str, suite: str) -> list[tuple[float, statistics.Verdict]]:
         """(sparsity, verdict) for each sparsity of a method, the smallest first: what its frontier is read from."""
-        levels = []
+        levels: list[tuple[float, statistics.Verdict]] = []
         for result in self.compressed:
-            found = self.comparison(result.name, suite)
-            if result.family == family and isinstance(result.level, Sparsity) and found is not None:
-                levels.append((result.level.fraction, found.verdict))
+            if result.family == family and isinstance(result.level, Sparsity):
+                found = self.comparison(result.name, suite)
+                levels.append(
+                    (result.level.fraction, found.verdict if found else "undecided")
+                )  # failed: nothing is known
         return sorted(levels)
 
 
@@ -142,6 +152,10 @@ def read_results(path: Path) -> Results:
             f"{path} is not a run: it holds no {RUN}.", "Expected a folder that `kick sweep` or `kick evaluate` wrote."
         )
     run = read_json(path / RUN)
+    if run.get("format") != FORMAT:
+        raise RunError(
+            f"{path / RUN} has format {run.get('format')}; this kick reads {FORMAT}.", "Run the sweep again."
+        )
     store = Store(path)
     settings = [Setting(**{k: v for k, v in row.items() if k != "name"}) for row in run["settings"]]
     suites = {spec.name: make_suite(spec) for spec in (SuiteSpec(**row) for row in run["config"]["suites"])}
@@ -164,9 +178,12 @@ def _read_evaluation(store: EvaluationStore, setting: str, name: str, suite: Sui
     if result is None or result["status"] != "complete":
         return Evaluation(setting, name, reason=result["reason"] if result else "not answered yet")
     samples = store.samples()
+    for sample in samples:
+        if setting != DENSE:
+            sample.prompt, sample.choices = "", None  # dense has the same prompts; a long run would not fit into memory
     scores = {(score.metric.name, score.group): score for score in suite.score(samples)}
     estimates = {key: compare.estimate(score) for key, score in scores.items()}
-    return Evaluation(setting, name, samples, scores, estimates)
+    return Evaluation(setting, name, samples, scores, estimates, lm=result.get("lm", {}))
 
 
 def _compare(dense: Evaluation, other: Evaluation) -> Iterator[tuple[Key, Comparison]]:

@@ -9,7 +9,7 @@ from kick.sweep.plan import Plan
 from kick.sweep.run import missing_evaluations
 from kick.sweep.store import RUN, Store, check_same
 
-_BYTES_PER_TOKEN = 4.0
+_CHARACTERS_PER_TOKEN = 4.0
 _OVERHEAD = 3.0
 """Measured wall seconds over matrix products at full speed alone, on the packaged model: attention, generation token by
 token, loading, and the few-shot examples in front of a question."""
@@ -67,18 +67,13 @@ def _seconds(plan: Plan, store: Store, missing: dict[str, list[str]], parameters
                 total += rates[suite.name] * len(suite.examples)
                 continue
             speed = speed or _flops_per_second(plan.device, plan.dtype)
-            tokens = sum(_content_bytes(example.content) for example in suite.examples) / _BYTES_PER_TOKEN
+            tokens = sum(map(suite.suite.length, suite.examples)) / _CHARACTERS_PER_TOKEN
             total += _OVERHEAD * tokens * 2 * parameters / speed
     calibrated = 2 * plan.config.calibration.samples * plan.config.calibration.sequence_length
     if missing:
         speed = speed or _flops_per_second(plan.device, plan.dtype)
         total += len(missing) * (calibrated * 2 * parameters / speed + 2 * parameters * 4 / 1e9)
     return total
-
-
-def _content_bytes(content: dict[str, Any]) -> int:
-    """Text of a question itself; the examples in front of it are shared with others."""
-    return sum(len(str(value)) for key, value in content.items() if key not in ("shots", "answers", "id"))
 
 
 def _parameters(path: Path) -> int:

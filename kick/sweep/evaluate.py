@@ -4,6 +4,7 @@ import time
 from typing import Any
 
 from kick.compare import Estimate, estimate
+from kick.files import sha256_of
 from kick.suite import Sample
 from kick.sweep.clock import Clock
 from kick.sweep.plan import PlannedSuite
@@ -33,6 +34,7 @@ def evaluate(
     result = {
         "key": key,
         "status": "complete",
+        "samples_sha256": sha256_of(store.samples_path),
         "n": len(samples),
         "truncated": sum(sample.truncated for sample in samples),
         "failed": sum(sample.error is not None for sample in samples),

@@ -1,7 +1,7 @@
 """From a sweep file to a plan: every setting, every suite with its questions, and the identity of each evaluation.
 
-All that can be wrong is found here, before anything is written: unknown names, impossible levels, missing data,
-malformed rows.
+What can be wrong without a model being loaded is found here, before anything is written: unknown names, impossible
+levels, missing data, malformed rows.
 """
 
 from collections.abc import Sequence
@@ -158,4 +158,4 @@ def _check_ids(name: str, examples: Sequence[Example]) -> None:
 
 def _plugin_version(group: str, name: str) -> str:
     found = plugins.available(group).get(name)
-    return f"{found.origin} {found.version}" if found else "built in"
+    return f"{found.origin} {found.version}" if found else "none"  # dense, or a checkpoint of a plugin not installed

@@ -58,6 +58,7 @@ def run(plan: Plan, store: Store, progress: Progress, debug: bool = False) -> Su
         except Exception as error:  # whatever a compressor does wrong costs its own setting only
             for suite in suites:
                 failed(setting, suite, error)
+            workshop.finished_with(setting)
             continue
         for suite in suites:
             clock.start(f"{setting.name}: {suite.name}", suite.name, len(suite.examples))
@@ -97,14 +98,22 @@ class Workshop:
 
     def __init__(self, plan: Plan, store: Store, clock: Clock) -> None:
         self.plan, self.store, self.clock = plan, store, clock
-        self.verified: dict[str, Checkpoint] = {}
+        self.checkpoints: dict[str, Checkpoint] = {}
+        self.without_dense: Exception | None = None
 
     def checkpoint(self, setting: Setting) -> Checkpoint:
         """The setting's checkpoint: the one on disk if it is whole, else made anew."""
-        if setting.name not in self.verified:
-            self.verified[setting.name] = self._given() or self._on_disk(setting) or self._make(setting)
-            self.store.keep_record(setting.name, self.verified[setting.name].record)
-        return self.verified[setting.name]
+        if self.without_dense is not None:  # nothing can start from it: do not try again for every setting
+            raise self.without_dense
+        if setting.name not in self.checkpoints:
+            try:
+                found = self._given() or self._on_disk(setting) or self._make(setting)
+            except Exception as error:
+                self.without_dense = error if setting.is_dense else None
+                raise
+            self.checkpoints[setting.name] = found
+            self.store.keep_record(setting.name, found.record)
+        return self.checkpoints[setting.name]
 
     def _given(self) -> Checkpoint | None:
         given = self.plan.given
@@ -140,5 +149,7 @@ class Workshop:
             self.store.drop_checkpoint(setting.name)
 
     def close(self) -> None:
+        """Also what a killed run left behind."""
         if not self.plan.config.keep_checkpoints:
-            self.store.drop_checkpoint(self.plan.settings[0].name)
+            for setting in self.plan.settings:
+                self.store.drop_checkpoint(setting.name)

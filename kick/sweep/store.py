@@ -19,7 +19,7 @@ from typing import Any, TextIO
 
 from kick import meter
 from kick.errors import RunError
-from kick.files import check_writable, read_json, safe_name, write_bytes, write_json
+from kick.files import check_writable, read_json, safe_name, sha256_of, write_bytes, write_json
 from kick.suite import Example, Sample
 from kick.sweep.plan import Plan
 
@@ -133,8 +133,11 @@ class EvaluationStore:
         return read_json(self.scores_path) if self.scores_path.is_file() else None
 
     def is_complete(self, key: str) -> bool:
+        """Whether the evaluation called `key` is done and its samples are still the ones that were scored."""
         result = self.result()
-        return result is not None and result["status"] == "complete" and result["key"] == key
+        if result is None or result["status"] != "complete" or result["key"] != key:
+            return False
+        return self.samples_path.is_file() and sha256_of(self.samples_path) == result["samples_sha256"]
 
     def samples(self) -> list[Sample]:
         """All samples on disk. Raises RunError at a line that is not one."""

@@ -69,12 +69,14 @@ def test_calibration_and_evaluation_text_do_not_overlap():
     """No run of eight words stands in both embedded texts."""
     from kick_tasks import sources
 
+    from kick.rows import read_jsonl
+
     def runs(texts):
         for text in texts:
             words = re.findall(r"\w+", text.lower())
             yield from (tuple(words[i : i + 8]) for i in range(len(words) - 7))
 
-    evaluation = [row["text"] for _, row in sources.read_jsonl(sources.EMBEDDED / "perplexity" / "text.jsonl")]
+    evaluation = [row["text"] for _, row in read_jsonl(sources.EMBEDDED / "perplexity" / "text.jsonl")]
     calibration = read_documents("embedded")
     assert not set(runs(evaluation)) & set(runs(calibration))
     assert sum(len(text.encode()) for text in evaluation) >= 60_000

@@ -133,6 +133,12 @@ def test_a_compressor_that_breaks_the_model_writes_nothing(tiny_model, tmp_path,
     monkeypatch.setattr(Magnitude, "solve", lambda self, weight, statistic, level: weight)
     with pytest.raises(KickError, match="groups of 4 keep more than 2"):
         make(tiny_model, tmp_path / "out", "magnitude", "2:4")
-    with pytest.raises(KickError, match=r"reached a sparsity of 0\.0000 only"):
+    with pytest.raises(KickError, match=r"reached a sparsity of 0\.0000"):
+        make(tiny_model, tmp_path / "out", "magnitude", "0.5")
+    monkeypatch.setattr(Magnitude, "solve", lambda self, weight, statistic, level: weight * 0)
+    with pytest.raises(KickError, match=r"reached a sparsity of 1\.0000"):
+        make(tiny_model, tmp_path / "out", "magnitude", "0.5")
+    monkeypatch.setattr(Magnitude, "solve", lambda self, weight, statistic, level: 1 / 0)
+    with pytest.raises(KickError, match=r"magnitude@0\.5 failed: ZeroDivisionError"):
         make(tiny_model, tmp_path / "out", "magnitude", "0.5")
     assert list(Path(tmp_path).iterdir()) == []

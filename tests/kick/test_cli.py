@@ -114,8 +114,22 @@ def test_parameters_reach_the_suites_that_know_them(tiny_model, tmp_path):
 
 
 def test_report_of_something_else(tmp_path, capsys):
-    assert cli.main(["report", str(tmp_path)]) == 2
-    assert "is not a run" in capsys.readouterr().err
+    for folder in (tmp_path, tmp_path / "typo"):
+        assert cli.main(["report", str(folder)]) == 2
+        assert "is not a run" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_plugin_that_cannot_be_loaded_is_listed_as_such(capsys, monkeypatch):
+    def broken():
+        raise ImportError("planted")
+
+    plugin = plugins.Plugin("broken", "elsewhere", "1", broken)
+    monkeypatch.setattr(plugins, "_from_files", {plugins.COMPRESSORS: {"broken": plugin}, plugins.SUITES: {}})
+    assert cli.main(["list", "compressors"]) == 0
+    text = capsys.readouterr().out
+    assert "wanda" in text
+    assert "cannot be loaded" in text
 
 
 def test_debug_shows_the_traceback(tmp_path):

@@ -65,8 +65,13 @@ def test_code_in_a_models_folder_is_not_run(tmp_path, tiny_model):
     config |= {"model_type": "mine", "auto_map": {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"}}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
+    tokenizer |= {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["code.T", "code.T"]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
     with pytest.raises(ModelError):
         models.load_model(folder, "float32", "cpu")
+    with pytest.raises(ModelError):
+        models.load_tokenizer(folder)
     assert not (tmp_path / "ran").exists()
 
 
