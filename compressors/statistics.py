@@ -16,6 +16,11 @@ class InputNorm(Statistic):
     def add(self, inputs: Tensor) -> None:
         self.sum_of_squares += inputs.float().square().sum(dim=0)
 
+    def output_error(self, weight: Tensor, change: Tensor) -> float:
+        """||change diag(l2)|| / ||weight diag(l2)||: the error of the outputs if input features were uncorrelated."""
+        size = (weight * self.l2).norm()
+        return float((change * self.l2).norm() / size) if size else 0.0
+
     @property
     def l2(self) -> Tensor:
         """[in], float32. Ones if no token came by."""

@@ -74,11 +74,12 @@ def _segments(documents: list[str], spec: CalibrationSpec, tokenizer: Any) -> It
     """Segments of at most one sequence, each closed by the end-of-text token: one of each document, then the rest."""
     rng = np.random.default_rng(spec.seed)
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    begin = _begin(tokenizer)
     left_over: list[list[int]] = []
     for index in rng.permutation(len(documents)):
         tokens = tokenizer(documents[index], add_special_tokens=False, verbose=False)["input_ids"]
-        length = max(1, spec.sequence_length - len(end))
-        segments = [tokens[start : start + length] + end for start in range(0, len(tokens), length)]
+        length = max(1, spec.sequence_length - len(begin) - len(end))
+        segments = [begin + tokens[start : start + length] + end for start in range(0, len(tokens), length)]
         if not segments:
             continue
         first = int(rng.integers(len(segments)))
@@ -86,6 +87,12 @@ def _segments(documents: list[str], spec: CalibrationSpec, tokenizer: Any) -> It
         left_over += segments
     for index in rng.permutation(len(left_over)):
         yield left_over[index]
+
+
+def _begin(tokenizer: Any) -> list[int]:
+    """The begin-of-text token, for tokenizers that put it in front of every prompt: activations hang on it."""
+    first = tokenizer("a", verbose=False)["input_ids"][:1]
+    return first if first == [tokenizer.bos_token_id] else []
 
 
 def read_documents(source: str, text_field: str = "text") -> list[str]:

@@ -4,6 +4,8 @@ Plain `AutoModelForCausalLM.from_pretrained` loads the directory. `kick.json` is
 not a checkpoint.
 """
 
+import hashlib
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -118,6 +120,7 @@ def save(path: Path, model: Any, tokenizer: Any, record: dict[str, Any], measure
         record["bytes"] = sum(facts["bytes"] for facts in weight_files.values())
         record["bits_per_weight"] = 8 * model.dtype.itemsize  # dense storage: a zero takes the room of any other weight
         record["weights_fingerprint"] = "-".join(facts["sha256"][:32] for facts in weight_files.values())
+        record["record_sha256"] = _record_sha256(record)
         write_json(partial / RECORD, record)
     return Checkpoint(path, record)
 
@@ -142,6 +145,7 @@ def _check_record(path: Path, record: dict[str, Any]) -> None:
         raise CheckpointError(f"{path / RECORD} has format {record['format']}; this kick reads {FORMAT}.")
     level_of(Setting(**record["setting"]).level)
     needed = {"setting_name", "source", "sparsity", "bytes", "bits_per_weight", "weights_fingerprint", "warnings"}
+    needed |= {"coverage", "calibration", "parameters", "seconds", "peak_memory_bytes", "dtype", "record_sha256"}
     if missing := needed - record.keys():
         raise KeyError(*sorted(missing))
     for name, facts in record["files"].items():
@@ -156,6 +160,8 @@ def verify(checkpoint: Checkpoint) -> list[str]:
     """What no longer agrees with the record: files changed, missing or added, counts that differ. Empty if nothing."""
     problems = []
     recorded = checkpoint.record["files"]
+    if checkpoint.record["record_sha256"] != _record_sha256(checkpoint.record):
+        problems.append(f"{RECORD} has changed: its figures are not the recorded ones")
     for name, facts in recorded.items():
         file = checkpoint.path / name
         if not file.is_file():
@@ -169,7 +175,9 @@ def verify(checkpoint: Checkpoint) -> list[str]:
     if problems:
         return problems
     level = level_of(checkpoint.record["setting"]["level"])
+    found = set()
     for name, weight in _weights(checkpoint):
+        found.add(name)
         counted = count_weight(weight, level)
         expected = checkpoint.record["layers"][name]
         problems += [
@@ -177,7 +185,15 @@ def verify(checkpoint: Checkpoint) -> list[str]:
             for key in counted
             if counted[key] != expected[key]
         ]
-    return problems
+    return problems + [
+        f"{name} is recorded but in no file" for name in sorted(checkpoint.record["layers"].keys() - found)
+    ]
+
+
+def _record_sha256(record: dict[str, Any]) -> str:
+    """Hash of everything else in the record, so that a changed figure is noticed like a changed weight."""
+    rest = {key: value for key, value in record.items() if key != "record_sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _files_in(directory: Path) -> list[str]:

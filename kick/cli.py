@@ -40,6 +40,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output went away, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return OK
+    except (UnicodeDecodeError, OSError) as error:
+        if options.debug:
+            raise
+        print(f"kick: error: {error}\n  --debug shows where.", file=sys.stderr)
+        return USAGE
 
 
 def _command(name: str) -> Command:

@@ -1,6 +1,5 @@
 """What each command does: read its options, call the stage, print the result."""
 
-import json
 import sys
 from argparse import Namespace
 from collections.abc import Iterable
@@ -15,7 +14,7 @@ from kick.compress import Recipe, prepare
 from kick.compress import compress as make_checkpoint
 from kick.config import LMSpec, SuiteSpec, SweepConfig
 from kick.errors import ConfigError, KickError
-from kick.files import check_writable
+from kick.files import check_writable, to_json
 from kick.lm import LMS
 from kick.progress import duration, progress
 from kick.settings import Setting, split_setting
@@ -36,6 +35,8 @@ def sweep(options: Namespace) -> int:
 
 def evaluate(options: Namespace) -> int:
     names = [name.strip() for name in options.suite.split(",") if name.strip()]
+    if not names:
+        raise ConfigError("--suite names no suite.", "For example --suite mmlu,perplexity.")
     shared, own = _split_params(options.param, names)
     suites = tuple(
         SuiteSpec(suite=name, params={**known, **own.get(name, {})}, limit=options.limit)
@@ -61,7 +62,7 @@ def _run(config: SweepConfig, out: Path, options: Namespace, as_is: bool = False
 
     plan = make_plan(config, as_is)
     if getattr(options, "dry_run", False):
-        return _print(options, *describe(plan, out))
+        return _print(options, *describe(plan, out, options.fresh))
     watching = progress()
     with Store.open(out, plan, fresh=options.fresh) as store:
         try:
@@ -148,7 +149,7 @@ def inspect_checkpoint(options: Namespace) -> int:
 
 
 def _print(options: Namespace, text: str, document: Any) -> int:
-    print(json.dumps(document, indent=2, ensure_ascii=False) if options.json else text)
+    print(to_json(document) if options.json else text)
     return 0
 
 

@@ -78,6 +78,10 @@ class Statistic(ABC):
     def add(self, inputs: Tensor) -> None:
         """Take in a batch of inputs [tokens, in]."""
 
+    def output_error(self, weight: Tensor, change: Tensor) -> float | None:
+        """Relative error of the outputs that `change` [out, in] makes to `weight`, if this statistic can tell."""
+        return None
+
 
 class LayerwiseCompressor(Compressor):
     """A compressor that treats each linear inside the decoder blocks by itself: implement `solve`.
@@ -143,9 +147,11 @@ class LayerwiseCompressor(Compressor):
         before = linear.weight
         after = self.solve(before, statistic, level).to(before.dtype)
         size = before.float().norm()
-        self.layers[linear.name] = {
-            "weight_error": float((after.float() - before.float()).norm() / size) if size else 0.0
-        }
+        change = after.float() - before.float()
+        errors = {"weight_error": float(change.norm() / size) if size else 0.0}
+        if statistic is not None and (error := statistic.output_error(before.float(), change)) is not None:
+            errors["reconstruction_error"] = error
+        self.layers[linear.name] = errors
         before.copy_(after)
 
 

@@ -14,6 +14,13 @@ from kick.settings import DENSE, Setting, Spec, split_setting
 S = TypeVar("S", bound=Spec)
 
 
+def check_label(label: str) -> str:
+    """A label may be anything that does not break a table."""
+    if label in ("setting", "sparsity", "megabytes", "mean_retained") or "|" in label or "\n" in label:
+        raise ValueError("a label may not be the name of a column of the leaderboard, nor hold a bar or a line break")
+    return label
+
+
 class Grid(Spec):
     """One compressor at several levels and seeds: a setting for each pair."""
 
@@ -23,14 +30,16 @@ class Grid(Spec):
     seeds: tuple[int, ...] = (0,)
     label: str = Field(default="", description="replaces the compressor's name in the names of these settings")
 
+    @field_validator("label")
+    @classmethod
+    def _plain(cls, label: str) -> str:
+        return check_label(label)
+
     @field_validator("levels", mode="before")
     @classmethod
     def _as_text(cls, levels: Any) -> Any:
         if isinstance(levels, list | tuple):
-            return tuple(
-                level if isinstance(level, str) else f"{level:g}" if isinstance(level, float) else str(level)
-                for level in levels
-            )
+            return tuple(level if isinstance(level, str) else repr(level) for level in levels)
         return levels
 
     def settings(self) -> list[Setting]:
@@ -62,12 +71,8 @@ class SuiteSpec(Spec):
 
     @field_validator("label")
     @classmethod
-    def _no_column(cls, label: str) -> str:
-        if label in ("setting", "sparsity", "megabytes", "mean_retained") or "|" in label or "\n" in label:
-            raise ValueError(
-                "a label may not be the name of a column of the leaderboard, nor hold a bar or a line break"
-            )
-        return label
+    def _plain(cls, label: str) -> str:
+        return check_label(label)
 
 
 class LMSpec(Spec):
@@ -127,7 +132,17 @@ def _check_unique(kind: str, names: list[str]) -> None:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's safe loader without base-60 numbers: `2:4` is a pattern, not 124."""
+    """YAML's safe loader without base-60 numbers (`2:4` is a pattern, not 124) that refuses a key given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if str(key.value) in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key '{key.value}' stands twice", key.start_mark
+                )
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -147,7 +162,7 @@ _Loader.add_implicit_resolver(
 def read_yaml(text: str, where: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{where} is not YAML: {' '.join(str(error).split())}") from error
 
 
@@ -155,8 +170,11 @@ def load(path: Path, overrides: list[str] = []) -> SweepConfig:  # noqa: B006 (n
     """The sweep file at `path` with `KEY=VALUE` overrides (dotted keys; values are YAML). Raises ConfigError."""
     if not path.is_file():
         raise ConfigError(f"no sweep file {path}.", "Expected a YAML file; configs/ holds some to start from.")
-    content = read_yaml(path.read_text(encoding="utf-8"), str(path))
-    if not isinstance(content, dict):
+    try:
+        content = read_yaml(path.read_text(encoding="utf-8"), str(path))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text.", "Save it as UTF-8.") from error
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise ConfigError(f"{path} is not a mapping.", "Expected keys such as model, settings and suites.")
     for override in overrides:
         _override(content, override)

@@ -129,7 +129,8 @@ def fetch(source: ModelSource) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        folder = Path(snapshot_download(source.name, allow_patterns=[*_WEIGHT_FILES, *_TEXT_FILES]))
+        allowed = [*_WEIGHT_FILES, *_TEXT_FILES]
+        folder = Path(snapshot_download(source.name, allow_patterns=allowed, ignore_patterns=["consolidated*", "*/*"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise ModelError(
             f"'{source.name}' cannot be fetched from the Hugging Face hub: {_first_line(error)}"
@@ -160,14 +161,15 @@ def default_device() -> str:
 
 def default_dtype(device: str) -> str:
     """float32 on a CPU, bfloat16 elsewhere: what each computes in without surprises."""
-    return "float32" if device == "cpu" else "bfloat16"
+    return "float32" if device.partition(":")[0] == "cpu" else "bfloat16"
 
 
 def check_device(device: str) -> None:
     import torch
 
     try:
-        torch.empty(1, device=device)
+        if torch.empty(1, device=device).device.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("nothing can be computed there.")
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(
             f"device '{device}' cannot be used: {_first_line(error)}", "Expected cpu, cuda or cuda:N."
@@ -189,6 +191,7 @@ def load_tokenizer(path: Path) -> Any:
 def load_model(path: Path, dtype: str, device: str) -> "torch.nn.Module":
     """The causal language model at `path` in evaluation mode. Code inside the model's folder is never run."""
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     where = {"pretrained_model_name_or_path": path, "use_safetensors": True}
@@ -196,7 +199,7 @@ def load_model(path: Path, dtype: str, device: str) -> "torch.nn.Module":
         where = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
     try:
         model = AutoModelForCausalLM.from_pretrained(**where, dtype=getattr(torch, dtype), trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise ModelError(
             f"the model {path.name} cannot be loaded: {_first_line(error)}", "--debug shows the whole error."
         ) from error

@@ -45,10 +45,15 @@ _from_files: dict[str, dict[str, Plugin]] = {COMPRESSORS: {}, SUITES: {}}
 
 def available(group: str) -> dict[str, Plugin]:
     """All plugins of `group` by name, without importing any of them."""
-    found = {}
+    found: dict[str, Plugin] = {}
     for entry in entry_points(group=group):
         origin = entry.dist.name if entry.dist else entry.value
         version = entry.dist.version if entry.dist else "unknown"
+        if entry.name in found and found[entry.name].origin != origin:
+            raise KickError(
+                f"two packages provide a {_KIND[group]} '{entry.name}': {found[entry.name].origin} and {origin}.",
+                "Uninstall one of them.",
+            )
         found[entry.name] = Plugin(entry.name, origin, version, entry.load)
     return found | _from_files[group]
 

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -12,7 +13,7 @@ from kick.errors import DataError
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number, row) of a .jsonl file. Lines end at \\n alone: text may hold other separators (U+2028, U+0085)."""
     with _open(path) as file:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(_lines(file, path), 1):
             if not line.strip():
                 continue
             try:
@@ -28,7 +29,7 @@ def read_texts(path: Path, text_field: str = "text") -> Iterator[str]:
     """The documents of a file: each row's text of a .jsonl file, or the whole of any other."""
     if not path.name.removesuffix(".gz").endswith((".jsonl", ".json")):
         with _open(path) as file:
-            yield file.read()
+            yield "".join(_lines(file, path))
         return
     for number, row in read_jsonl(path):
         if not isinstance(row.get(text_field), str):
@@ -36,6 +37,13 @@ def read_texts(path: Path, text_field: str = "text") -> Iterator[str]:
                 f"line {number} of {path} has no text '{text_field}'.", "Name the right field, or mend the row."
             )
         yield row[text_field]
+
+
+def _lines(file: IO[str], path: Path) -> Iterator[str]:
+    try:
+        yield from file
+    except (UnicodeDecodeError, OSError, EOFError, zlib.error) as error:  # gzip raises several
+        raise DataError(f"{path} cannot be read: {error}.", "Expected UTF-8 text, plain or .gz.") from error
 
 
 def _open(path: Path) -> IO[str]:

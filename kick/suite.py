@@ -168,7 +168,7 @@ class Suite(ABC):
         return [OVERALL, sample.group]
 
     def score(self, samples: Sequence[Sample], judgments: Sequence[Any] = ()) -> list[Score]:
-        """Every metric over every group, overall first. Samples with an error are counted as failed and left out."""
+        """Every metric over every group, overall first. Truncated and failed samples are counted and left out."""
         members: dict[str, list[Sample]] = {OVERALL: []}
         for sample in samples:
             for group in self.groups_of(sample):
@@ -177,15 +177,15 @@ class Suite(ABC):
 
 
 def _score(metric: Metric, group: str, samples: list[Sample]) -> Score:
-    scored = sorted((s for s in samples if s.error is None), key=lambda sample: sample.id)
+    scored = sorted((s for s in samples if s.error is None and not s.truncated), key=lambda sample: sample.id)
     return Score(
         metric=metric,
         group=group,
         ids=tuple(sample.id for sample in scored),
         value=np.array([sample.scores[metric.value] for sample in scored], dtype=np.float64),
         per=np.array([sample.scores[metric.per] if metric.per else 1.0 for sample in scored], dtype=np.float64),
-        truncated=sum(sample.truncated for sample in scored),
-        failed=len(samples) - len(scored),
+        truncated=sum(sample.truncated and sample.error is None for sample in samples),
+        failed=sum(sample.error is not None for sample in samples),
     )
 
 

@@ -109,7 +109,7 @@ def _rows(source: DataSource, split: str) -> list[dict[str, Any]]:
 
 def _questions(path: Path) -> list[dict[str, Any]]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))["Questions"]
+        return list(json.loads(path.read_text(encoding="utf-8"))["Questions"])
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} is not a FreebaseQA file: {error!r}.", 'Expected {"Questions": [...]}.') from error
 
@@ -120,6 +120,8 @@ def _from_freebase(row: dict[str, Any], where: str) -> dict[str, Any]:
         names: list[str] = []
         for parse in _records(row["Parses"]):
             for answer in _records(parse["Answers"]):
+                if not isinstance(answer["AnswersName"], list):
+                    raise DataError(f"{where} has AnswersName {answer['AnswersName']!r}.", "Expected a list of names.")
                 names += answer["AnswersName"]
         return _checked(
             {

@@ -75,7 +75,7 @@ class Perplexity(Suite):
             rows = read_texts(sources.find(source.directory, *_FILES[text], suite="perplexity"))
         elif text == "wikitext2":
             lines = sources.hub_rows("Salesforce/wikitext", "wikitext-2-raw-v1", split="test")
-            return text, "".join(line["text"] for line in lines)
+            return text, "".join(line["text"] or " \n" for line in lines)  # the hub stores a line of one space as ""
         else:
             files = {"validation": "en/c4-validation.00000-of-00008.json.gz"}
             found = sources.hub_rows("allenai/c4", split="validation", data_files=files, streaming=True)

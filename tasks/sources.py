@@ -27,10 +27,13 @@ def find(root: Path | None, *candidates: str, suite: str) -> Path:
 def read_csv(path: Path, columns: int) -> Iterator[tuple[int, list[str]]]:
     """(row number, cells) of a csv file without a header. Cells are text: "None" stays the word None."""
     with open(path, encoding="utf-8", newline="") as file:
-        for number, row in enumerate(csv.reader(file), 1):
-            if len(row) != columns:
-                raise DataError(f"row {number} of {path} has {len(row)} columns.", f"Expected {columns}.")
-            yield number, row
+        try:
+            for number, row in enumerate(csv.reader(file), 1):
+                if len(row) != columns:
+                    raise DataError(f"row {number} of {path} has {len(row)} columns.", f"Expected {columns}.")
+                yield number, row
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise DataError(f"{path} cannot be read: {error}.", "Expected a csv file in UTF-8.") from error
 
 
 def hub_rows(name: str, config: str | None = None, split: str = "test", **options: Any) -> Iterable[dict[str, Any]]:

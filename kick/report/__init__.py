@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from kick.files import write_text
+from kick.files import check_writable, write_text
 from kick.report.results import Results, read_results
 
 
@@ -21,6 +21,7 @@ def write_report(run: Path, out: Path | None = None) -> Results:
 
     out = out or run
     results = read_results(run)
+    check_writable(out)
     out.mkdir(parents=True, exist_ok=True)
     write_tables(results, out)
     drawn = figures.draw_all(results, out / "figures")

@@ -115,11 +115,13 @@ class Results:
     def _mean_retained(self, setting: str) -> tuple[float, Interval] | None:
         """Mean over task suites of the share of the dense score that is left, and its interval.
 
-        Suites are resampled independently of each other. None if one of them was not answered.
+        Suites are resampled independently of each other, except that those which ask the same questions (MMLU in two
+        formats) draw from one stream. None if one of them was not answered.
         """
         shares: list[float] = []
         draws: list[np.ndarray] = []
         sizes: list[int] = []
+        seeds: dict[tuple[str, ...], int] = {}
         for suite in self.task_suites:
             key = self.primary(suite)
             dense, other = self.get(DENSE, suite).scores.get(key), self.get(setting, suite).scores.get(key)
@@ -128,7 +130,8 @@ class Results:
                 return None
             shares.append(comparison.retained)
             sizes.append(comparison.n)
-            draws.append(compare.resampled_retained(dense, other, seed=len(draws)))
+            seed = seeds.setdefault(dense.ids, len(seeds))
+            draws.append(compare.resampled_retained(dense, other, seed=seed))
         if not shares:
             return None
         return float(np.mean(shares)), statistics.percentile_interval(np.mean(draws, axis=0), min(sizes))
@@ -151,7 +154,10 @@ def read_results(path: Path) -> Results:
         raise RunError(
             f"{path} is not a run: it holds no {RUN}.", "Expected a folder that `kick sweep` or `kick evaluate` wrote."
         )
-    run = read_json(path / RUN)
+    try:
+        run = read_json(path / RUN)
+    except ValueError as error:
+        raise RunError(f"{path / RUN} is damaged: {error}.", "--fresh starts that folder again.") from error
     if run.get("format") != FORMAT:
         raise RunError(
             f"{path / RUN} has format {run.get('format')}; this kick reads {FORMAT}.", "Run the sweep again."
@@ -177,11 +183,13 @@ def _read_evaluation(store: EvaluationStore, setting: str, name: str, suite: Sui
     result = store.result()
     if result is None or result["status"] != "complete":
         return Evaluation(setting, name, reason=result["reason"] if result else "not answered yet")
+    if not store.is_complete(result["key"]):
+        return Evaluation(setting, name, reason="its samples are not the ones that were scored; run the sweep again")
     samples = store.samples()
+    scores = {(score.metric.name, score.group): score for score in suite.score(samples)}
     for sample in samples:
         if setting != DENSE:
             sample.prompt, sample.choices = "", None  # dense has the same prompts; a long run would not fit into memory
-    scores = {(score.metric.name, score.group): score for score in suite.score(samples)}
     estimates = {key: compare.estimate(score) for key, score in scores.items()}
     return Evaluation(setting, name, samples, scores, estimates, lm=result.get("lm", {}))
 

@@ -99,6 +99,8 @@ def _leader(results: Results, result: SettingResult) -> dict[str, Any]:
             f"{suite}_ci_low": found.interval.low if found else None,
             f"{suite}_ci_high": found.interval.high if found else None,
             f"{suite}_verdict": pair.verdict if pair else "",
+            f"{suite}_n": found.n if found else 0,
+            f"{suite}_left_out": found.truncated + found.failed if found else 0,
         }
     return row
 
@@ -142,7 +144,8 @@ def score_cell(row: dict[str, Any], suite: str) -> str:
     if row[suite] is None:
         return "failed"
     interval = f"{number(row[suite])} [{number(row[suite + '_ci_low'])}, {number(row[suite + '_ci_high'])}]"
-    return f"{interval} {row[suite + '_verdict']}".rstrip()
+    left_out = f", {row[suite + '_left_out']} left out" if row[suite + "_left_out"] else ""
+    return f"{interval} (n {row[suite + '_n']}{left_out}) {row[suite + '_verdict']}".rstrip()
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -170,6 +173,6 @@ def _csv(columns: Iterable[str], rows: Iterable[dict[str, Any]]) -> str:
 
 
 def _cell(value: Any) -> Any:
-    if value is None or (isinstance(value, float) and math.isnan(value)):
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return ""
     return f"{value:.6g}" if isinstance(value, float) else value

@@ -7,7 +7,7 @@ from typing import Any
 from kick.progress import duration
 from kick.sweep.plan import Plan
 from kick.sweep.run import missing_evaluations
-from kick.sweep.store import RUN, Store, check_same
+from kick.sweep.store import RUN, Store, check_usable
 
 _CHARACTERS_PER_TOKEN = 4.0
 _OVERHEAD = 3.0
@@ -15,11 +15,11 @@ _OVERHEAD = 3.0
 token, loading, and the few-shot examples in front of a question."""
 
 
-def describe(plan: Plan, out: Path) -> tuple[str, dict[str, Any]]:
-    """The plan in words and as a document. Nothing is written."""
-    check_same(out, plan.identity)
+def describe(plan: Plan, out: Path, fresh: bool = False) -> tuple[str, dict[str, Any]]:
+    """The plan in words and as a document. Nothing is written; what the run would refuse is refused here."""
+    check_usable(out, plan, fresh)
     store = Store(out)
-    missing = missing_evaluations(plan, store)
+    missing = {s.name: plan.suites for s in plan.settings} if fresh else missing_evaluations(plan, store)
     parameters = _parameters(plan.path)
     seconds = _seconds(plan, store, {name: [s.name for s in suites] for name, suites in missing.items()}, parameters)
     width = {"float32": 4, "bfloat16": 2, "float16": 2}[plan.dtype]

@@ -108,6 +108,7 @@ class Workshop:
         if setting.name not in self.checkpoints:
             try:
                 found = self._given() or self._on_disk(setting) or self._make(setting)
+                self._check_same(setting, found)
             except Exception as error:
                 self.without_dense = error if setting.is_dense else None
                 raise
@@ -125,7 +126,10 @@ class Workshop:
         path = self.store.checkpoint_path(setting.name)
         if not (path / checkpoints.RECORD).is_file():
             return None
-        found = checkpoints.read(path)
+        try:
+            found = checkpoints.read(path)
+        except CheckpointError:  # damaged: it is made again
+            return None
         return None if checkpoints.verify(found) else found
 
     def _make(self, setting: Setting) -> Checkpoint:
@@ -136,13 +140,16 @@ class Workshop:
         out = self.store.checkpoint_path(setting.name)
         made = compress(self.plan.recipe(setting), out, progress=self.clock.show, start=start)
         self.clock.advance(1)
+        return made
+
+    def _check_same(self, setting: Setting, found: Checkpoint) -> None:
+        """Answers of one setting must all be of the same weights."""
         before = self.store.record(setting.name)
-        if before is not None and before["weights_fingerprint"] != made.fingerprint:
+        if before is not None and before["weights_fingerprint"] != found.fingerprint:
             raise CheckpointError(
                 f"{setting.name} came out different from the weights that earlier answers in this folder belong to.",
                 "The compressor is not deterministic, or this is another machine. --fresh starts the folder again.",
             )
-        return made
 
     def finished_with(self, setting: Setting) -> None:
         if not self.plan.config.keep_checkpoints and not setting.is_dense:

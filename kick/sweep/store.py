@@ -19,7 +19,7 @@ from typing import Any, TextIO
 
 from kick import meter
 from kick.errors import RunError
-from kick.files import check_writable, read_json, safe_name, sha256_of, write_bytes, write_json
+from kick.files import check_writable, read_json, safe_name, sha256_of, to_json, write_bytes, write_json
 from kick.suite import Example, Sample
 from kick.sweep.plan import Plan
 
@@ -42,13 +42,7 @@ class Store:
 
         Raises RunError if it holds a run of another configuration, is in use, or is a folder of something else.
         """
-        check_writable(root)
-        if root.exists() and any(root.iterdir()) and not (root / RUN).is_file() and not _only_lock(root):
-            raise RunError(
-                f"{root} is not empty and holds no {RUN}.", "Choose another --out: kick writes into folders of its own."
-            )
-        if not fresh:
-            check_same(root, plan.identity)
+        check_usable(root, plan, fresh)
         root.mkdir(parents=True, exist_ok=True)
         with _lock(root):
             if fresh:
@@ -193,7 +187,7 @@ class Appender:
         self.file = file
 
     def add(self, sample: Sample) -> None:
-        self.file.write(json.dumps(sample.to_json(), ensure_ascii=False) + "\n")
+        self.file.write(to_json(sample.to_json(), indent=None) + "\n")
         self.file.flush()
 
     def sync(self) -> None:
@@ -210,6 +204,17 @@ def _id_of(line: bytes) -> str | None:
 
 def _only_lock(root: Path) -> bool:
     return all(entry.name == ".lock" for entry in root.iterdir())
+
+
+def check_usable(root: Path, plan: Plan, fresh: bool) -> None:
+    """Raise RunError unless `plan` may be run (again) in `root`."""
+    check_writable(root)
+    if root.exists() and any(root.iterdir()) and not (root / RUN).is_file() and not _only_lock(root):
+        raise RunError(
+            f"{root} is not empty and holds no {RUN}.", "Choose another --out: kick writes into folders of its own."
+        )
+    if not fresh:
+        check_same(root, plan.identity)
 
 
 def check_same(root: Path, identity: dict[str, Any]) -> None:

@@ -48,6 +48,7 @@ def test_the_record_holds_what_was_measured(pruned, tiny_model):
     assert layer["shape"] == [16, 32]
     assert (layer["weights"], layer["zeros"]) == (512, 256)
     assert 0 < layer["weight_error"] < 1
+    assert 0 < layer["reconstruction_error"] < 1
     assert record["source"]["fingerprint"] == fingerprint(tiny_model)
     assert record["calibration"]["tokens"] == 4 * 32
     assert record["bytes"] == sum(f.stat().st_size for f in pruned.path.glob("*.safetensors"))
@@ -77,6 +78,8 @@ def test_missing_added_and_miscounted_are_noticed(tiny_model, tmp_path):
     assert checkpoints.verify(made) == ["extra.bin was added"]
     (made.path / "extra.bin").unlink()
     made.record["layers"]["model.layers.1.mlp.down_proj"]["zeros"] += 1
+    assert checkpoints.verify(made) == ["kick.json has changed: its figures are not the recorded ones"]
+    made.record["record_sha256"] = checkpoints._record_sha256(made.record)
     assert checkpoints.verify(made) == ["model.layers.1.mlp.down_proj: zeros is 1024, recorded 1025"]
     (made.path / "config.json").unlink()
     assert checkpoints.verify(made) == ["config.json is missing"]
@@ -142,3 +145,30 @@ def test_a_compressor_that_breaks_the_model_writes_nothing(tiny_model, tmp_path,
     with pytest.raises(KickError, match=r"magnitude@0\.5 failed: ZeroDivisionError"):
         make(tiny_model, tmp_path / "out", "magnitude", "0.5")
     assert list(Path(tmp_path).iterdir()) == []
+
+
+def test_a_record_that_was_edited_is_noticed(tiny_model, tmp_path):
+    made = make(tiny_model, tmp_path / "checkpoint", "magnitude", "0.5")
+    path = made.path / "kick.json"
+    path.write_text(path.read_text().replace('"sparsity": 0.5', '"sparsity": 0.9'))
+    assert checkpoints.verify(checkpoints.read(made.path))
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps({**record, "files": {"../../secret": {"bytes": 1, "sha256": ""}}}))
+    with pytest.raises(CheckpointError, match="not its own"):
+        checkpoints.read(made.path)
+
+
+def test_zeros_that_the_source_had_come_on_top(tiny_model, tmp_path):
+    once = make(tiny_model, tmp_path / "once", "magnitude", "0.5")
+    twice = make(once.path, tmp_path / "twice", "wanda", "0.5")  # rows that magnitude left fuller or emptier than half
+    assert twice.record["sparsity"] >= 0.5
+
+
+def test_the_reconstruction_error_is_that_of_the_definition():
+    import torch
+    from kick_compressors.statistics import InputNorm
+
+    statistic = InputNorm(2, torch.device("cpu"))
+    statistic.see(torch.tensor([[3.0, 0.0], [4.0, 2.0]]))  # norms 5 and 2
+    weight, change = torch.tensor([[1.0, 1.0]]), torch.tensor([[0.0, -1.0]])
+    assert statistic.output_error(weight, change) == pytest.approx(2 / (25 + 4) ** 0.5)

@@ -8,6 +8,7 @@ import xml.etree.ElementTree
 import pytest
 
 from kick.errors import RunError
+from kick.files import sha256_of
 from kick.report import read_results, tables, write_report
 from kick.suite import Sample
 
@@ -70,7 +71,8 @@ def write_run(root, settings, suites, failing=()):
         with open(folder / "samples.jsonl", "w", encoding="utf-8", errors="backslashreplace") as file:
             for sample in samples(name, suite):
                 file.write(json.dumps(sample.to_json(), ensure_ascii=False) + "\n")
-        (folder / "scores.json").write_text(json.dumps({"key": "k", "status": "complete"}))
+        scored = {"key": "k", "status": "complete", "samples_sha256": sha256_of(folder / "samples.jsonl")}
+        (folder / "scores.json").write_text(json.dumps(scored))
     return root
 
 
@@ -87,7 +89,7 @@ def samples(setting, suite):
         else:
             scores = {"contains": float(correct), "exact_match": float(correct), "f1": float(correct)}
             yield Sample(
-                f"q{index:03d}", "topic", f"{hostile} Why?", output=hostile, scores=scores, truncated=index < 3
+                f"q{index:03d}", "topic", f"{hostile} Why?", output=hostile, scores=scores, truncated=index >= 97
             )
 
 
@@ -110,17 +112,14 @@ def rows(run):
 def test_scores_by_hand(run):
     found = rows(run)
     dense = found["dense", "factoid_qa", "contains", "overall"]
-    assert (dense["n"], dense["score"], dense["truncated"], dense["failed"]) == ("100", "0.6", "3", "0")
+    # the last three prompts did not fit: they are counted, and the 60 right ones are of 97
+    assert (dense["n"], dense["truncated"], dense["failed"]) == ("97", "3", "0")
+    assert float(dense["score"]) == pytest.approx(60 / 97, rel=1e-5)
     assert (dense["verdict"], dense["p_value"], dense["retained"]) == ("", "", "1")
     small = found["magnitude@0.2", "factoid_qa", "contains", "overall"]
-    assert (small["score"], small["retained"], small["flips"], small["p_value"]) == ("0.6", "1", "2", "1")
+    assert (small["retained"], small["flips"], small["p_value"]) == ("1", "2", "1")
     large = found["magnitude@0.5", "factoid_qa", "contains", "overall"]
-    assert (large["score"], large["retained"], large["flips"], large["verdict"]) == (
-        "0.2",
-        "0.333333",
-        "40",
-        "not matching",
-    )
+    assert (large["retained"], large["flips"], large["verdict"]) == ("0.333333", "40", "not matching")
     assert float(large["p_value"]) == pytest.approx(2 * 0.5**40, rel=1e-4)
     # perplexity: mean nll 2.495 against 1.3 times that
     worse = found["wanda@2:4", "perplexity", "perplexity", "overall"]
@@ -228,3 +227,49 @@ def test_without_a_signal_there_is_no_verdict_and_no_mean(tmp_path, monkeypatch)
 def test_a_folder_that_is_no_run(tmp_path):
     with pytest.raises(RunError, match="is not a run"):
         read_results(tmp_path)
+
+
+def test_a_suite_may_score_by_choices(tmp_path, monkeypatch):
+    """Whatever the report does to save memory, it does after a suite has scored its samples."""
+    from kick_tasks.factoid_qa import FactoidQA
+
+    seen = []
+    score = FactoidQA.score
+
+    def watching(self, samples, judgments=()):
+        seen.extend(sample.prompt for sample in samples)
+        return score(self, samples, judgments)
+
+    monkeypatch.setattr(FactoidQA, "score", watching)
+    read_results(write_run(tmp_path / "run", SETTINGS, ["factoid_qa"]))
+    assert len(seen) == 500
+    assert all(seen)
+
+
+def test_edited_samples_are_not_scored(run, tmp_path):
+    import shutil
+
+    shutil.copytree(run, tmp_path / "run")
+    path = tmp_path / "run" / "evaluations" / "dense" / "factoid_qa" / "samples.jsonl"
+    path.write_text(path.read_text(encoding="utf-8").replace('"contains": 1.0', '"contains": 0.0', 1), encoding="utf-8")
+    assert "not the ones that were scored" in read_results(tmp_path / "run").get("dense", "factoid_qa").reason
+
+
+def test_suites_with_the_same_questions_are_resampled_together(tmp_path):
+    """Two copies of one suite are no more evidence than one: the interval of the mean stays as wide."""
+    alone = read_results(write_run(tmp_path / "one", SETTINGS, ["factoid_qa"])).mean_retained("magnitude@0.5")
+    root = write_run(tmp_path / "two", SETTINGS, ["factoid_qa"])
+    document = json.loads((root / "run.json").read_text())
+    document["config"]["suites"].append({**document["config"]["suites"][0], "label": "again"})
+    (root / "run.json").write_text(json.dumps(document))
+    for folder in (root / "evaluations").iterdir():
+        import shutil
+
+        shutil.copytree(folder / "factoid_qa", folder / "again")
+    assert read_results(root).mean_retained("magnitude@0.5") == alone
+
+
+def test_json_is_json():
+    from kick.files import to_json
+
+    assert json.loads(to_json({"a": float("nan"), "b": [float("inf"), 1.5]})) == {"a": None, "b": [None, 1.5]}
