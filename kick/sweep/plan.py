@@ -1,7 +1,7 @@
 """From a sweep file to a plan: every setting, every suite with its questions, and the identity of each evaluation.
 
 What can be wrong without a model being loaded is found here, before anything is written: unknown names, impossible
-levels, missing data, malformed rows.
+levels, missing data, malformed rows, too little calibration text.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from kick import __version__, meter, models, plugins
 from kick import checkpoint as checkpoints
-from kick.calibration import CalibrationSpec, is_hub, read_documents
+from kick.calibration import draw
 from kick.compress import Recipe, prepare
 from kick.config import SuiteSpec, SweepConfig, explain
 from kick.errors import ConfigError, DataError
@@ -48,7 +48,7 @@ class Plan:
     device: str
     settings: list[Setting]
     suites: list[PlannedSuite]
-    calibration_text: str  # identity of the documents, "" if none are needed
+    calibration_tokens: str  # their fingerprint, "" if none are needed
     given: checkpoints.Checkpoint | None = None  # evaluated as it is: the plan's only setting
 
     def recipe(self, setting: Setting) -> Recipe:
@@ -63,7 +63,7 @@ class Plan:
             "dtype": self.dtype,
             "device": self.device,
             "lm": self.config.lm.model_dump(mode="json"),
-            "calibration": {**self.config.calibration.model_dump(mode="json"), "text": self.calibration_text},
+            "calibration": {**self.config.calibration.model_dump(mode="json"), "tokens": self.calibration_tokens},
             "versions": {name: version for name, version in meter.versions().items() if name in _RELEVANT_VERSIONS},
             "settings": {
                 setting.name: {
@@ -96,26 +96,19 @@ def make_plan(config: SweepConfig, as_is: bool = False) -> Plan:
         given = checkpoints.read(source.path)
         settings = [Setting(**given.record["setting"])]
     suites = [plan_suite(spec, config.data) for spec in config.suites]
-    text = ""
-    if given is None and any(map(_needs_calibration, settings)):
-        text = _calibration_text(config.calibration)
     device = models.default_device() if config.device == "auto" else config.device
     models.check_device(device)
     dtype = models.default_dtype(device) if config.dtype == "auto" else config.dtype
     path = models.fetch(source)
-    return Plan(config, source, path, models.fingerprint(path), dtype, device, settings, suites, text, given)
+    tokens = ""
+    if given is None and any(map(_needs_calibration, settings)):
+        tokens = draw(config.calibration, models.load_tokenizer(path)).fingerprint
+    return Plan(config, source, path, models.fingerprint(path), dtype, device, settings, suites, tokens, given)
 
 
 def _needs_calibration(setting: Setting) -> bool:
     compressor, _ = prepare(setting)
     return compressor is not None and compressor.needs_calibration
-
-
-def _calibration_text(spec: CalibrationSpec) -> str:
-    """A hash of the calibration documents; a hub dataset is named by its id, for it is read when it is needed."""
-    if is_hub(spec.source):
-        return spec.source
-    return digest(read_documents(spec.source, spec.text_field))
 
 
 def make_suite(spec: SuiteSpec) -> Suite:
