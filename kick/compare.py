@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -22,6 +23,19 @@ class Estimate:
     truncated: int
     failed: int
     signal: bool
+
+    def as_row(self) -> dict[str, Any]:
+        """The columns that scores.csv and scores.json have in common."""
+        return {
+            "metric": self.metric,
+            "group": self.group,
+            "n": self.n,
+            "score": self.score,
+            "ci_low": self.interval.low,
+            "ci_high": self.interval.high,
+            "truncated": self.truncated,
+            "failed": self.failed,
+        }
 
 
 @dataclass(frozen=True)

@@ -49,16 +49,7 @@ def _setting_facts(result: SettingResult) -> dict[str, Any]:
 def _numbers(results: Results, result: SettingResult, suite: str, key: tuple[str, str]) -> dict[str, Any]:
     evaluation = results.get(result.name, suite)
     found = evaluation.estimates[key]
-    row: dict[str, Any] = {
-        "metric": found.metric,
-        "group": found.group,
-        "n": found.n,
-        "score": found.score,
-        "ci_low": found.interval.low,
-        "ci_high": found.interval.high,
-        "truncated": found.truncated,
-        "failed": found.failed,
-    }
+    row = found.as_row()
     if result.setting.is_dense:
         row |= {"dense_score": found.score, "retained": 1.0, "retained_ci_low": 1.0, "retained_ci_high": 1.0}
     elif (pair := evaluation.comparisons.get(key)) is not None:

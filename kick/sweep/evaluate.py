@@ -3,7 +3,7 @@
 import time
 from typing import Any
 
-from kick.compare import Estimate, estimate
+from kick.compare import estimate
 from kick.files import sha256_of
 from kick.suite import Sample
 from kick.sweep.clock import Clock
@@ -43,7 +43,7 @@ def evaluate(
         "seconds": round(seconds, 3),
         "lm": lm.record() if hasattr(lm, "record") else {"name": type(lm).__name__},
         "batch_size": batch_size,
-        "scores": [_as_json(estimate(score)) for score in planned.suite.score(samples)],
+        "scores": [estimate(score).as_row() for score in planned.suite.score(samples)],
     }
     store.finish(result)
     return result
@@ -55,16 +55,3 @@ def _shots(samples: list[Sample]) -> dict[str, int]:
     for sample in samples:
         counts[str(sample.shots)] = counts.get(str(sample.shots), 0) + 1
     return counts
-
-
-def _as_json(found: Estimate) -> dict[str, Any]:
-    return {
-        "metric": found.metric,
-        "group": found.group,
-        "n": found.n,
-        "score": found.score,
-        "ci_low": found.interval.low,
-        "ci_high": found.interval.high,
-        "truncated": found.truncated,
-        "failed": found.failed,
-    }

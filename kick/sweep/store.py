@@ -131,7 +131,7 @@ class EvaluationStore:
         result = self.result()
         if result is None or result["status"] != "complete" or result["key"] != key:
             return False
-        return self.samples_path.is_file() and sha256_of(self.samples_path) == result["samples_sha256"]
+        return self.samples_path.is_file() and sha256_of(self.samples_path) == result.get("samples_sha256")
 
     def samples(self) -> list[Sample]:
         """All samples on disk. Raises RunError at a line that is not one."""
