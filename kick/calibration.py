@@ -5,10 +5,8 @@ between them. Every document gives one segment before any gives a second, so tha
 """
 
 import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +19,9 @@ from kick.settings import Spec
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+_EMBEDDED = Path(__file__).parent / "data" / "calibration.jsonl"
 
 
 class CalibrationSpec(Spec):
@@ -98,8 +99,7 @@ def _begin(tokenizer: Any) -> list[int]:
 def read_documents(source: str, text_field: str = "text") -> list[str]:
     """The documents of `source`, in a fixed order. Raises DataError if there is none or a row has no text."""
     if source == "embedded":
-        text = files("kick").joinpath("data/calibration.jsonl").read_text(encoding="utf-8")
-        return [json.loads(line)["text"] for line in text.split("\n") if line]
+        return list(read_texts(_EMBEDDED))
     path = Path(source).expanduser()
     if path.is_file():
         return list(read_texts(path, text_field))

@@ -99,9 +99,7 @@ def compress(options: Namespace) -> int:
     check_writable(options.out)
     if options.out.exists() and any(options.out.iterdir()):
         raise ConfigError(f"{options.out} is not empty.", "Choose another --out.")
-    device = models.default_device() if options.device == "auto" else options.device
-    models.check_device(device)
-    dtype = models.default_dtype(device) if options.dtype == "auto" else options.dtype
+    device, dtype = models.choose(options.device, options.dtype)
     path = models.fetch(source)
     recipe = Recipe(source, models.fingerprint(path), setting, calibration, dtype, device)
     watching = progress()

@@ -9,7 +9,7 @@ from torch import nn
 from kick import __version__, plugins
 from kick import checkpoint as checkpoints
 from kick.blocks import find_decoder
-from kick.calibration import CalibrationSpec, draw
+from kick.calibration import Calibration, CalibrationSpec, draw
 from kick.compressor import Compressor, Progress, no_progress
 from kick.config import explain
 from kick.errors import ConfigError, KickError, LevelError
@@ -57,11 +57,16 @@ def _known_params(plugin: type[Compressor]) -> str:
 
 
 def compress(
-    recipe: Recipe, out: Path, progress: Progress = no_progress, start: Path | None = None
+    recipe: Recipe,
+    out: Path,
+    progress: Progress = no_progress,
+    start: Path | None = None,
+    calibration: Calibration | None = None,
 ) -> checkpoints.Checkpoint:
     """Carry out `recipe` and write the checkpoint to `out`. Nothing is left there if it fails.
 
-    `start` is a directory that already holds the source's weights, to spare reading a slower format again.
+    `start` is a directory that already holds the source's weights, to spare reading a slower format again;
+    `calibration` is what the recipe's calibration gave when it was drawn before.
     """
     compressor, level = prepare(recipe.setting)
     with Meter(recipe.device) as meter:
@@ -69,9 +74,10 @@ def compress(
         model = load_model(path, recipe.dtype, recipe.device)
         tokenizer = load_tokenizer(path)
         before = checkpoints.measure(model).sparsity
-        calibration = None
         if compressor is not None:
-            if compressor.needs_calibration:
+            if not compressor.needs_calibration:
+                calibration = None
+            elif calibration is None:
                 calibration = draw(recipe.calibration, tokenizer)
             try:
                 model = compressor.compress(model, level, calibration, progress=progress)
@@ -93,7 +99,7 @@ def compress(
         "setting": recipe.setting.model_dump(mode="json"),
         "setting_name": recipe.setting.name,
         "source": {"name": recipe.source.name, "fingerprint": recipe.fingerprint, "note": recipe.source.note},
-        "calibration": calibration.record() if calibration else None,
+        "calibration": calibration.record() if compressor and calibration else None,
         "dtype": recipe.dtype,
         "device": recipe.device,
         "warnings": warnings,

@@ -164,6 +164,13 @@ def default_dtype(device: str) -> str:
     return "float32" if device.partition(":")[0] == "cpu" else "bfloat16"
 
 
+def choose(device: str, dtype: str) -> tuple[str, str]:
+    """(device, dtype) with `auto` decided. Raises ConfigError for a device that cannot be used."""
+    device = default_device() if device == "auto" else device
+    check_device(device)
+    return device, default_dtype(device) if dtype == "auto" else dtype
+
+
 def check_device(device: str) -> None:
     import torch
 

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from kick import __version__, meter, models, plugins
 from kick import checkpoint as checkpoints
-from kick.calibration import draw
+from kick.calibration import Calibration, draw
 from kick.compress import Recipe, prepare
 from kick.config import SuiteSpec, SweepConfig, explain
 from kick.errors import ConfigError, DataError
@@ -48,7 +48,7 @@ class Plan:
     device: str
     settings: list[Setting]
     suites: list[PlannedSuite]
-    calibration_tokens: str  # their fingerprint, "" if none are needed
+    calibration: Calibration | None  # drawn once for all settings, None if none needs it
     given: checkpoints.Checkpoint | None = None  # evaluated as it is: the plan's only setting
 
     def recipe(self, setting: Setting) -> Recipe:
@@ -63,7 +63,10 @@ class Plan:
             "dtype": self.dtype,
             "device": self.device,
             "lm": self.config.lm.model_dump(mode="json"),
-            "calibration": {**self.config.calibration.model_dump(mode="json"), "tokens": self.calibration_tokens},
+            "calibration": {
+                **self.config.calibration.model_dump(mode="json"),
+                "tokens": self.calibration.fingerprint if self.calibration else "",
+            },
             "versions": {name: version for name, version in meter.versions().items() if name in _RELEVANT_VERSIONS},
             "settings": {
                 setting.name: {
@@ -96,14 +99,12 @@ def make_plan(config: SweepConfig, as_is: bool = False) -> Plan:
         given = checkpoints.read(source.path)
         settings = [Setting(**given.record["setting"])]
     suites = [plan_suite(spec, config.data) for spec in config.suites]
-    device = models.default_device() if config.device == "auto" else config.device
-    models.check_device(device)
-    dtype = models.default_dtype(device) if config.dtype == "auto" else config.dtype
+    device, dtype = models.choose(config.device, config.dtype)
     path = models.fetch(source)
-    tokens = ""
+    calibration = None
     if given is None and any(map(_needs_calibration, settings)):
-        tokens = draw(config.calibration, models.load_tokenizer(path)).fingerprint
-    return Plan(config, source, path, models.fingerprint(path), dtype, device, settings, suites, tokens, given)
+        calibration = draw(config.calibration, models.load_tokenizer(path))
+    return Plan(config, source, path, models.fingerprint(path), dtype, device, settings, suites, calibration, given)
 
 
 def _needs_calibration(setting: Setting) -> bool:

@@ -138,7 +138,8 @@ class Workshop:
             start = self.checkpoint(self.plan.settings[0]).path  # dense is always first
         self.clock.start(f"{setting.name}: {'load' if setting.is_dense else 'compress'}", COMPRESS, 1)
         out = self.store.checkpoint_path(setting.name)
-        made = compress(self.plan.recipe(setting), out, progress=self.clock.show, start=start)
+        recipe = self.plan.recipe(setting)
+        made = compress(recipe, out, self.clock.show, start, self.plan.calibration)
         self.clock.advance(1)
         return made
 
