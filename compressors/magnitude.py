@@ -8,7 +8,7 @@ One threshold for each matrix; a pattern compares M neighbours along the input d
 from torch import Tensor
 
 from kick.compressor import Knob, LayerwiseCompressor
-from kick.settings import Level
+from kick.levels import Level
 
 from .masks import keep_largest
 

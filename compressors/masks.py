@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kick.errors import KickError, LevelError
-from kick.settings import Level, Pattern, Sparsity
+from kick.levels import Level, Pattern, Sparsity
 
 
 def keep_largest(score: Tensor, level: Level, dim: Literal["row", "matrix"]) -> Tensor:
@@ -30,17 +30,18 @@ def keep_largest(score: Tensor, level: Level, dim: Literal["row", "matrix"]) -> 
     if not isinstance(level, Sparsity):
         raise LevelError(f"level '{level}' is neither a sparsity nor an N:M pattern.", "For example 0.5 or 2:4.")
     rows = score if dim == "row" else score.reshape(1, -1)
-    return _keep_sparse(rows, round(level.fraction * rows.shape[1])).reshape(score.shape)
+    return keep_count(rows, rows.shape[1] - round(level.fraction * rows.shape[1])).reshape(score.shape)
 
 
-def _keep_sparse(score: Tensor, remove: int) -> Tensor:
-    """Mask [rows, n] without the `remove` smallest entries of each row."""
+def keep_count(score: Tensor, count: int) -> Tensor:
+    """Mask [rows, n] of the `count` largest entries of each row; among equal ones the first stay."""
+    remove = score.shape[1] - count
     if remove == 0:
         return torch.ones_like(score, dtype=torch.bool)
     threshold = score.kthvalue(remove, dim=1, keepdim=True).values  # the largest of those to remove
     above = score > threshold
     tied = score == threshold
-    room = score.shape[1] - remove - above.sum(dim=1, keepdim=True)  # how many of the tied stay: the first ones
+    room = count - above.sum(dim=1, keepdim=True)  # how many of the tied stay
     return above | (tied & (tied.cumsum(dim=1) <= room))
 
 

@@ -9,7 +9,7 @@ S_ij = |W_ij| * ||X_j||_2, the norm taken over all calibration tokens.
 from torch import Tensor
 
 from kick.compressor import Knob, LayerwiseCompressor
-from kick.settings import Level
+from kick.levels import Level
 
 from .masks import keep_largest
 from .statistics import InputNorm

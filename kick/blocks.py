@@ -1,13 +1,10 @@
 """The inside of a decoder: its blocks, the linears in them, and which of these share an input.
 
-Found by watching one forward pass, not by names, so that a new architecture needs no entry here. Then walked block by
-block, so that only one block's activations are collected at a time.
-
-Shapes: n samples, s sequence length, h hidden size; a weight is [out, in].
+Found by watching one forward pass, not by names, so that a new architecture needs no entry here. A weight is [out, in].
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -141,122 +138,3 @@ def _groups(
             key = id(module) if given is None else (given.data_ptr(), given.shape, given.stride(), versions[module])
             by_input.setdefault(key, []).append(linear)
     yield from (Group(tuple(linears)) for linears in by_input.values())
-
-
-Listener = Callable[[Tensor], None]
-
-
-class BlockWalk:
-    """Calibration inputs on their way through the blocks, one block after the other.
-
-    walk = BlockWalk(model, decoder, tokens)
-    for block in decoder.blocks:
-        walk.collect(block, {linear: listener, ...})   # listeners get the inputs [tokens, in] of that linear
-        ...change the block's weights...
-        walk.propagate(block)                          # the next block sees what the changed block gives
-
-    Blocks run in the model's own precision, `batch` samples at a time.
-    """
-
-    def __init__(self, model: nn.Module, decoder: Decoder, tokens: Tensor, batch: int = 4) -> None:
-        """tokens: [n, s], all rows of one length and without padding."""
-        self.batch = batch
-        device = next(model.parameters()).device
-        tokens = tokens.to(device)
-        self._arguments = _block_arguments(model, decoder, tokens)
-        self.hidden = _first_inputs(model, decoder.blocks[0].module, tokens, batch)  # [n, s, h]
-
-    @torch.inference_mode()
-    def collect(self, block: Block, listeners: dict[Linear, Listener]) -> None:
-        """Run `block` once over all samples; each listener is called with its linear's inputs [tokens, in]."""
-
-        def listening(listener: Listener) -> Callable[[nn.Module, tuple], None]:
-            return lambda module, args: listener(args[0].reshape(-1, args[0].shape[-1]))
-
-        handles = [
-            linear.module.register_forward_pre_hook(listening(listener)) for linear, listener in listeners.items()
-        ]
-        try:
-            for rows in self.hidden.split(self.batch):
-                self._run(block, rows)
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    @torch.inference_mode()
-    def propagate(self, block: Block) -> None:
-        """Replace the inputs by what `block` makes of them."""
-        for rows in self.hidden.split(self.batch):
-            rows.copy_(self._run(block, rows))
-
-    def _run(self, block: Block, rows: Tensor) -> Tensor:
-        args, kwargs = self._arguments[block.module]
-        output = block.module(rows, *args, **kwargs)
-        return output[0] if isinstance(output, tuple) else output
-
-
-class _Stop(Exception):  # noqa: N818 (not an error)
-    """Ends a forward pass once the first block's input is known."""
-
-
-@torch.inference_mode()
-def _first_inputs(model: nn.Module, first: nn.Module, tokens: Tensor, batch: int) -> Tensor:
-    """What reaches the first block: [n, s, h]."""
-    caught: list[Tensor] = []
-
-    def catch(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        caught.append((args[0] if args else kwargs["hidden_states"]).clone())
-        raise _Stop
-
-    handle = first.register_forward_pre_hook(catch, with_kwargs=True)
-    try:
-        for rows in tokens.split(batch):
-            try:
-                model(rows, use_cache=False)
-            except _Stop:
-                continue
-    finally:
-        handle.remove()
-    return torch.cat(caught)
-
-
-@torch.inference_mode()
-def _block_arguments(model: nn.Module, decoder: Decoder, tokens: Tensor) -> dict[nn.Module, tuple[tuple, dict]]:
-    """Everything but the hidden states that each block is called with (masks, rotary tables): one row, broadcast later.
-
-    Two different rows must give equal arguments: a block that is told something about its tokens cannot be walked.
-    """
-    other = tokens[1:2] if len(tokens) > 1 else tokens[:1].roll(1, dims=1)
-    seen = [_arguments_of(model, decoder, row) for row in (tokens[:1], other)]
-    for block in decoder.blocks:
-        if not _equal(seen[0][block.module], seen[1][block.module]):
-            raise ModelError(
-                f"{type(model).__name__} hands {block.name} something that depends on the tokens.",
-                "Calibrated compressors cannot walk such a model; magnitude can prune it.",
-            )
-    return seen[0]
-
-
-def _arguments_of(model: nn.Module, decoder: Decoder, row: Tensor) -> dict[nn.Module, tuple[tuple, dict]]:
-    found: dict[nn.Module, tuple[tuple, dict]] = {}
-
-    def catch(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        found[module] = (args[1:], {key: value for key, value in kwargs.items() if key != "hidden_states"})
-
-    handles = [block.module.register_forward_pre_hook(catch, with_kwargs=True) for block in decoder.blocks]
-    try:
-        model(row, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found
-
-
-def _equal(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, tuple | list) and isinstance(b, tuple | list):
-        return len(a) == len(b) and all(map(_equal, a, b))
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
-    return type(a) is type(b) and (a == b or not isinstance(a, int | float | str | bool))

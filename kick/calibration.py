@@ -8,14 +8,14 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from pydantic import Field
 
 from kick.errors import DataError
+from kick.levels import Spec
 from kick.rows import read_texts
-from kick.settings import Spec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,22 +35,39 @@ class CalibrationSpec(Spec):
     sequence_length: int = Field(default=512, ge=8)
     seed: int = 0
     text_field: str = "text"
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto",
+        description="in which the blocks run while statistics are gathered; auto: the model's own, or bfloat16 for a "
+        "float32 model on a CPU with bfloat16 units. Statistics and solvers are in float32 or better.",
+    )
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """`tokens` [samples, sequence_length], int64; `fingerprint` identifies exactly these tokens."""
+    """`tokens` [samples, sequence_length], int64; `fingerprint` identifies exactly these tokens.
+
+    `precision`: the spec's, with auto decided.
+    """
 
     tokens: "Tensor"
     fingerprint: str
     spec: CalibrationSpec
+    precision: str = "float32"
 
     def record(self) -> dict[str, Any]:
-        return {**self.spec.model_dump(mode="json"), "tokens": self.tokens.numel(), "fingerprint": self.fingerprint}
+        return {
+            **self.spec.model_dump(mode="json"),
+            "precision": self.precision,
+            "tokens": self.tokens.numel(),
+            "fingerprint": self.fingerprint,
+        }
 
 
-def draw(spec: CalibrationSpec, tokenizer: Any) -> Calibration:
-    """Tokenise as much of the source as `spec` asks for. Raises DataError if it holds fewer tokens than that."""
+def draw(spec: CalibrationSpec, tokenizer: Any, dtype: str = "float32", device: str = "cpu") -> Calibration:
+    """Tokenise as much of the source as `spec` asks for, for a model in `dtype` on `device`.
+
+    Raises DataError if the source holds fewer tokens than that.
+    """
     import torch
 
     documents = read_documents(spec.source, spec.text_field)
@@ -68,7 +85,18 @@ def draw(spec: CalibrationSpec, tokenizer: Any) -> Calibration:
         )
     tokens = np.array(stream[:wanted], dtype=np.int64).reshape(spec.samples, spec.sequence_length)
     fingerprint = hashlib.sha256(tokens.tobytes()).hexdigest()[:16]
-    return Calibration(torch.from_numpy(tokens), fingerprint, spec)
+    precision = _fast_precision(dtype, device) if spec.precision == "auto" else spec.precision
+    return Calibration(torch.from_numpy(tokens), fingerprint, spec, precision)
+
+
+def _fast_precision(dtype: str, device: str) -> str:
+    """bfloat16 where float32 would run and the CPU multiplies bfloat16 in hardware, else `dtype`."""
+    import torch
+
+    if dtype != "float32" or device != "cpu" or not hasattr(torch.cpu, "get_capabilities"):
+        return dtype
+    able = torch.cpu.get_capabilities()
+    return "bfloat16" if able.get("avx512_bf16") or able.get("amx_bf16") else dtype
 
 
 def _segments(documents: list[str], spec: CalibrationSpec, tokenizer: Any) -> Iterator[list[int]]:

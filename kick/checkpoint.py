@@ -12,14 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from kick import quantization
 from kick.blocks import Decoder, find_decoder
 from kick.errors import CheckpointError
 from kick.files import new_directory, read_json, sha256_of, write_json
-from kick.settings import Knob, Level, Pattern, Setting, parse_level
+from kick.levels import ANY_KNOB, Knob, Level, Pattern, parse_level
+from kick.quantization import Grid
+from kick.settings import Setting
 
 RECORD = "kick.json"
+GRIDS = "grids.safetensors"
 FORMAT = 1
 
 
@@ -27,8 +32,9 @@ FORMAT = 1
 class Measured:
     """What was counted on the weights of a model, whatever was asked for.
 
-    `layers`: for each linear its shape [out, in], weights, zeros, sparsity and, under a pattern, pattern_violations:
-    groups of M neighbours that keep more than N.
+    `layers`: for each linear its shape [out, in], weights, zeros, sparsity and bits_per_weight; under a pattern also
+    pattern_violations, groups of M neighbours that keep more than N; if quantised also bits and grid_violations,
+    weights that are not on their grid.
     """
 
     layers: dict[str, dict[str, Any]]
@@ -46,12 +52,34 @@ class Measured:
     def violations(self) -> int:
         return sum(layer.get("pattern_violations", 0) for layer in self.layers.values())
 
+    @property
+    def grid_violations(self) -> int:
+        return sum(layer.get("grid_violations", 0) for layer in self.layers.values())
 
-def measure(model: nn.Module, level: Level | None = None, decoder: Decoder | None = None) -> Measured:
-    """Count zeros, pattern violations and coverage over the linears of `model`'s blocks."""
+    @property
+    def bits_per_weight(self) -> float:
+        """Mean over all linears inside the blocks: packed where they are quantised, as stored where they are not."""
+        weights = sum(layer["weights"] for layer in self.layers.values())
+        return sum(layer["weights"] * layer["bits_per_weight"] for layer in self.layers.values()) / weights
+
+
+def measure(
+    model: nn.Module,
+    decoder: Decoder | None = None,
+    patterns: dict[str, Pattern] | None = None,
+    grids: dict[str, Grid] | None = None,
+) -> Measured:
+    """Count zeros, coverage and violations over the linears of `model`'s blocks.
+
+    patterns, grids: those that linears are asked to be on, by name.
+    """
     decoder = decoder or find_decoder(model)
+    patterns, grids = patterns or {}, grids or {}
     layers = {
-        linear.name: {**count_weight(linear.weight, level), "transposed": linear.transposed}
+        linear.name: {
+            **count_weight(linear.weight, patterns.get(linear.name), grids.get(linear.name)),
+            "transposed": linear.transposed,
+        }
         for linear in decoder.linears
     }
     parameters = dict(model.named_parameters())
@@ -65,17 +93,24 @@ def measure(model: nn.Module, level: Level | None = None, decoder: Decoder | Non
     )
 
 
-def count_weight(weight: Tensor, level: Level | None) -> dict[str, Any]:
-    """Shape, weights, zeros and sparsity of one weight [out, in]; pattern violations where a pattern was asked for."""
+def count_weight(weight: Tensor, pattern: Pattern | None, grid: Grid | None) -> dict[str, Any]:
+    """Shape, weights, zeros, sparsity and bits of one weight [out, in]; violations of a pattern and of a grid."""
     zeros = weight.numel() - int(torch.count_nonzero(weight))
     counted: dict[str, Any] = {
         "shape": list(weight.shape),
         "weights": weight.numel(),
         "zeros": zeros,
         "sparsity": zeros / weight.numel(),
+        "bits_per_weight": 8 * weight.dtype.itemsize,  # dense storage: a zero takes the room of any other weight
     }
-    if isinstance(level, Pattern):
-        counted["pattern_violations"] = pattern_violations(weight, level)
+    if pattern is not None:
+        counted |= {"pattern": str(pattern), "pattern_violations": pattern_violations(weight, pattern)}
+    if grid is not None:
+        counted |= {
+            "bits": grid.bits,
+            "bits_per_weight": grid.storage_bits(weight.shape[1]),
+            "grid_violations": grid.violations(weight),
+        }
     return counted
 
 
@@ -98,27 +133,37 @@ class Checkpoint:
         return self.record["weights_fingerprint"]
 
 
-def save(path: Path, model: Any, tokenizer: Any, record: dict[str, Any], measured: Measured) -> Checkpoint:
-    """Write model, tokenizer and record to `path`; the directory appears there only when all of it is on disk."""
+def save(
+    path: Path, model: Any, tokenizer: Any, record: dict[str, Any], measured: Measured, grids: dict[str, Grid]
+) -> Checkpoint:
+    """Write model, tokenizer, grids and record to `path`; it appears there only when all of it is on disk.
+
+    Quantised weights are stored dense, so that everything loads them; `grids` is what `kick export` packs them by.
+    """
     record = {
         "format": FORMAT,
         **record,
         "parameters": measured.parameters,
         "sparsity": measured.sparsity,
+        "bits_per_weight": measured.bits_per_weight,
         "pattern_violations": measured.violations,
+        "grid_violations": measured.grid_violations,
         "coverage": {"share": measured.coverage, "uncovered": measured.uncovered},
         "layers": {name: {**record["layers"].get(name, {}), **counted} for name, counted in measured.layers.items()},
     }
     with new_directory(path) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
+        if grids:
+            save_file(quantization.to_tensors(grids), partial / GRIDS)
         record["files"] = {
             name: {"bytes": (partial / name).stat().st_size, "sha256": sha256_of(partial / name)}
             for name in _files_in(partial)
         }
-        weight_files = {name: facts for name, facts in record["files"].items() if name.endswith(".safetensors")}
+        weight_files = {
+            name: facts for name, facts in record["files"].items() if name.endswith(".safetensors") and name != GRIDS
+        }
         record["bytes"] = sum(facts["bytes"] for facts in weight_files.values())
-        record["bits_per_weight"] = 8 * model.dtype.itemsize  # dense storage: a zero takes the room of any other weight
         record["weights_fingerprint"] = "-".join(facts["sha256"][:32] for facts in weight_files.values())
         record["record_sha256"] = _record_sha256(record)
         write_json(partial / RECORD, record)
@@ -143,7 +188,8 @@ def _check_record(path: Path, record: dict[str, Any]) -> None:
     """A record may come from anywhere: it must have our form, and name files inside its own directory only."""
     if record["format"] != FORMAT:
         raise CheckpointError(f"{path / RECORD} has format {record['format']}; this kick reads {FORMAT}.")
-    level_of(Setting(**record["setting"]).level)
+    for stage in Setting(**record["setting"]).stages:
+        level_of(stage.level)
     needed = {"setting_name", "source", "sparsity", "bytes", "bits_per_weight", "weights_fingerprint", "warnings"}
     needed |= {"coverage", "calibration", "parameters", "seconds", "peak_memory_bytes", "dtype", "record_sha256"}
     if missing := needed - record.keys():
@@ -174,16 +220,18 @@ def verify(checkpoint: Checkpoint) -> list[str]:
     problems += [f"{name} was added" for name in sorted(added)]
     if problems:
         return problems
-    level = level_of(checkpoint.record["setting"]["level"])
+    grids = read_grids(checkpoint)
     found = set()
     for name, weight in _weights(checkpoint):
         found.add(name)
-        counted = count_weight(weight, level)
         expected = checkpoint.record["layers"][name]
+        pattern = parse_level(expected["pattern"], Knob.PATTERN) if "pattern" in expected else None
+        assert pattern is None or isinstance(pattern, Pattern)
+        counted = count_weight(weight, pattern, grids.get(name))
         problems += [
             f"{name}: {key} is {counted[key]}, recorded {expected[key]}"
             for key in counted
-            if counted[key] != expected[key]
+            if counted[key] != expected.get(key)
         ]
     return problems + [
         f"{name} is recorded but in no file" for name in sorted(checkpoint.record["layers"].keys() - found)
@@ -201,9 +249,15 @@ def _files_in(directory: Path) -> list[str]:
     return sorted(file.relative_to(directory).as_posix() for file in directory.rglob("*") if file.is_file())
 
 
+def read_grids(checkpoint: Checkpoint) -> dict[str, Grid]:
+    """The grids of the quantised linears, by name."""
+    path = checkpoint.path / GRIDS
+    return quantization.from_tensors(load_file(path)) if path.is_file() else {}
+
+
 def level_of(text: str) -> Level | None:
     """The level that a stored setting names, whichever compressor took it."""
-    return parse_level(text, Knob.SPARSITY | Knob.PATTERN | Knob.BITS | Knob.SHAPE) if text else None
+    return parse_level(text, ANY_KNOB) if text else None
 
 
 def _weights(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
@@ -212,6 +266,8 @@ def _weights(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
 
     layers = checkpoint.record["layers"]
     for file in sorted(checkpoint.path.glob("*.safetensors")):
+        if file.name == GRIDS:
+            continue
         with safe_open(file, framework="pt") as tensors:
             for key in tensors.keys():  # noqa: SIM118 (not a dict)
                 name = key.removesuffix(".weight")

@@ -17,7 +17,7 @@ from kick.errors import ConfigError, KickError
 from kick.files import check_writable, to_json
 from kick.lm import LMS
 from kick.progress import duration, progress
-from kick.settings import Setting, split_setting
+from kick.settings import Setting, parse_setting
 
 
 def sweep(options: Namespace) -> int:
@@ -91,9 +91,10 @@ def _run(config: SweepConfig, out: Path, options: Namespace, as_is: bool = False
 
 
 def compress(options: Namespace) -> int:
-    compressor, level = split_setting(options.setting)
-    params, calibration = _compress_params(options.param)
-    setting = Setting(compressor=compressor, level=level, params=params)
+    asked = parse_setting(options.setting)
+    own, calibration = _compress_params(options.param, [stage.compressor for stage in asked.stages])
+    first, *then = (stage.model_copy(update={"params": own[stage.compressor]}) for stage in asked.stages)
+    setting = Setting(compressor=first.compressor, level=first.level, params=first.params, then=tuple(then))
     prepare(setting)
     source = models.find_source(options.model)
     check_writable(options.out)
@@ -158,8 +159,8 @@ def _describe_checkpoint(found: checkpoints.Checkpoint) -> str:
         f"sparsity {record['sparsity']:.4%} over {len(record['layers'])} linears, which hold "
         f"{record['coverage']['share']:.1%} of the blocks' weights",
         f"{record['parameters']:,} parameters, {record['bytes'] / 1e6:,.1f} MB, "
-        f"{record['bits_per_weight']} bits a weight",
-        f"pattern violations {record['pattern_violations']}",
+        f"{record['bits_per_weight']:g} bits a weight in the blocks",
+        f"violations: {record['pattern_violations']} of a pattern, {record['grid_violations']} of a grid",
         f"made in {duration(record['seconds'])}, peak memory {record['peak_memory_bytes'] / 2**30:.2f} GiB, "
         f"{record['dtype']} on {record['device']}",
     ]
@@ -239,16 +240,23 @@ def _key_value(text: str) -> tuple[str, Any]:
     return key, configs.read_yaml(value, f"--param {key}")
 
 
-def _compress_params(given: Iterable[str]) -> tuple[dict[str, Any], CalibrationSpec]:
-    """Parameters of the compressor, and those of the calibration (`calibration.samples=128`)."""
-    params: dict[str, Any] = {}
+def _compress_params(given: Iterable[str], compressors: list[str]) -> tuple[dict[str, dict[str, Any]], CalibrationSpec]:
+    """Parameters of each compressor (`gptq.group_size=64`, or plain where there is one), and of the calibration."""
+    own: dict[str, dict[str, Any]] = {name: {} for name in compressors}
     calibration: dict[str, Any] = {}
     for key, value in map(_key_value, given):
-        if key.startswith("calibration."):
-            calibration[key.removeprefix("calibration.")] = value
+        owner, dot, name = key.rpartition(".")
+        if owner == "calibration":
+            calibration[name] = value
+        elif dot and owner in own:
+            own[owner][name] = value
+        elif not dot and len(own) == 1:
+            own[compressors[0]][name] = value
         else:
-            params[key] = value
-    return params, configs.parse_part(CalibrationSpec, calibration, "--param calibration")
+            raise ConfigError(
+                f"--param {key}: whose parameter is it?", f"Put a name in front: {', '.join(own)} or calibration."
+            )
+    return own, configs.parse_part(CalibrationSpec, calibration, "--param calibration")
 
 
 def _split_params(given: Iterable[str], suites: Iterable[str]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:

@@ -1,21 +1,24 @@
 """From a model source and a setting to a checkpoint on disk: one stage, the same for every compressor."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 from torch import nn
 
 from kick import __version__, plugins
 from kick import checkpoint as checkpoints
-from kick.blocks import find_decoder
+from kick.blocks import Decoder, find_decoder
 from kick.calibration import Calibration, CalibrationSpec, draw
-from kick.compressor import Compressor, Progress, no_progress
+from kick.compressor import Compressor, LayerwiseCompressor, Progress, no_progress
 from kick.config import explain
 from kick.errors import ConfigError, KickError, LevelError
+from kick.levels import Joint, Level, Pattern, Sparsity, parse_level
 from kick.meter import Meter, versions
 from kick.models import ModelSource, fetch, load_model, load_tokenizer
-from kick.settings import Level, Pattern, Setting, Sparsity, parse_level
+from kick.quantization import Grid
+from kick.settings import Setting, Stage
 
 
 @dataclass(frozen=True)
@@ -30,25 +33,48 @@ class Recipe:
     device: str
 
 
-def prepare(setting: Setting) -> tuple[Compressor | None, Level | None]:
-    """The compressor of `setting`, parameters checked, and its level. (None, None) for dense.
+@dataclass
+class Step:
+    """A stage ready to run: its compressor, parameters checked, and its level."""
+
+    stage: Stage
+    compressor: Compressor
+    level: Level | None
+
+
+def prepare(setting: Setting) -> list[Step]:
+    """The steps of `setting`, none for dense.
 
     Raises UnknownNameError, LevelError or ConfigError: all that can be wrong with a setting before a model is loaded.
     """
     if setting.is_dense:
-        if setting.level or setting.params:
+        if setting.level or setting.params or not setting.is_uniform:
             raise LevelError("'dense' takes no level and no parameters.", "It is the model as it came.")
-        return None, None
-    compressor = plugins.compressor(setting.compressor)
+        return []
+    return [_step(stage, setting) for stage in setting.stages]
+
+
+def _step(stage: Stage, setting: Setting) -> Step:
+    kind = plugins.compressor(stage.compressor)
     try:
-        level = parse_level(setting.level, compressor.knob)
-    except LevelError as error:
-        raise LevelError(f"setting '{setting.name}': {error.message}", error.hint) from error
-    try:
-        params = compressor.Params(**setting.params)
+        level = parse_level(stage.level, kind.knob)
+        params = kind.Params(**stage.params)
+        compressor = kind(params, seed=setting.seed)
+        if isinstance(compressor, LayerwiseCompressor):
+            compressor.follow(stage, level)
+        elif not stage.is_uniform:
+            raise ConfigError(
+                f"{kind.name} does not work linear by linear: it takes no layer rules.", "Leave them out."
+            )
+    except (LevelError, ConfigError) as error:
+        raise type(error)(f"setting '{setting.name}': {error.message}", error.hint) from error
     except ValidationError as error:
-        raise ConfigError(f"setting '{setting.name}': {explain(error)}", _known_params(compressor)) from error
-    return compressor(params, seed=setting.seed), level
+        raise ConfigError(f"setting '{setting.name}': {explain(error)}", _known_params(kind)) from error
+    return Step(stage, compressor, level)
+
+
+def needs_calibration(steps: list[Step]) -> bool:
+    return any(step.compressor.needs_calibration for step in steps)
 
 
 def _known_params(plugin: type[Compressor]) -> str:
@@ -68,72 +94,143 @@ def compress(
     `start` is a directory that already holds the source's weights, to spare reading a slower format again;
     `calibration` is what the recipe's calibration gave when it was drawn before.
     """
-    compressor, level = prepare(recipe.setting)
+    steps = prepare(recipe.setting)
     with Meter(recipe.device) as meter:
         path = start or fetch(recipe.source)
         model = load_model(path, recipe.dtype, recipe.device)
         tokenizer = load_tokenizer(path)
-        before = checkpoints.measure(model).sparsity
-        if compressor is not None:
-            if not compressor.needs_calibration:
-                calibration = None
-            elif calibration is None:
-                calibration = draw(recipe.calibration, tokenizer)
-            try:
-                model = compressor.compress(model, level, calibration, progress=progress)
-            except KickError:
-                raise
-            except Exception as error:  # a plugin may raise anything; --debug shows where
-                raise KickError(f"{recipe.setting.name} failed: {type(error).__name__}: {error}") from error
-        measured = checkpoints.measure(model, level, find_decoder(model))
-        _check_reached(recipe.setting, level, measured, model, before)
-    warnings = list(compressor.warnings) if compressor else []
-    if compressor is not None and measured.uncovered:
-        warnings.append(
-            f"{len(measured.uncovered)} weights inside the blocks belong to no linear layer and stay dense "
-            f"({1 - measured.coverage:.1%} of the blocks' weights): {', '.join(measured.uncovered[:4])}"
-            + (", ..." if len(measured.uncovered) > 4 else ".")
-        )
+        if not needs_calibration(steps):
+            calibration = None
+        elif calibration is None:
+            calibration = draw(recipe.calibration, tokenizer, recipe.dtype, recipe.device)
+        done = Outcome()
+        for step in steps:
+            model = done.carry_out(step, model, calibration, progress)
+        decoder = find_decoder(model)
+        measured = checkpoints.measure(model, decoder, done.patterns, done.grids)
+        done.compare(steps, measured)
     record = {
         "kick_version": __version__,
         "setting": recipe.setting.model_dump(mode="json"),
         "setting_name": recipe.setting.name,
         "source": {"name": recipe.source.name, "fingerprint": recipe.fingerprint, "note": recipe.source.note},
-        "calibration": calibration.record() if compressor and calibration else None,
+        "calibration": calibration.record() if calibration else None,
         "dtype": recipe.dtype,
         "device": recipe.device,
-        "warnings": warnings,
+        "warnings": done.warnings,
+        "stages": done.stages,
         "seconds": round(meter.seconds, 3),
         "peak_memory_bytes": meter.peak_bytes,
         "versions": versions(),
-        "layers": compressor.layers if compressor else {},
+        "layers": done.layers,
     }
-    return checkpoints.save(out, model, tokenizer, record, measured)
+    return checkpoints.save(out, model, tokenizer, record, measured, done.grids)
 
 
-def _check_reached(
-    setting: Setting, level: Level | None, measured: checkpoints.Measured, model: nn.Module, before: float
+@dataclass
+class Outcome:
+    """What the stages of a setting did to a model, as it adds up from stage to stage."""
+
+    warnings: list[str] = field(default_factory=list)
+    stages: list[dict[str, Any]] = field(default_factory=list)
+    layers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    patterns: dict[str, Pattern] = field(default_factory=dict)
+    grids: dict[str, Grid] = field(default_factory=dict)
+
+    def carry_out(self, step: Step, model: nn.Module, calibration: Calibration | None, progress: Progress) -> nn.Module:
+        """Run one stage on `model`, and refuse a result that is not what the stage is called."""
+        compressor = step.compressor
+        before = checkpoints.measure(model)
+        try:
+            model = compressor.compress(model, step.level, calibration, progress=progress)
+        except KickError:
+            raise
+        except Exception as error:  # a plugin may raise anything; --debug shows where
+            raise KickError(f"{step.stage} failed: {type(error).__name__}: {error}") from error
+        decoder = find_decoder(model)
+        levels = _levels(compressor, step.level, decoder)
+        patterns = {name: pattern for name, level in levels.items() if isinstance(pattern := _pruned(level), Pattern)}
+        after = checkpoints.measure(model, decoder, patterns, compressor.grids)
+        check_reached(step, levels, before, after, model)
+        self.warnings += compressor.warnings
+        for name, facts in compressor.layers.items():
+            self.layers[name] = {**self.layers.get(name, {}), **facts}
+        self.patterns |= patterns
+        self.grids = {name: grid for name, grid in self.grids.items() if name not in levels} | compressor.grids
+        self.stages.append(
+            {
+                **step.stage.model_dump(mode="json"),
+                "sparsity": after.sparsity,
+                "pattern_violations": after.violations,
+                "grid_violations": after.grid_violations,
+            }
+        )
+        return model
+
+    def compare(self, steps: list[Step], measured: checkpoints.Measured) -> None:
+        """Warn of what a later stage undid, and of weights that no stage could reach."""
+        for step, record in zip(steps, self.stages, strict=True):
+            if measured.sparsity < record["sparsity"]:
+                self.warnings.append(
+                    f"{step.stage} reached a sparsity of {record['sparsity']:.4f}; after all stages it is "
+                    f"{measured.sparsity:.4f}."
+                )
+        if measured.violations:
+            self.warnings.append(f"{measured.violations} groups of the pattern keep more weights than they may.")
+        if measured.grid_violations:
+            self.warnings.append(f"{measured.grid_violations} weights are no longer on the grid that they were put on.")
+        if steps and measured.uncovered:
+            self.warnings.append(
+                f"{len(measured.uncovered)} weights inside the blocks belong to no linear layer and stay dense "
+                f"({1 - measured.coverage:.1%} of the blocks' weights): {', '.join(measured.uncovered[:4])}"
+                + (", ..." if len(measured.uncovered) > 4 else ".")
+            )
+
+
+def _levels(compressor: Compressor, level: Level | None, decoder: Decoder) -> dict[str, Level]:
+    """The level that each linear was asked to reach; of a compressor that is free in this, nothing but patterns."""
+    if isinstance(compressor, LayerwiseCompressor):
+        return compressor.levels
+    return {linear.name: level for linear in decoder.linears} if isinstance(level, Pattern) else {}
+
+
+def _pruned(level: Level | None) -> Level | None:
+    return level.prune if isinstance(level, Joint) else level
+
+
+def check_reached(
+    step: Step,
+    levels: dict[str, Level],
+    before: checkpoints.Measured,
+    after: checkpoints.Measured,
+    model: nn.Module,
 ) -> None:
     """Refuse to write a checkpoint that is not what it is called.
 
-    Sparsity may differ by the rounding of one row. Zeros that the source had `before` come on top where they stand in
-    rows of their own making.
+    Sparsity may differ by the rounding of one row, of each linear whose level is known, else of all together. Zeros
+    that were there before may come on top.
     """
+    stage = step.stage
     broken = [name for name, parameter in model.named_parameters() if not bool(parameter.isfinite().all())]
     if broken:
         raise KickError(
-            f"{setting.name}: {broken[0]} holds values that are not finite.",
-            "The compressor is at fault, or the source.",
+            f"{stage}: {broken[0]} holds values that are not finite.", "The compressor is at fault, or the source."
         )
-    if isinstance(level, Pattern) and measured.violations:
-        raise KickError(
-            f"{setting.name}: {measured.violations} groups of {level.of} keep more than {level.keep}.",
-            "The compressor is at fault.",
-        )
-    if isinstance(level, Sparsity):
-        shortest = min(min(layer["shape"]) for layer in measured.layers.values())
-        rounding = 1 / shortest
-        if measured.sparsity < level.fraction - rounding or measured.sparsity - before > level.fraction + rounding:
-            raise KickError(
-                f"{setting.name} reached a sparsity of {measured.sparsity:.4f}.", "The compressor is at fault."
-            )
+    if after.violations:
+        raise KickError(f"{stage}: {after.violations} groups keep more weights than they may.", _AT_FAULT)
+    if after.grid_violations:
+        raise KickError(f"{stage}: {after.grid_violations} weights are not on their grid.", _AT_FAULT)
+    reached = [
+        (name, asked, after.layers[name]["sparsity"], before.layers[name]["sparsity"], min(after.layers[name]["shape"]))
+        for name, level in levels.items()
+        if isinstance(asked := _pruned(level), Sparsity)
+    ]
+    if not levels and isinstance(asked := _pruned(step.level), Sparsity):
+        shortest = min(min(layer["shape"]) for layer in after.layers.values())
+        reached = [("the model", asked, after.sparsity, before.sparsity, shortest)]
+    for name, asked, found, had, shortest in reached:
+        if not asked.fraction - 1 / shortest <= found <= asked.fraction + 1 / shortest + had:
+            raise KickError(f"{stage}: {name} has a sparsity of {found:.4f} where {asked} was asked.", _AT_FAULT)
+
+
+_AT_FAULT = "The compressor is at fault."

@@ -8,10 +8,13 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
-from kick.blocks import Block, BlockWalk, Decoder, Linear, Listener, find_decoder
+from kick.blocks import Decoder, Group, Linear, find_decoder
 from kick.calibration import Calibration
-from kick.errors import LevelError
-from kick.settings import Knob, Level, Pattern
+from kick.errors import KickError, LevelError
+from kick.levels import Joint, Knob, Level, Pattern, parse_level
+from kick.policy import OWL, Policy
+from kick.quantization import Grid, Quantized
+from kick.walk import BlockWalk
 
 __all__ = ["Compressor", "Knob", "LayerwiseCompressor", "Progress", "Statistic"]
 
@@ -33,7 +36,7 @@ class Compressor(ABC):
 
     name: ClassVar[str]
     knob: ClassVar[Knob]
-    needs_calibration: ClassVar[bool] = False
+    needs_calibration: bool = False
 
     class Params(BaseModel):
         """Hyper-parameters: validated, and part of the setting's identity."""
@@ -43,11 +46,15 @@ class Compressor(ABC):
     def __init__(self, params: BaseModel | None = None, seed: int = 0) -> None:
         self.params: Any = params if params is not None else self.Params()
         self.seed = seed
+        self.policy = Policy()
         self.warnings: list[str] = []
-        self.layers: dict[str, dict[str, float]] = {}
+        self.layers: dict[str, dict[str, Any]] = {}  # what is known of each linear, for the record
+        self.grids: dict[str, Grid] = {}  # those of quantised linears
+        self._at = ""
 
     def warn(self, message: str) -> None:
-        self.warnings.append(message)
+        """Put `message` into the checkpoint's record, with the linears that are being treated."""
+        self.warnings.append(f"{self._at}: {message}" if self._at else message)
 
     @abstractmethod
     def compress(
@@ -86,20 +93,40 @@ class Statistic(ABC):
 class LayerwiseCompressor(Compressor):
     """A compressor that treats each linear inside the decoder blocks by itself: implement `solve`.
 
-    With a `statistic`, the blocks are walked in order: a block's statistics come from inputs that the compressed blocks
-    before it produced; linears that share an input share one statistic. Without, no model is run at all.
-    Embeddings, norms, biases and the head stay as they are.
+    With a `statistic`, the blocks are walked in order: a linear's statistics come from the inputs that it will have in
+    the compressed model, and linears that share an input share one statistic. Without, no model is run at all.
+    Embeddings, norms, biases and the head stay as they are. `policy` says which linear takes which level.
     """
 
     statistic: ClassVar[type[Statistic] | None] = None
+    levels: dict[str, Level]  # of each linear that was compressed, known once `compress` has begun
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         cls.needs_calibration = cls.statistic is not None
 
-    @abstractmethod
-    def solve(self, weight: Tensor, statistic: Any, level: Any) -> Tensor:
+    def solve(self, weight: Tensor, statistic: Any, level: Any) -> Tensor | Quantized:
         """weight [out, in] in the model's precision -> the compressed weight [out, in]."""
+        raise NotImplementedError(f"{type(self).__name__} has neither solve nor solve_group")
+
+    def solve_group(self, weights: list[Tensor], statistic: Any, level: Any) -> list[Tensor | Quantized]:
+        """Weights [out, in] of linears that share an input and a level. By default one after the other."""
+        return [self.solve(weight, statistic, level) for weight in weights]
+
+    def check_level(self, level: Level) -> None:
+        """Raise LevelError for a level of the right kind that this compressor cannot reach."""
+
+    def follow(self, policy: Policy, level: Level | None) -> None:
+        """Take `policy` for the next `compress`. Raises LevelError for a level in it that does not exist here."""
+        self.policy = policy
+        self.needs_calibration = self.statistic is not None or policy.allocation is not None
+        for asked in (level, *map(self._parse, policy.asked_levels())):
+            if asked is not None:
+                self.check_level(asked)
+        policy.check(level)
+
+    def _parse(self, text: str) -> Level | None:
+        return parse_level(text, self.knob)
 
     @torch.no_grad()
     def compress(
@@ -111,58 +138,100 @@ class LayerwiseCompressor(Compressor):
         progress: Progress = no_progress,
     ) -> nn.Module:
         decoder = find_decoder(model)
-        check_divisible(decoder, level)
-        walk = None
-        if self.statistic is not None:
-            if calibration is None:
-                raise LevelError(f"{self.name} needs calibration text.", "Give a calibration source.")
-            walk = BlockWalk(model, decoder, calibration.tokens)
-        last = decoder.blocks[-1]
+        levels = self._levels(model, decoder, level, calibration)
+        self.levels = {linear.name: level for linear, level in levels.items() if level is not None}
+        walk = self._walk(model, decoder, calibration) if self.statistic is not None else None
         for index, block in enumerate(decoder.blocks):
             progress(index, len(decoder.blocks), block.name)
-            statistics = self._statistics(walk, block) if walk else {}
-            for linear in block.linears:
-                self._solve_linear(linear, statistics.get(linear), level)
-            if walk and block is not last:
-                walk.propagate(block)
-        progress(len(decoder.blocks), len(decoder.blocks), last.name)
+            groups = walk.visit(block) if walk else ((group, []) for group in block.groups)
+            for group, inputs in groups:
+                self._compress_group(group, inputs, levels)
+        progress(len(decoder.blocks), len(decoder.blocks), decoder.blocks[-1].name)
         return model
 
-    def _statistics(self, walk: BlockWalk, block: Block) -> dict[Linear, Statistic]:
-        assert self.statistic is not None
-        statistics: dict[Linear, Statistic] = {}
-        listeners: dict[Linear, Listener] = {}
-        for group in block.groups:
-            first = group.linears[0]
-            shared = self.statistic(first.weight.shape[1], first.weight.device)
-            listeners[first] = shared.see
-            statistics |= dict.fromkeys(group.linears, shared)
-        walk.collect(block, listeners)
-        for linear, statistic in statistics.items():
-            if statistic.tokens == 0:
-                self.warn(f"{linear.name} received no calibration token; its inputs count as equal.")
-        return statistics
+    def _levels(
+        self, model: nn.Module, decoder: Decoder, level: Level | None, calibration: Calibration | None
+    ) -> dict[Linear, Level | None]:
+        def outliers(rule: OWL) -> list[float]:
+            return outlier_shares(self._walk(model, decoder, calibration), decoder, rule.outlier)
 
-    def _solve_linear(self, linear: Linear, statistic: Statistic | None, level: Level | None) -> None:
+        levels = self.policy.assign(decoder, level, self._parse, outliers)
+        check_divisible(levels)
+        return levels
+
+    def _walk(self, model: nn.Module, decoder: Decoder, calibration: Calibration | None) -> BlockWalk:
+        if calibration is None:
+            raise LevelError(f"{self.name} needs calibration text.", "Give a calibration source.")
+        return BlockWalk(model, decoder, calibration.tokens, getattr(torch, calibration.precision))
+
+    def _compress_group(self, group: Group, inputs: list[Tensor], levels: dict[Linear, Level | None]) -> None:
+        by_level: dict[Level, list[Linear]] = {}
+        for linear in group.linears:
+            if (level := levels[linear]) is not None:
+                by_level.setdefault(level, []).append(linear)
+        if not by_level:
+            return
+        statistic = self._gather(group, inputs)
+        for level, linears in by_level.items():
+            self._at = ", ".join(linear.name for linear in linears)
+            try:
+                solved = self.solve_group([linear.weight for linear in linears], statistic, level)
+            except KickError as error:
+                raise type(error)(f"{self._at}: {error.message}", error.hint) from error
+            for linear, result in zip(linears, solved, strict=True):
+                self._put(linear, result, statistic, level)
+        self._at = ""
+
+    def _gather(self, group: Group, inputs: list[Tensor]) -> Statistic | None:
+        if self.statistic is None:
+            return None
+        first = group.linears[0].weight
+        statistic = self.statistic(first.shape[1], first.device)
+        for batch in inputs:
+            statistic.see(batch)
+        if statistic.tokens == 0:
+            names = ", ".join(linear.name for linear in group.linears)
+            self.warn(f"{names}: no calibration token came by; its inputs count as equal.")
+        return statistic
+
+    def _put(self, linear: Linear, result: Tensor | Quantized, statistic: Statistic | None, level: Level) -> None:
+        if isinstance(result, Quantized):
+            self.grids[linear.name] = result.grid
+            result = result.weight
         before = linear.weight
-        after = self.solve(before, statistic, level).to(before.dtype)
+        after = result.to(before.dtype)
         size = before.float().norm()
         change = after.float() - before.float()
-        errors = {"weight_error": float(change.norm() / size) if size else 0.0}
+        facts: dict[str, Any] = {"level": str(level), "weight_error": float(change.norm() / size) if size else 0.0}
         if statistic is not None and (error := statistic.output_error(before.float(), change)) is not None:
-            errors["reconstruction_error"] = error
-        self.layers[linear.name] = errors
+            facts["reconstruction_error"] = error
+        self.layers[linear.name] = facts
         before.copy_(after)
 
 
-def check_divisible(decoder: Decoder, level: Level | None) -> None:
+@torch.no_grad()
+def outlier_shares(walk: BlockWalk, decoder: Decoder, outlier: float) -> list[float]:
+    """For each block the share of weights whose |W_ij| ||X_j|| exceeds `outlier` times its matrix's mean."""
+    shares = []
+    for block in decoder.blocks:
+        above = weights = 0
+        for group, inputs in walk.visit(block):
+            squares = sum(batch.float().square().sum(dim=0) for batch in inputs)
+            for linear in group.linears:
+                score = linear.weight.float().abs() * (squares.sqrt() if isinstance(squares, Tensor) else 1.0)
+                above += int((score > outlier * score.mean()).sum())
+                weights += score.numel()
+        shares.append(above / weights)
+    return shares
+
+
+def check_divisible(levels: dict[Linear, Level | None]) -> None:
     """Raise LevelError before anything is changed if an N:M pattern does not divide some linear's input dimension."""
-    if not isinstance(level, Pattern):
-        return
-    for linear in decoder.linears:
+    for linear, level in levels.items():
+        pattern = level.prune if isinstance(level, Joint) else level
         in_features = linear.weight.shape[1]
-        if in_features % level.of:
+        if isinstance(pattern, Pattern) and in_features % pattern.of:
             raise LevelError(
-                f"pattern {level} does not fit {linear.name}: {level.of} does not divide its {in_features} inputs.",
+                f"pattern {pattern} does not fit {linear.name}: {pattern.of} does not divide its {in_features} inputs.",
                 "Choose an M that divides every input dimension, or a sparsity.",
             )

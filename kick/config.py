@@ -9,7 +9,9 @@ from pydantic import Field, ValidationError, field_validator
 
 from kick.calibration import CalibrationSpec
 from kick.errors import ConfigError
-from kick.settings import DENSE, Setting, Spec, split_setting
+from kick.levels import Spec
+from kick.policy import Policy
+from kick.settings import DENSE, Setting, Stage, parse_setting
 
 S = TypeVar("S", bound=Spec)
 
@@ -21,12 +23,13 @@ def check_label(label: str) -> str:
     return label
 
 
-class Grid(Spec):
-    """One compressor at several levels and seeds: a setting for each pair."""
+class Grid(Policy):
+    """One compressor at several levels and seeds: a setting for each pair. `then` holds stages that follow it."""
 
     compressor: str
     levels: tuple[str, ...] = ("",)
     params: dict[str, Any] = Field(default_factory=dict)
+    then: tuple[Stage, ...] = ()
     seeds: tuple[int, ...] = (0,)
     label: str = Field(default="", description="replaces the compressor's name in the names of these settings")
 
@@ -46,7 +49,15 @@ class Grid(Spec):
         found = []
         for level in self.levels:
             for seed in self.seeds:
-                setting = Setting(compressor=self.compressor, level=level, params=self.params, seed=seed)
+                setting = Setting(
+                    compressor=self.compressor,
+                    level=level,
+                    params=self.params,
+                    layers=self.layers,
+                    allocation=self.allocation,
+                    then=self.then,
+                    seed=seed,
+                )
                 label = f"{self.label}@{level}" if self.label else ""
                 if len(self.seeds) > 1:
                     label = f"{label or setting.name}#{seed}"
@@ -121,8 +132,8 @@ class SweepConfig(Spec):
 
 
 def _grid_of(text: str) -> dict[str, Any]:
-    compressor, level = split_setting(text)
-    return {"compressor": compressor, "levels": [level]}
+    setting = parse_setting(text)
+    return {"compressor": setting.compressor, "levels": [setting.level], "then": setting.then}
 
 
 def _check_unique(kind: str, names: list[str]) -> None:

@@ -20,8 +20,9 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from kick.compare import Estimate
 from kick.files import safe_name
+from kick.levels import Pattern
 from kick.report.results import Results
-from kick.settings import DENSE, Pattern
+from kick.settings import DENSE
 from kick.statistics import TOLERANCE
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -221,7 +222,7 @@ def _size_against_retained(results: Results) -> tuple[Figure, str, str, str]:
         )
         labelled.add(method)
         axes.annotate(
-            result.setting.level, (packed, y), xytext=(0, 6), textcoords="offset points", ha="right", fontsize=7.5
+            result.setting.levels, (packed, y), xytext=(0, 6), textcoords="offset points", ha="right", fontsize=7.5
         )
     axes.set_xlabel("megabytes of weights")
     axes.set_ylabel("mean retained score (%)")

@@ -9,10 +9,11 @@ from jinja2 import Environment
 from markupsafe import Markup
 
 from kick import statistics
+from kick.levels import Sparsity
 from kick.report import tables
 from kick.report.figures import Drawn
 from kick.report.results import Results
-from kick.settings import DENSE, Sparsity
+from kick.settings import DENSE
 from kick.suite import Sample
 
 ANSWERS_PER_SUITE = 6

@@ -14,7 +14,8 @@ from kick.compare import Comparison, Estimate
 from kick.config import SuiteSpec
 from kick.errors import RunError
 from kick.files import read_json
-from kick.settings import DENSE, Pattern, Setting, Sparsity
+from kick.levels import Pattern, Sparsity
+from kick.settings import DENSE, Setting
 from kick.statistics import Interval
 from kick.suite import OVERALL, Sample, Score, Suite
 from kick.sweep.plan import make_suite
@@ -41,12 +42,13 @@ class SettingResult:
 
     @property
     def level(self) -> Any:
+        """The level of the first stage, which is what a chain is drawn by."""
         return checkpoints.level_of(self.setting.level)
 
     @property
     def family(self) -> str:
         """What is drawn as one line: a compressor's sparsities; its patterns are another."""
-        label = self.setting.label.partition("@")[0] or self.setting.compressor
+        label = self.setting.label.partition("@")[0] or self.setting.compressors
         return f"{label} N:M" if isinstance(self.level, Pattern) else label
 
 

@@ -39,8 +39,8 @@ def _setting_facts(result: SettingResult) -> dict[str, Any]:
     record = result.record or {}
     return {
         "setting": result.name,
-        "compressor": result.setting.compressor,
-        "level": result.setting.level,
+        "compressor": result.setting.compressors,
+        "level": result.setting.levels,
         "sparsity": record.get("sparsity"),
         "bits_per_weight": record.get("bits_per_weight"),
     }

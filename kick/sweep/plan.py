@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from kick import __version__, meter, models, plugins
 from kick import checkpoint as checkpoints
 from kick.calibration import Calibration, draw
-from kick.compress import Recipe, prepare
+from kick.compress import Recipe, needs_calibration, prepare
 from kick.config import SuiteSpec, SweepConfig, explain
 from kick.errors import ConfigError, DataError
 from kick.lm import find_lm
@@ -66,12 +66,13 @@ class Plan:
             "calibration": {
                 **self.config.calibration.model_dump(mode="json"),
                 "tokens": self.calibration.fingerprint if self.calibration else "",
+                "precision": self.calibration.precision if self.calibration else "",
             },
             "versions": {name: version for name, version in meter.versions().items() if name in _RELEVANT_VERSIONS},
             "settings": {
                 setting.name: {
                     **setting.model_dump(mode="json"),
-                    "plugin": _plugin_version(plugins.COMPRESSORS, setting.compressor),
+                    "plugins": [_plugin_version(plugins.COMPRESSORS, stage.compressor) for stage in setting.stages],
                 }
                 for setting in self.settings
             },
@@ -102,14 +103,9 @@ def make_plan(config: SweepConfig, as_is: bool = False) -> Plan:
     device, dtype = models.choose(config.device, config.dtype)
     path = models.fetch(source)
     calibration = None
-    if given is None and any(map(_needs_calibration, settings)):
-        calibration = draw(config.calibration, models.load_tokenizer(path))
+    if given is None and any(needs_calibration(prepare(setting)) for setting in settings):
+        calibration = draw(config.calibration, models.load_tokenizer(path), dtype, device)
     return Plan(config, source, path, models.fingerprint(path), dtype, device, settings, suites, calibration, given)
-
-
-def _needs_calibration(setting: Setting) -> bool:
-    compressor, _ = prepare(setting)
-    return compressor is not None and compressor.needs_calibration
 
 
 def make_suite(spec: SuiteSpec) -> Suite:

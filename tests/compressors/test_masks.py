@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from kick_compressors.masks import keep_largest
 
 from kick.errors import KickError, LevelError
-from kick.settings import Bits, Pattern, Sparsity
+from kick.levels import Bits, Pattern, Sparsity
 
 HALF = Sparsity(fraction=0.5)
 TWO_FOUR = Pattern(keep=2, of=4)

@@ -10,7 +10,7 @@ from kick.blocks import find_decoder
 from kick.calibration import Calibration, CalibrationSpec
 from kick.checkpoint import measure
 from kick.errors import LevelError
-from kick.settings import Pattern, Sparsity
+from kick.levels import Pattern, Sparsity
 
 
 def calibration(samples=6, length=32, vocabulary=600, seed=0):
@@ -36,6 +36,11 @@ def wanda_mask(weight, inputs, level):
     return mask
 
 
+def groups_of(model):
+    """Groups of linears that share an input, in the order in which they run."""
+    return [group for block in find_decoder(model).blocks for group in block.groups]
+
+
 def stored_inputs(model, module, tokens):
     """Every input that `module` gets in a plain forward pass of the whole model: [tokens, in]."""
     caught = []
@@ -48,16 +53,14 @@ def stored_inputs(model, module, tokens):
 
 
 @pytest.mark.parametrize("level", [Sparsity(fraction=0.5), Pattern(keep=2, of=4)])
-def test_wanda_is_its_definition_with_later_blocks_seeing_pruned_inputs(level):
+def test_wanda_is_its_definition_with_later_linears_seeing_pruned_inputs(level):
     text = calibration()
     pruned = Wanda().compress(make_tiny_llama(), level, text)
-    reference = make_tiny_llama()  # the definition, block by block: prune a block with what the pruned ones before give
-    for ours, block in zip(find_decoder(pruned).blocks, find_decoder(reference).blocks, strict=True):
-        inputs = {linear.name: stored_inputs(reference, linear.module, text.tokens) for linear in block.linears}
-        for linear, mine in zip(block.linears, ours.linears, strict=True):
-            mask = wanda_mask(linear.weight, inputs[linear.name], level)
-            assert torch.equal(mine.weight != 0, mask), linear.name
-        for linear, mine in zip(block.linears, ours.linears, strict=True):
+    reference = make_tiny_llama()  # the definition: prune linears with what the pruned ones before them give
+    for ours, group in zip(groups_of(pruned), groups_of(reference), strict=True):
+        inputs = stored_inputs(reference, group.linears[0].module, text.tokens)
+        for linear, mine in zip(group.linears, ours.linears, strict=True):
+            assert torch.equal(mine.weight != 0, wanda_mask(linear.weight, inputs, level)), linear.name
             linear.weight.copy_(mine.weight)
 
 
@@ -77,7 +80,8 @@ def test_a_later_block_is_pruned_by_pruned_inputs_not_dense_ones():
 )
 def test_the_asked_number_of_weights_becomes_zero(compressor, level):
     model = compressor().compress(make_tiny_llama(), level, calibration())
-    for name, layer in measure(model, level).layers.items():
+    patterns = {linear.name: level for linear in find_decoder(model).linears} if isinstance(level, Pattern) else {}
+    for name, layer in measure(model, patterns=patterns).layers.items():
         rows, columns = layer["shape"]
         if isinstance(level, Pattern):
             expected = layer["weights"] * (level.of - level.keep) // level.of
@@ -126,16 +130,18 @@ def test_wanda_on_two_blocks_of_the_real_model(real_checkpoint, level):
     from kick.calibration import draw
     from kick.models import load_model, load_tokenizer
 
-    text = draw(CalibrationSpec(samples=4, sequence_length=64), load_tokenizer(real_checkpoint.path))
+    text = draw(
+        CalibrationSpec(samples=4, sequence_length=64, precision="float32"), load_tokenizer(real_checkpoint.path)
+    )
     models = [load_model(real_checkpoint.path, "float32", "cpu") for _ in "ab"]
     for model in models:  # the first two blocks only
         del model.model.layers[2:]
         model.config.num_hidden_layers = 2
     pruned, reference = Wanda().compress(models[0], level, text), models[1]
-    for ours, block in zip(find_decoder(pruned).blocks, find_decoder(reference).blocks, strict=True):
-        inputs = {linear.name: stored_inputs(reference, linear.module, text.tokens) for linear in block.linears}
-        for linear, mine in zip(block.linears, ours.linears, strict=True):
-            score = linear.weight.abs() * inputs[linear.name].norm(dim=0)
+    for ours, group in zip(groups_of(pruned), groups_of(reference), strict=True):
+        inputs = stored_inputs(reference, group.linears[0].module, text.tokens)
+        for linear, mine in zip(group.linears, ours.linears, strict=True):
+            score = linear.weight.abs() * inputs.norm(dim=0)
             groups = score if isinstance(level, Sparsity) else score.reshape(score.shape[0], -1, level.of)
             remove = round(0.5 * groups.shape[-1])
             order = groups.argsort(dim=-1, stable=True)
@@ -143,5 +149,4 @@ def test_wanda_on_two_blocks_of_the_real_model(real_checkpoint, level):
                 torch.ones_like(groups, dtype=torch.bool).scatter_(-1, order[..., :remove], False).reshape(score.shape)
             )
             assert torch.equal(mine.weight != 0, mask & (linear.weight != 0)), linear.name
-        for linear, mine in zip(block.linears, ours.linears, strict=True):
             linear.weight.copy_(mine.weight)

@@ -8,11 +8,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from kick.blocks import BlockWalk, find_decoder
+from kick.blocks import find_decoder
 from kick.calibration import Calibration, CalibrationSpec
 from kick.checkpoint import measure
 from kick.errors import ModelError
-from kick.settings import Pattern, Sparsity
+from kick.levels import Pattern, Sparsity
+from kick.walk import BlockWalk
 
 LLAMA_LIKE = {
     "hidden_size": 32,
@@ -64,6 +65,10 @@ def text(samples=5, length=16):
     return Calibration(tokens, "test", CalibrationSpec(samples=samples, sequence_length=length))
 
 
+def patterns_of(model, level):
+    return {linear.name: level for linear in find_decoder(model).linears} if isinstance(level, Pattern) else {}
+
+
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_groups_are_the_linears_that_share_an_input(kind):
     decoder = find_decoder(tiny(kind))
@@ -92,11 +97,11 @@ def test_walking_the_blocks_gives_what_the_model_gives(kind):
     handle.remove()
     whole = torch.cat(inputs).reshape(-1, inputs[0].shape[-1])
 
-    walk = BlockWalk(model, decoder, calibration.tokens, batch=2)
-    walk.propagate(decoder.blocks[0])
-    collected = []
-    walk.collect(last, {last.linears[0]: collected.append})
-    assert torch.allclose(torch.cat(collected), whole, atol=1e-5)
+    walk = BlockWalk(model, decoder, calibration.tokens, torch.float32, batch=2)
+    for _ in walk.visit(decoder.blocks[0]):
+        pass
+    seen = {linear.name: inputs for group, inputs in walk.visit(last) for linear in group.linears}
+    assert torch.allclose(torch.cat(seen[last.linears[0].name]), whole, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
@@ -104,7 +109,7 @@ def test_walking_the_blocks_gives_what_the_model_gives(kind):
 def test_every_architecture_is_pruned_exactly(kind, compressor):
     for level in (Sparsity(fraction=0.5), Pattern(keep=2, of=4)):
         model = compressor().compress(tiny(kind), level, text())
-        measured = measure(model, level)
+        measured = measure(model, patterns=patterns_of(model, level))
         assert measured.sparsity == 0.5
         assert measured.violations == 0
         assert measured.coverage == 1.0
@@ -123,7 +128,7 @@ def test_stacked_experts_are_reported_as_not_covered():
     decoder = find_decoder(model)
     assert any("experts" in name for name in decoder.uncovered)
     pruned = Magnitude().compress(model, Sparsity(fraction=0.5), None)
-    measured = measure(pruned, Sparsity(fraction=0.5))
+    measured = measure(pruned)
     covered = sum(layer["weights"] for layer in measured.layers.values())
     inside = sum(w.numel() for w in model.model.layers.parameters() if w.dim() >= 2)
     assert measured.coverage == pytest.approx(covered / inside)
@@ -171,4 +176,4 @@ def test_a_block_that_is_told_something_about_its_tokens_is_refused():
 
     model = Model()
     with pytest.raises(ModelError, match="depends on the tokens"):
-        BlockWalk(model, find_decoder(model), torch.tensor([[0, 1, 2, 3], [4, 5, 6, 7]]))
+        BlockWalk(model, find_decoder(model), torch.tensor([[0, 1, 2, 3], [4, 5, 6, 7]]), torch.float32)

@@ -3,7 +3,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kick.errors import LevelError
-from kick.settings import Bits, Knob, Pattern, Setting, Shape, Sparsity, digest, parse_level, split_setting
+from kick.levels import Bits, Knob, Pattern, Shape, Sparsity, parse_level
+from kick.settings import Setting, digest, split_stage
 
 BOTH = Knob.SPARSITY | Knob.PATTERN
 
@@ -60,8 +61,8 @@ def test_settings_are_named_and_told_apart():
 
 
 def test_splitting_a_setting():
-    assert split_setting("wanda@2:4") == ("wanda", "2:4")
-    assert split_setting("dense") == ("dense", "")
+    assert split_stage("wanda@2:4") == ("wanda", "2:4")
+    assert split_stage("dense") == ("dense", "")
     for text in ("@0.5", "wanda@0.5@2:4"):
         with pytest.raises(LevelError):
-            split_setting(text)
+            split_stage(text)

@@ -1,0 +1,185 @@
+"""How fast and how well does kick compress, beside llm-compressor on the same model, text and settings?
+
+    python benchmarks/compress.py --text FILE --held-out FILE --peer PYTHON [--only gptq@4]...
+
+PYTHON is an interpreter that has llmcompressor. Each compression runs alone in a process of its own: kick in its
+default precision, kick in float32, and the peer (float32), one after the other. Only the compression itself is timed,
+not imports, loading and saving. Perplexity is kick's, on the first held-out tokens, for all of them.
+
+Prints a line for each run and the ratios, and writes them to --out as JSON; runs that are already there are not
+repeated.
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from kick import models
+from kick.blocks import find_decoder
+from kick.calibration import Calibration, CalibrationSpec, draw
+from kick.compress import prepare
+from kick.settings import parse_setting
+
+SETTINGS = ("wanda@0.5", "wanda@2:4", "sparsegpt@0.5", "sparsegpt@2:4", "gptq@4")
+GRID = {
+    "group_size": 64,
+    "symmetric": False,
+}  # SmolLM2 came from a grid with groups of 32, which would flatter rounding
+BATCH = {"kick": 4, "llm-compressor": 1}  # each one's own default
+
+
+def run_kick(job: dict) -> dict:
+    """One compression by kick in this process."""
+    setting = parse_setting(job["setting"])
+    if setting.compressor == "gptq":
+        setting = setting.model_copy(update={"params": GRID})
+    (step,) = prepare(setting)
+    tokens = load_file(job["tokens"])["tokens"]
+    calibration = Calibration(tokens, "benchmark", CalibrationSpec(), job["precision"])
+    model = models.load_model(Path(job["model"]), "float32", "cpu")
+    start, cpu = time.perf_counter(), time.process_time()
+    model = step.compressor.compress(model, step.level, calibration)
+    wall, cpu = time.perf_counter() - start, time.process_time() - cpu
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    model.save_pretrained(job["out"])
+    return {"wall": wall, "cpu": cpu, "peak": peak}
+
+
+def perplexity(path: Path, tokens: torch.Tensor) -> float:
+    """exp of the mean negative log-likelihood over rows of `tokens` [n, s], each from its second token on."""
+    model = models.load_model(path, "float32", "cpu")
+    total = 0.0
+    with torch.inference_mode():
+        for row in tokens:
+            logits = model(row[None], use_cache=False).logits[0, :-1]
+            total += float(torch.nn.functional.cross_entropy(logits, row[1:], reduction="sum"))
+    return math.exp(total / (tokens.numel() - len(tokens)))
+
+
+def flops_of_one_pass(path: Path, tokens: int) -> float:
+    """Multiply-adds of the blocks' linears, counted double: what a single forward pass cannot do without."""
+    decoder = find_decoder(models.load_model(path, "float32", "cpu"))
+    return 2.0 * tokens * sum(linear.weight.numel() for linear in decoder.linears)
+
+
+def product_speed(dtype: torch.dtype, size: int = 1536, seconds: float = 2.0) -> float:
+    """FLOP/s of a plain matrix product on this machine."""
+    a, b = torch.randn(4096, size).to(dtype), torch.randn(size, size).to(dtype)
+    a @ b
+    times, start = 0, time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        a @ b
+        times += 1
+    return times * 2 * 4096 * size * size / (time.perf_counter() - start)
+
+
+def jobs_of(setting: str, options: argparse.Namespace, work: Path, default: str) -> list[dict]:
+    common = {"setting": setting, "model": str(work / "dense"), "tokens": str(work / "calibration.safetensors")}
+    jobs = [{**common, "by": "kick", "precision": precision} for precision in dict.fromkeys((default, "float32"))]
+    if options.peer:
+        name, _, level = setting.partition("@")
+        peer = {"method": name, "level": level, "dtype": "float32", "act_order": None, "batch": BATCH["llm-compressor"]}
+        jobs.append({**common, **GRID, **peer, "by": "llm-compressor", "precision": "float32"})
+    return [{**job, "out": str(work / f"{setting}-{job['by']}-{job['precision']}".replace(":", "of"))} for job in jobs]
+
+
+def carry_out(job: dict, options: argparse.Namespace) -> dict:
+    if job["by"] == "kick":
+        command = [sys.executable, __file__, "--job", json.dumps(job)]
+    else:
+        command = [options.peer, str(Path(__file__).parent / "peers" / "llmcompressor_run.py"), json.dumps(job)]
+    environment = {**os.environ, "TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    results = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    if not results:
+        sys.exit(f"{job['by']} failed on {job['setting']}:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
+    return json.loads(results[-1].removeprefix("RESULT "))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--text", help="calibration text, as kick's calibration.source")
+    parser.add_argument("--held-out", help="text for perplexity")
+    parser.add_argument("--peer", help="an interpreter with llmcompressor")
+    parser.add_argument("--only", action="append", help="a setting; may be repeated")
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmark-compress"))
+    parser.add_argument("--job", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.job:
+        print("RESULT " + json.dumps(run_kick(json.loads(options.job))))
+        return
+    work: Path = options.out
+    work.mkdir(parents=True, exist_ok=True)
+    tokenizer = prepare_inputs(options, work)
+    default = draw(CalibrationSpec(samples=1, sequence_length=8), tokenizer).precision
+    held_out = load_file(work / "held-out.safetensors")["tokens"]
+    found = json.loads((work / "results.json").read_text()) if (work / "results.json").is_file() else {}
+    for setting in options.only or SETTINGS:
+        for job in jobs_of(setting, options, work, default):
+            key = Path(job["out"]).name
+            if key not in found:
+                found[key] = {**job, **carry_out(job, options), "perplexity": perplexity(Path(job["out"]), held_out)}
+                (work / "results.json").write_text(json.dumps(found, indent=1))
+            show(found[key])
+    bound(work, options, default, found)
+
+
+def prepare_inputs(options: argparse.Namespace, work: Path) -> object:
+    """The dense model in float32 and both texts as tokens, in `work`."""
+    source = models.find_source(options.model)
+    path = models.fetch(source)
+    tokenizer = models.load_tokenizer(path)
+    if not (work / "dense" / "config.json").is_file():
+        models.load_model(path, "float32", "cpu").save_pretrained(work / "dense")
+        tokenizer.save_pretrained(work / "dense")
+    for name, text, samples in (("calibration", options.text, options.samples), ("held-out", options.held_out, 16)):
+        if not (work / f"{name}.safetensors").is_file():
+            spec = CalibrationSpec(source=text, samples=samples, sequence_length=options.length)
+            save_file({"tokens": draw(spec, tokenizer).tokens}, work / f"{name}.safetensors")
+    return tokenizer
+
+
+def show(run: dict) -> None:
+    print(
+        f"{run['setting']:14} {run['by']:15} {run['precision']:9} wall {run['wall']:6.1f} s  cpu {run['cpu']:6.1f} s  "
+        f"peak {run['peak'] / 2**30:.2f} GiB  perplexity {run['perplexity']:.3f}",
+        flush=True,
+    )
+
+
+def bound(work: Path, options: argparse.Namespace, default: str, found: dict) -> None:
+    """Ratios, and the share of the time that one forward pass of the blocks needs at the speed of plain products."""
+    flops = flops_of_one_pass(work / "dense", options.samples * options.length)
+    speeds = {precision: product_speed(getattr(torch, precision)) for precision in (default, "float32")}
+    print(f"\n{platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads")
+    for precision, speed in speeds.items():
+        print(f"one pass: {flops / 1e12:.2f} TFLOP at {speed / 1e9:.0f} GFLOP/s ({precision}) = {flops / speed:.0f} s")
+    for run in found.values():
+        if run["by"] != "kick":
+            continue
+        peer = next((r for r in found.values() if r["by"] != "kick" and r["setting"] == run["setting"]), None)
+        beside = (
+            f"{peer['wall'] / run['wall']:.2f} times as fast, {run['peak'] / peer['peak']:.2f} of the memory, "
+            f"perplexity {run['perplexity'] / peer['perplexity'] - 1:+.2%}, "
+            if peer
+            else ""
+        )
+        share = flops / speeds[run["precision"]] / run["wall"]
+        print(f"{run['setting']} in {run['precision']}: {beside}one pass is {share:.0%} of its time")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""GPTQ: round column by column and let the remaining weights make up for each rounding.
+
+    kick compress MODEL gptq@4 --out DIR        --param group_size=64 --param symmetric=true --param act_order=true
+
+Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers", arXiv 2210.17323.
+The grid of a group of columns is fitted to the weights as they stand when the solver reaches the group. Weights that
+are zero stay exactly zero (`keep_zeros`), so that a pruned model keeps its mask.
+"""
+
+from pydantic import Field
+from torch import Tensor
+
+from kick.compressor import Knob
+from kick.levels import Bits, Level
+from kick.quantization import Grid, Quantized
+
+from .obs import Rounding, inverse_factor, solve
+from .second_order import GroupSize, SecondOrderCompressor, check_bits, stack, unstack
+from .statistics import Hessian
+
+
+class GPTQ(SecondOrderCompressor):
+    name = "gptq"
+    knob = Knob.BITS
+
+    class Params(SecondOrderCompressor.Params):
+        group_size: GroupSize = Field(default=128, description="columns that share a scale and a zero point; -1: all")
+        symmetric: bool = Field(default=False, description="zero is the middle code")
+        act_order: bool = Field(default=False, description="columns with the largest inputs are rounded first")
+        keep_zeros: bool = Field(default=True, description="weights that are zero stay zero")
+
+    def check_level(self, level: Level) -> None:
+        assert isinstance(level, Bits)
+        check_bits(level)
+
+    def solve_group(self, weights: list[Tensor], statistic: Hessian, level: Bits) -> list[Tensor | Quantized]:
+        """Matrices [out, in] that share an input, in one solver call: their rows never meet."""
+        factor = self.factor(statistic)
+        rounding = Rounding(level.width, self.params.symmetric, self.params.group_size)
+        weight = stack(weights, factor.dead)
+        keep = weight != 0 if self.params.keep_zeros and bool((weight == 0).any()) else None
+        if not self.params.act_order:
+            return unstack(solve(weight, factor.upper, keep=keep, rounding=rounding), rounding, weights)
+        matrix = statistic.matrix
+        order = matrix.diagonal().argsort(descending=True, stable=True)
+        upper = inverse_factor(matrix[order][:, order], factor.damping).upper
+        solution = solve(weight[:, order], upper, keep=None if keep is None else keep[:, order], rounding=rounding)
+        return [_reordered(part, order.argsort()) for part in unstack(solution, rounding, weights)]
+
+
+def _reordered(part: Tensor | Quantized, back: Tensor) -> Quantized:
+    """Columns, and the groups they belong to, in the order of the model."""
+    assert isinstance(part, Quantized)
+    grid = part.grid
+    return Quantized(part.weight[:, back], Grid(grid.bits, grid.scale, grid.zero, grid.group_of[back]))

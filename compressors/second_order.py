@@ -1,0 +1,68 @@
+"""What SparseGPT and GPTQ have in common: the Hessian of a linear's inputs, its damping, and reports of both."""
+
+from typing import Annotated
+
+import torch
+from pydantic import AfterValidator, Field
+from torch import Tensor
+
+from kick.compressor import Compressor, LayerwiseCompressor
+from kick.errors import LevelError
+from kick.levels import Bits
+from kick.quantization import Grid, Quantized, group_columns
+
+from .obs import Factor, Rounding, Solution
+from .statistics import Hessian
+
+PACKABLE_BITS = (2, 3, 4, 8)
+
+
+def _group_size(value: int) -> int:
+    if value != -1 and value < 1:
+        raise ValueError("a group size is a number of columns, or -1 for whole rows")
+    return value
+
+
+GroupSize = Annotated[int, AfterValidator(_group_size)]
+
+
+class SecondOrderCompressor(LayerwiseCompressor):
+    """A compressor that solves with the Hessian of a linear's inputs."""
+
+    statistic = Hessian
+
+    class Params(Compressor.Params):
+        damping: float = Field(default=0.01, gt=0, description="added to the Hessian's diagonal, a share of its mean")
+
+    def factor(self, statistic: Hessian) -> Factor:
+        """The statistic's factor; what it took to get it is recorded."""
+        factor = statistic.factor(self.params.damping)
+        if factor.damping > self.params.damping:
+            self.warn(f"its Hessian had no Cholesky factor; the damping was raised to {factor.damping:g}.")
+        if dead := int(factor.dead.sum()):
+            self.warn(f"{dead} of its {len(factor.dead)} inputs were always zero; their weights became zero.")
+        return factor
+
+
+def check_bits(bits: Bits) -> None:
+    """Raise LevelError for a width that no packed format stores."""
+    if bits.width not in PACKABLE_BITS:
+        raise LevelError(f"{bits.width} bits cannot be packed.", f"Expected {', '.join(map(str, PACKABLE_BITS))}.")
+
+
+def stack(weights: list[Tensor], dead: Tensor) -> Tensor:
+    """Rows of several weights [out, in] one below the other, float32; columns of dead inputs are zero."""
+    return torch.cat([weight.float() for weight in weights]).masked_fill_(dead, 0.0)
+
+
+def unstack(solution: Solution, rounding: Rounding | None, weights: list[Tensor]) -> list[Tensor | Quantized]:
+    """The parts of a solution that belong to each of `weights`."""
+    rows = [len(weight) for weight in weights]
+    parts = solution.weight.split(rows)
+    if rounding is None or solution.scale is None or solution.zero is None:
+        return list(parts)
+    group_of = group_columns(solution.weight.shape[1], rounding.group_size, solution.weight.device)
+    return [
+        Quantized(part, Grid(rounding.bits, scale, zero, group_of))
+        for part, scale, zero in zip(parts, solution.scale.split(rows), solution.zero.split(rows), strict=True)
+    ]
