@@ -7,14 +7,18 @@ The grid of a group of columns is fitted to the weights as they stand when the s
 are zero stay exactly zero (`keep_zeros`), so that a pruned model keeps its mask.
 """
 
+from dataclasses import replace
+from typing import Literal
+
 from pydantic import Field
 from torch import Tensor
 
 from kick.compressor import Knob
 from kick.levels import Bits, Level
-from kick.quantization import Grid, Quantized
+from kick.quantization import Quantized
 
 from .obs import Rounding, inverse_factor, solve
+from .rtn import round_to_nearest
 from .second_order import GroupSize, SecondOrderCompressor, check_bits, stack, unstack
 from .statistics import Hessian
 
@@ -26,7 +30,11 @@ class GPTQ(SecondOrderCompressor):
     class Params(SecondOrderCompressor.Params):
         group_size: GroupSize = Field(default=128, description="columns that share a scale and a zero point; -1: all")
         symmetric: bool = Field(default=False, description="zero is the middle code")
-        act_order: bool = Field(default=False, description="columns with the largest inputs are rounded first")
+        act_order: Literal["none", "static", "group"] = Field(
+            default="none",
+            description="static, group: columns with the largest inputs are rounded first; static: their grids are "
+            "those of neighbours, fitted beforehand; group: groups are made in the order of rounding",
+        )
         keep_zeros: bool = Field(default=True, description="weights that are zero stay zero")
 
     def check_level(self, level: Level) -> None:
@@ -39,10 +47,13 @@ class GPTQ(SecondOrderCompressor):
         rounding = Rounding(level.width, self.params.symmetric, self.params.group_size)
         weight = stack(weights, factor.dead)
         keep = weight != 0 if self.params.keep_zeros and bool((weight == 0).any()) else None
-        if not self.params.act_order:
+        if self.params.act_order == "none":
             return unstack(solve(weight, factor.upper, keep=keep, rounding=rounding), rounding, weights)
         matrix = statistic.matrix
         order = matrix.diagonal().argsort(descending=True, stable=True)
+        if self.params.act_order == "static":
+            grid = round_to_nearest(weight, level.width, self.params.group_size, self.params.symmetric).grid
+            rounding = replace(rounding, fixed=replace(grid, group_of=grid.group_of[order]))
         upper = inverse_factor(matrix[order][:, order], factor.damping).upper
         solution = solve(weight[:, order], upper, keep=None if keep is None else keep[:, order], rounding=rounding)
         return [_reordered(part, order.argsort()) for part in unstack(solution, rounding, weights)]
@@ -51,5 +62,4 @@ class GPTQ(SecondOrderCompressor):
 def _reordered(part: Tensor | Quantized, back: Tensor) -> Quantized:
     """Columns, and the groups they belong to, in the order of the model."""
     assert isinstance(part, Quantized)
-    grid = part.grid
-    return Quantized(part.weight[:, back], Grid(grid.bits, grid.scale, grid.zero, grid.group_of[back]))
+    return Quantized(part.weight[:, back], replace(part.grid, group_of=part.grid.group_of[back]))

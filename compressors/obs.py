@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kick.errors import KickError
-from kick.quantization import fit, nearest
+from kick.quantization import Grid, fit, nearest
 
 _BLOCK = 128  # columns between two updates of all the columns that follow
 _INNER = 32  # columns between two updates inside a block
@@ -77,11 +77,15 @@ class Chooser(Protocol):
 
 @dataclass(frozen=True)
 class Rounding:
-    """Onto which grids columns are rounded: one for each row and each `group_size` columns (-1: all of them)."""
+    """Onto which grids columns are rounded: one for each row and each `group_size` columns (-1: all of them).
+
+    A grid spans its columns as they stand when the first of them is reached, unless it is `fixed`.
+    """
 
     bits: int
     symmetric: bool
     group_size: int
+    fixed: Grid | None = None  # grids that are known beforehand, its group_of in the order of the columns
 
 
 @dataclass(frozen=True)
@@ -124,8 +128,8 @@ def solve(
             stay = keep[:, begin:end].T
         if choose and width is None:
             stay = choose(rest[begin:end].square() / pivots[begin:end, None].square(), begin)
-        for first, last in _cut(begin, end, _INNER, group if rounding else None, width):
-            if rounding and first % group == 0:
+        for first, last in _cut(begin, end, min(_INNER, group), group if rounding else None, width):
+            if rounding and rounding.fixed is None and first % group == 0:
                 scale, zero = fit(rest[first : first + group].T, rounding.bits, rounding.symmetric)
                 scales.append(scale)
                 zeros.append(zero)
@@ -134,7 +138,12 @@ def solve(
                     score = rest[j : j + width].square() / pivots[j : j + width, None].square()
                     stay[j - begin : j - begin + width] = choose(score, j)  # type: ignore[index]
                 old = rest[j]
-                new = nearest(old, scales[-1][:, 0], zeros[-1][:, 0], rounding.bits) if rounding else old
+                new = old
+                if rounding and rounding.fixed:
+                    place = rounding.fixed.group_of[j]
+                    new = nearest(old, rounding.fixed.scale[:, place], rounding.fixed.zero[:, place], rounding.bits)
+                elif rounding:
+                    new = nearest(old, scales[-1][:, 0], zeros[-1][:, 0], rounding.bits)
                 if stay is not None:
                     new = new * stay[j - begin]
                 error = torch.sub(old, new, out=errors[j - begin]).div_(pivots[j])
@@ -146,13 +155,13 @@ def solve(
         if end < columns:
             rest[end:].addmm_(upper[begin:end, end:].T, errors, alpha=-1)
         losses += errors.square().sum(dim=0)
-    if not rounding:
+    if not scales:
         return Solution(rest.T, losses)
     return Solution(rest.T, losses, torch.cat(scales, dim=1), torch.cat(zeros, dim=1))
 
 
 def _cut(begin: int, end: int, size: int, group: int | None, width: int | None) -> list[tuple[int, int]]:
-    """Spans of about `size` columns, so that every group starts at a span's start and no neighbours are torn apart."""
+    """Spans of about `size` columns that tear no neighbours apart, and no group unless it is larger than `size`."""
     unit = group if group and group <= size else (width or 1)
     span = unit * max(1, size // unit)
     cuts = set(range(begin, end, span)) | {end}

@@ -1,5 +1,6 @@
 """What SparseGPT and GPTQ have in common: the Hessian of a linear's inputs, its damping, and reports of both."""
 
+from dataclasses import replace
 from typing import Annotated
 
 import torch
@@ -59,10 +60,15 @@ def unstack(solution: Solution, rounding: Rounding | None, weights: list[Tensor]
     """The parts of a solution that belong to each of `weights`."""
     rows = [len(weight) for weight in weights]
     parts = solution.weight.split(rows)
-    if rounding is None or solution.scale is None or solution.zero is None:
+    if rounding is None:
         return list(parts)
-    group_of = group_columns(solution.weight.shape[1], rounding.group_size, solution.weight.device)
+    grid = rounding.fixed
+    if grid is None:
+        assert solution.scale is not None
+        assert solution.zero is not None
+        group_of = group_columns(solution.weight.shape[1], rounding.group_size, solution.weight.device)
+        grid = Grid(rounding.bits, solution.scale, solution.zero, group_of)
     return [
-        Quantized(part, Grid(rounding.bits, scale, zero, group_of))
-        for part, scale, zero in zip(parts, solution.scale.split(rows), solution.zero.split(rows), strict=True)
+        Quantized(part, replace(grid, scale=scale, zero=zero))
+        for part, scale, zero in zip(parts, grid.scale.split(rows), grid.zero.split(rows), strict=True)
     ]

@@ -8,13 +8,13 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
-from kick.blocks import Decoder, Group, Linear, find_decoder
+from kick.blocks import Block, Decoder, Group, Linear, find_decoder
 from kick.calibration import Calibration
 from kick.errors import KickError, LevelError
 from kick.levels import Joint, Knob, Level, Pattern, parse_level
 from kick.policy import OWL, Policy
 from kick.quantization import Grid, Quantized
-from kick.walk import BlockWalk
+from kick.walk import BlockWalk, Listener
 
 __all__ = ["Compressor", "Knob", "LayerwiseCompressor", "Progress", "Statistic"]
 
@@ -93,12 +93,13 @@ class Statistic(ABC):
 class LayerwiseCompressor(Compressor):
     """A compressor that treats each linear inside the decoder blocks by itself: implement `solve`.
 
-    With a `statistic`, the blocks are walked in order: a linear's statistics come from the inputs that it will have in
-    the compressed model, and linears that share an input share one statistic. Without, no model is run at all.
+    With a `statistic`, the blocks are walked in order: a block's statistics come from inputs that the compressed blocks
+    before it produced; linears that share an input share one statistic. Without, no model is run at all.
     Embeddings, norms, biases and the head stay as they are. `policy` says which linear takes which level.
     """
 
     statistic: ClassVar[type[Statistic] | None] = None
+    group: Group  # the one that `solve_group` is called for
     levels: dict[str, Level]  # of each linear that was compressed, known once `compress` has begun
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -112,6 +113,12 @@ class LayerwiseCompressor(Compressor):
     def solve_group(self, weights: list[Tensor], statistic: Any, level: Any) -> list[Tensor | Quantized]:
         """Weights [out, in] of linears that share an input and a level. By default one after the other."""
         return [self.solve(weight, statistic, level) for weight in weights]
+
+    def enter_block(self, block: Block, walk: BlockWalk | None) -> None:
+        """Called before a block is compressed."""
+
+    def leave_block(self, block: Block) -> None:
+        """Called after a block was compressed."""
 
     def check_level(self, level: Level) -> None:
         """Raise LevelError for a level of the right kind that this compressor cannot reach."""
@@ -143,9 +150,13 @@ class LayerwiseCompressor(Compressor):
         walk = self._walk(model, decoder, calibration) if self.statistic is not None else None
         for index, block in enumerate(decoder.blocks):
             progress(index, len(decoder.blocks), block.name)
-            groups = walk.visit(block) if walk else ((group, []) for group in block.groups)
-            for group, inputs in groups:
-                self._compress_group(group, inputs, levels)
+            self.enter_block(block, walk)
+            statistics = self._gather(walk, block, levels) if walk else {}
+            for group in block.groups:
+                self._compress_group(group, statistics.get(group), levels)
+            self.leave_block(block)
+            if walk and block is not decoder.blocks[-1]:
+                walk.propagate(block)
         progress(len(decoder.blocks), len(decoder.blocks), decoder.blocks[-1].name)
         return model
 
@@ -164,14 +175,29 @@ class LayerwiseCompressor(Compressor):
             raise LevelError(f"{self.name} needs calibration text.", "Give a calibration source.")
         return BlockWalk(model, decoder, calibration.tokens, getattr(torch, calibration.precision))
 
-    def _compress_group(self, group: Group, inputs: list[Tensor], levels: dict[Linear, Level | None]) -> None:
+    def _gather(self, walk: BlockWalk, block: Block, levels: dict[Linear, Level | None]) -> dict[Group, Statistic]:
+        assert self.statistic is not None
+        statistics: dict[Group, Statistic] = {}
+        for group in block.groups:
+            if any(levels[linear] is not None for linear in group.linears):
+                weight = group.linears[0].weight
+                statistics[group] = self.statistic(weight.shape[1], weight.device)
+        if statistics:
+            walk.collect(block, {group: statistic.see for group, statistic in statistics.items()})
+        for group, statistic in statistics.items():
+            if statistic.tokens == 0:
+                names = ", ".join(linear.name for linear in group.linears)
+                self.warn(f"{names}: no calibration token came by; its inputs count as equal.")
+        return statistics
+
+    def _compress_group(self, group: Group, statistic: Statistic | None, levels: dict[Linear, Level | None]) -> None:
         by_level: dict[Level, list[Linear]] = {}
         for linear in group.linears:
             if (level := levels[linear]) is not None:
                 by_level.setdefault(level, []).append(linear)
         if not by_level:
             return
-        statistic = self._gather(group, inputs)
+        self.group = group
         for level, linears in by_level.items():
             self._at = ", ".join(linear.name for linear in linears)
             try:
@@ -181,18 +207,6 @@ class LayerwiseCompressor(Compressor):
             for linear, result in zip(linears, solved, strict=True):
                 self._put(linear, result, statistic, level)
         self._at = ""
-
-    def _gather(self, group: Group, inputs: list[Tensor]) -> Statistic | None:
-        if self.statistic is None:
-            return None
-        first = group.linears[0].weight
-        statistic = self.statistic(first.shape[1], first.device)
-        for batch in inputs:
-            statistic.see(batch)
-        if statistic.tokens == 0:
-            names = ", ".join(linear.name for linear in group.linears)
-            self.warn(f"{names}: no calibration token came by; its inputs count as equal.")
-        return statistic
 
     def _put(self, linear: Linear, result: Tensor | Quantized, statistic: Statistic | None, level: Level) -> None:
         if isinstance(result, Quantized):
@@ -214,14 +228,24 @@ def outlier_shares(walk: BlockWalk, decoder: Decoder, outlier: float) -> list[fl
     """For each block the share of weights whose |W_ij| ||X_j|| exceeds `outlier` times its matrix's mean."""
     shares = []
     for block in decoder.blocks:
+        squares: dict[Group, Tensor] = {}
+
+        def listener(group: Group, squares: dict[Group, Tensor] = squares) -> Listener:
+            def add(inputs: Tensor) -> None:
+                squares[group] = squares.get(group, 0.0) + inputs.float().square().sum(dim=0)
+
+            return add
+
+        walk.collect(block, {group: listener(group) for group in block.groups})
         above = weights = 0
-        for group, inputs in walk.visit(block):
-            squares = sum(batch.float().square().sum(dim=0) for batch in inputs)
+        for group in block.groups:
+            norm = squares[group].sqrt() if group in squares else 1.0
             for linear in group.linears:
-                score = linear.weight.float().abs() * (squares.sqrt() if isinstance(squares, Tensor) else 1.0)
+                score = linear.weight.float().abs() * norm
                 above += int((score > outlier * score.mean()).sum())
                 weights += score.numel()
         shares.append(above / weights)
+        walk.propagate(block)
     return shares
 
 

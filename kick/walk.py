@@ -1,31 +1,31 @@
-"""Calibration inputs on their way through the blocks: every linear runs once, and sees what compressed linears give.
+"""Calibration inputs on their way through the blocks, one block after the other.
 
-A block's forward pass is stopped in front of each group of linears, for all samples, so that the group's weights can be
-changed before it goes on. Forward passes are greenlets: they wait inside the model's own code, whatever that is.
+Each block runs twice: once to gather what reaches its linears, once, compressed, to give the next block its inputs.
 
 Shapes: n samples, s sequence length, h hidden size.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
-from greenlet import greenlet
 from torch import Tensor, nn
 
 from kick.blocks import Block, Decoder, Group
 from kick.errors import ModelError
 
+Listener = Callable[[Tensor], None]
+
 
 class BlockWalk:
     """walk = BlockWalk(model, decoder, tokens, torch.bfloat16)
     for block in decoder.blocks:
-        for group, inputs in walk.visit(block):    # a list of [tokens, in]: what the group's linears will be given
-            ...change the weights of group.linears...
+        walk.collect(block, {group: listener, ...})    # listeners are called with [tokens, in], a batch at a time
+        ...change the block's weights...
+        walk.propagate(block)                          # the next block sees what the changed block gives
 
-    Blocks run in `precision`, `batch` samples at a time; the weights that the caller sees stay in the model's own.
+    Blocks run in `precision`, `batch` samples at a time; between the calls they are in the model's own.
     """
 
     def __init__(
@@ -37,80 +37,66 @@ class BlockWalk:
         tokens = tokens.to(next(model.parameters()).device)
         arguments = _block_arguments(model, decoder, tokens)
         self._arguments = {module: _cast(given, precision) for module, given in arguments.items()}
-        self.hidden = _first_inputs(model, decoder.blocks[0].module, tokens, batch).to(precision)  # [n, s, h]
+        self.hidden = _first_inputs(model, decoder.blocks[0].module, tokens, batch, precision)  # [n, s, h]
 
     @torch.no_grad()
-    def visit(self, block: Block) -> Iterator[tuple[Group, list[Tensor]]]:
-        """Run `block`, stopping in front of each group. A group that no token reached comes last, with no inputs."""
-        place = {linear.module: index for index, group in enumerate(block.groups) for linear in group.linears}
-        unvisited = set(range(len(block.groups)))
-        waiting: dict[int, list[tuple[greenlet, Tensor, Tensor]]] = {}
-        walker = greenlet.getcurrent()
+    def collect(self, block: Block, listeners: dict[Group, Listener]) -> None:
+        """Run `block` over all samples, as far as its last group; each listener is called with its group's inputs."""
+        unheard: set[Group] = set()
 
-        def pause(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            if place[module] in unvisited:
-                walker.switch((place[module], args[0].reshape(-1, args[0].shape[-1])))
+        def hear(group: Group) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+            def listen(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+                if group in unheard:
+                    listeners[group](args[0].reshape(-1, args[0].shape[-1]))
+                    unheard.discard(group)
+                if not unheard:
+                    raise _Stop  # what comes after the last group is of no use
 
-        def advance(run: greenlet, rows: Tensor) -> None:
-            result = run.switch()
-            if run.dead:
-                rows.copy_(result)
-            else:
-                index, inputs = result
-                waiting.setdefault(index, []).append((run, rows, inputs))
+            return listen
 
-        with _Working(block, self.precision) as working:
-            handles = [module.register_forward_pre_hook(pause) for module in place]
-            try:
+        handles = [group.linears[0].module.register_forward_pre_hook(hear(group)) for group in listeners]
+        try:
+            with self._working(block):
                 for rows in self.hidden.split(self.batch):
-                    advance(greenlet(partial(self._run, block, rows)), rows)
-                while waiting:
-                    index = min(waiting)  # groups stand in the order in which they run
-                    stopped = waiting.pop(index)
-                    with working.own_weights(block.groups[index]):
-                        yield block.groups[index], [inputs for _, _, inputs in stopped]
-                    unvisited.discard(index)
-                    while stopped:
-                        run, rows, _ = stopped.pop(0)
-                        advance(run, rows)
-            finally:
-                for handle in handles:
-                    handle.remove()
-        for index in sorted(unvisited):
-            yield block.groups[index], []
+                    unheard |= listeners.keys()
+                    with suppress(_Stop):
+                        self._run(block, rows)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @torch.no_grad()
+    def propagate(self, block: Block) -> None:
+        """Replace the inputs by what `block` makes of them."""
+        with self._working(block):
+            for rows in self.hidden.split(self.batch):
+                rows.copy_(self._run(block, rows))
+
+    @torch.no_grad()
+    def added(self, block: Block) -> Tensor:
+        """What `block`, as it is and in its own precision, adds to the first sample: [1, s, h] float32."""
+        own = next(block.module.parameters()).dtype
+        args, kwargs = _cast(self._arguments[block.module], own)
+        hidden = self.hidden[:1].to(own)
+        output = block.module(hidden, *args, **kwargs)
+        return (output[0] if isinstance(output, tuple) else output).float() - hidden.float()
 
     def _run(self, block: Block, rows: Tensor) -> Tensor:
         args, kwargs = self._arguments[block.module]
         output = block.module(rows, *args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
 
-
-class _Working:
-    """A block in the precision that it runs in; its own weights are kept aside and put back at the end."""
-
-    def __init__(self, block: Block, precision: torch.dtype) -> None:
-        self.precision = precision
-        self.own = {parameter: parameter.data for parameter in block.module.parameters()}
-
-    def __enter__(self) -> "_Working":
-        for parameter, own in self.own.items():
-            parameter.data = own.to(self.precision)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for parameter, own in self.own.items():
-            parameter.data = own
-
     @contextmanager
-    def own_weights(self, group: Group) -> Iterator[None]:
-        """The group's linears hold their own weights, and afterwards run with what these have become."""
-        parameters = [parameter for linear in group.linears for parameter in linear.module.parameters()]
-        for parameter in parameters:
-            parameter.data = self.own[parameter]
-        yield
-        for parameter in parameters:
-            self.own[parameter] = parameter.data
-            parameter.data = parameter.data.to(self.precision)
+    def _working(self, block: Block) -> Iterator[None]:
+        """The block's parameters in the precision of the walk; afterwards they are again what they were."""
+        own = {parameter: parameter.data for parameter in block.module.parameters()}
+        for parameter, data in own.items():
+            parameter.data = data.to(self.precision)
+        try:
+            yield
+        finally:
+            for parameter, data in own.items():
+                parameter.data = data
 
 
 class _Stop(Exception):  # noqa: N818 (not an error)
@@ -118,21 +104,19 @@ class _Stop(Exception):  # noqa: N818 (not an error)
 
 
 @torch.no_grad()
-def _first_inputs(model: nn.Module, first: nn.Module, tokens: Tensor, batch: int) -> Tensor:
-    """What reaches the first block: [n, s, h]."""
+def _first_inputs(model: nn.Module, first: nn.Module, tokens: Tensor, batch: int, precision: torch.dtype) -> Tensor:
+    """What reaches the first block: [n, s, h] in `precision`."""
     caught: list[Tensor] = []
 
     def catch(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        caught.append((args[0] if args else kwargs["hidden_states"]).clone())
+        caught.append((args[0] if args else kwargs["hidden_states"]).to(precision, copy=True))
         raise _Stop
 
     handle = first.register_forward_pre_hook(catch, with_kwargs=True)
     try:
         for rows in tokens.split(batch):
-            try:
+            with suppress(_Stop):
                 model(rows, use_cache=False)
-            except _Stop:
-                continue
     finally:
         handle.remove()
     return torch.cat(caught)
@@ -168,9 +152,8 @@ def _arguments_of(model: nn.Module, decoder: Decoder, row: Tensor) -> dict[nn.Mo
 
     handles = [block.module.register_forward_pre_hook(catch, with_kwargs=True) for block in decoder.blocks]
     try:
-        model(row, use_cache=False)
-    except _Stop:
-        pass
+        with suppress(_Stop):
+            model(row, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()

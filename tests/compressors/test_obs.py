@@ -1,4 +1,4 @@
-"""The solver of SparseGPT and GPTQ against a slow exact one: explicit inverses in float64, a column and a row at a time."""
+"""The solver of SparseGPT and GPTQ against a slow exact one: explicit inverses in float64, column by column."""
 
 import pytest
 import torch

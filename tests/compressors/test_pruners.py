@@ -53,14 +53,16 @@ def stored_inputs(model, module, tokens):
 
 
 @pytest.mark.parametrize("level", [Sparsity(fraction=0.5), Pattern(keep=2, of=4)])
-def test_wanda_is_its_definition_with_later_linears_seeing_pruned_inputs(level):
+def test_wanda_is_its_definition_with_later_blocks_seeing_pruned_inputs(level):
     text = calibration()
     pruned = Wanda().compress(make_tiny_llama(), level, text)
-    reference = make_tiny_llama()  # the definition: prune linears with what the pruned ones before them give
-    for ours, group in zip(groups_of(pruned), groups_of(reference), strict=True):
-        inputs = stored_inputs(reference, group.linears[0].module, text.tokens)
-        for linear, mine in zip(group.linears, ours.linears, strict=True):
-            assert torch.equal(mine.weight != 0, wanda_mask(linear.weight, inputs, level)), linear.name
+    reference = make_tiny_llama()  # the definition, block by block: prune a block with what the pruned ones before give
+    for ours, block in zip(find_decoder(pruned).blocks, find_decoder(reference).blocks, strict=True):
+        inputs = {linear.name: stored_inputs(reference, linear.module, text.tokens) for linear in block.linears}
+        for linear, mine in zip(block.linears, ours.linears, strict=True):
+            mask = wanda_mask(linear.weight, inputs[linear.name], level)
+            assert torch.equal(mine.weight != 0, mask), linear.name
+        for linear, mine in zip(block.linears, ours.linears, strict=True):
             linear.weight.copy_(mine.weight)
 
 
@@ -138,10 +140,10 @@ def test_wanda_on_two_blocks_of_the_real_model(real_checkpoint, level):
         del model.model.layers[2:]
         model.config.num_hidden_layers = 2
     pruned, reference = Wanda().compress(models[0], level, text), models[1]
-    for ours, group in zip(groups_of(pruned), groups_of(reference), strict=True):
-        inputs = stored_inputs(reference, group.linears[0].module, text.tokens)
-        for linear, mine in zip(group.linears, ours.linears, strict=True):
-            score = linear.weight.abs() * inputs.norm(dim=0)
+    for ours, block in zip(find_decoder(pruned).blocks, find_decoder(reference).blocks, strict=True):
+        inputs = {linear.name: stored_inputs(reference, linear.module, text.tokens) for linear in block.linears}
+        for linear, mine in zip(block.linears, ours.linears, strict=True):
+            score = linear.weight.abs() * inputs[linear.name].norm(dim=0)
             groups = score if isinstance(level, Sparsity) else score.reshape(score.shape[0], -1, level.of)
             remove = round(0.5 * groups.shape[-1])
             order = groups.argsort(dim=-1, stable=True)
@@ -149,4 +151,5 @@ def test_wanda_on_two_blocks_of_the_real_model(real_checkpoint, level):
                 torch.ones_like(groups, dtype=torch.bool).scatter_(-1, order[..., :remove], False).reshape(score.shape)
             )
             assert torch.equal(mine.weight != 0, mask & (linear.weight != 0)), linear.name
+        for linear, mine in zip(block.linears, ours.linears, strict=True):
             linear.weight.copy_(mine.weight)

@@ -98,10 +98,10 @@ def test_walking_the_blocks_gives_what_the_model_gives(kind):
     whole = torch.cat(inputs).reshape(-1, inputs[0].shape[-1])
 
     walk = BlockWalk(model, decoder, calibration.tokens, torch.float32, batch=2)
-    for _ in walk.visit(decoder.blocks[0]):
-        pass
-    seen = {linear.name: inputs for group, inputs in walk.visit(last) for linear in group.linears}
-    assert torch.allclose(torch.cat(seen[last.linears[0].name]), whole, atol=1e-5)
+    walk.propagate(decoder.blocks[0])
+    collected = []
+    walk.collect(last, {last.groups[0]: collected.append})
+    assert torch.allclose(torch.cat(collected), whole, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)

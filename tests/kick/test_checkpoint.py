@@ -140,7 +140,7 @@ def test_a_compressor_that_breaks_the_model_writes_nothing(tiny_model, tmp_path,
     with pytest.raises(KickError, match=r"has a sparsity of 0\.0000 where 0\.5 was asked"):
         make(tiny_model, tmp_path / "out", "magnitude", "0.5")
     monkeypatch.setattr(Magnitude, "solve", lambda self, weight, statistic, level: weight * 0)
-    with pytest.raises(KickError, match=r"reached a sparsity of 1\.0000"):
+    with pytest.raises(KickError, match=r"has a sparsity of 1\.0000 where 0\.5 was asked"):
         make(tiny_model, tmp_path / "out", "magnitude", "0.5")
     monkeypatch.setattr(Magnitude, "solve", lambda self, weight, statistic, level: 1 / 0)
     with pytest.raises(KickError, match=r"magnitude@0\.5 failed: ZeroDivisionError"):

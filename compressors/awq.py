@@ -1,0 +1,118 @@
+"""AWQ: before rounding, make the columns that large activations meet larger, and so their rounding errors smaller.
+
+    kick compress MODEL awq@4 --out DIR         --param group_size=64
+
+Lin et al., "AWQ: Activation-aware Weight Quantization for LLM Compression and Acceleration", arXiv 2306.00978. For each
+group of linears that share an input, s = mean|X|^alpha with the alpha out of 20 that gives the smallest output error
+||(Q(W s) / s - W) X||; 1/s goes into the norm or the linear before them. Where nothing can take it, s is 1.
+Zeros stay zero, so a pruned model keeps its mask.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from kick.blocks import Block, Group
+from kick.compressor import Compressor, Knob, LayerwiseCompressor
+from kick.folding import Fold, find_fold
+from kick.levels import Bits, Level
+from kick.quantization import Quantized
+from kick.walk import BlockWalk
+
+from .rtn import round_to_nearest
+from .second_order import GroupSize, check_bits
+from .statistics import Hessian
+
+_ALPHAS = 20
+
+
+class Activations(Hessian):
+    """The Hessian, and the mean magnitude of each input feature."""
+
+    def __init__(self, in_features: int, device: torch.device) -> None:
+        super().__init__(in_features, device)
+        self.sum_of_magnitudes = torch.zeros(in_features, dtype=torch.float64, device=device)
+
+    def add(self, inputs: Tensor) -> None:
+        super().add(inputs)
+        self.sum_of_magnitudes += inputs.float().abs().sum(dim=0)
+
+    @property
+    def mean_magnitude(self) -> Tensor:
+        """[in], float32. Ones if no token came by."""
+        if self.tokens == 0:
+            return torch.ones(self.in_features, device=self.device)
+        return (self.sum_of_magnitudes / self.tokens).float()
+
+
+@dataclass
+class _Scaled:
+    """What is to be folded once the block has run: column scales [in], and the weights that go with them."""
+
+    group: Group
+    fold: Fold
+    scale: Tensor
+    quantized: list[Quantized]
+
+
+class AWQ(LayerwiseCompressor):
+    name = "awq"
+    knob = Knob.BITS
+    statistic = Activations
+
+    class Params(Compressor.Params):
+        group_size: GroupSize = Field(default=128, description="columns that share a scale and a zero point; -1: all")
+        symmetric: bool = Field(default=False, description="zero is the middle code")
+
+    def check_level(self, level: Level) -> None:
+        assert isinstance(level, Bits)
+        check_bits(level)
+
+    def enter_block(self, block: Block, walk: BlockWalk | None) -> None:
+        assert walk is not None
+        self._scaled: list[_Scaled] = []
+        self._folds = {group: find_fold(block, group, lambda: walk.added(block)) for group in block.groups}
+
+    def solve_group(self, weights: list[Tensor], statistic: Activations, level: Bits) -> list[Tensor | Quantized]:
+        """Weights that stand for scale and rounding together, as their errors do; `leave_block` takes them apart."""
+        whole = [weight.float() for weight in weights]
+        fold = self._folds[self.group]
+        if fold is None or len(weights) != len(self.group.linears):
+            return [self._round(weight, level) for weight in whole]
+        scale = self._search(torch.cat(whole), statistic, level)
+        quantized = [self._round(weight * scale, level) for weight in whole]
+        self._scaled.append(_Scaled(self.group, fold, scale, quantized))
+        return [part.weight / scale for part in quantized]
+
+    def leave_block(self, block: Block) -> None:
+        for scaled in self._scaled:
+            for linear, part in zip(scaled.group.linears, scaled.quantized, strict=True):
+                linear.weight.copy_(part.weight)
+                self.grids[linear.name] = part.grid
+        for scaled in self._scaled:  # only now: a linear may both be quantised and take the scale of a later group
+            taker = scaled.fold.linear
+            grid = self.grids.get(taker.name) if taker else None
+            codes = grid.codes(taker.weight) if taker and grid else None
+            scaled.fold.divide(scaled.scale)
+            if taker and grid and codes is not None:
+                self.grids[taker.name] = grid.rescaled(1 / scaled.scale)
+                taker.weight.copy_(self.grids[taker.name].values(codes))
+
+    def _search(self, weight: Tensor, statistic: Activations, level: Bits) -> Tensor:
+        """The best scale [in] for weight [out, in]."""
+        matrix = statistic.matrix
+        magnitude = statistic.mean_magnitude.clamp(min=1e-4)
+        best, smallest = torch.ones_like(magnitude), float("inf")
+        for step in range(_ALPHAS):
+            scale = magnitude ** (step / _ALPHAS)
+            scale = scale / (scale.max() * scale.min()).sqrt()
+            change = self._round(weight * scale, level).weight / scale - weight
+            error = float(((change @ matrix) * change).sum())
+            if error < smallest:
+                best, smallest = scale, error
+        return best
+
+    def _round(self, weight: Tensor, level: Bits) -> Quantized:
+        return round_to_nearest(weight, level.width, self.params.group_size, self.params.symmetric)
