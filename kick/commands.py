@@ -13,7 +13,8 @@ from kick.calibration import CalibrationSpec
 from kick.compress import Recipe, prepare
 from kick.compress import compress as make_checkpoint
 from kick.config import LMSpec, SuiteSpec, SweepConfig
-from kick.errors import ConfigError, KickError
+from kick.errors import CheckpointError, ConfigError, KickError
+from kick.export import find_format
 from kick.files import check_writable, to_json
 from kick.lm import LMS
 from kick.progress import duration, progress
@@ -122,6 +123,23 @@ def report(options: Namespace) -> int:
     out = options.out or options.run
     document = {"report": str(out / "report.html"), "leaderboard": tables.leaderboard(results)}
     return _print(options, tables.leaderboard_markdown(results) + f"\nReport: {out / 'report.html'}", document)
+
+
+def export(options: Namespace) -> int:
+    write = find_format(options.format)
+    found = checkpoints.read(options.checkpoint)
+    if problems := checkpoints.verify(found):
+        raise CheckpointError(f"{found.path} is not what its record says: {problems[0]}.", "Compress again.")
+    check_writable(options.out.parent if options.format == "gguf" else options.out)
+    if options.out.exists() and (options.out.is_file() or any(options.out.iterdir())):
+        raise ConfigError(f"{options.out} is there already.", "Choose another --out.")
+    written = write(found, options.out, options.dtype)
+    files = [written] if written.is_file() else sorted(written.iterdir())
+    size = sum(file.stat().st_size for file in files)
+    document = {"format": options.format, "out": str(written), "bytes": size}
+    return _print(
+        options, f"{found.record['setting_name']} as {options.format} in {written}, {size / 1e6:,.1f} MB", document
+    )
 
 
 def list_installed(options: Namespace) -> int:

@@ -1,0 +1,96 @@
+"""GPTQ: packed codes that transformers, GPTQModel and vLLM load.
+
+Takes a checkpoint whose linears were all rounded by one recipe (gptq, rtn, or a chain that ends so); linears that were
+left out are stored as they are and named as such.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from kick.blocks import find_decoder
+from kick.checkpoint import Checkpoint, read_grids
+from kick.errors import CheckpointError
+from kick.files import new_directory, write_json
+from kick.models import load_model, load_tokenizer
+from kick.packing import pack_linear
+from kick.quantization import Grid
+
+
+def write(checkpoint: Checkpoint, out: Path, dtype: str) -> Path:
+    """A directory with packed weights and a `quantization_config`. What is not packed is stored in float16."""
+    grids = read_grids(checkpoint)
+    config = _quantization_config(checkpoint, grids)
+    model: Any = load_model(checkpoint.path, "float32", "cpu")
+    decoder = find_decoder(model)
+    left_out = [linear.name for linear in decoder.linears if linear.name not in grids]
+    if left_out:
+        config["dynamic"] = {f"-:^{name.replace('.', chr(92) + '.')}$": {} for name in left_out}
+    kept = torch.float16 if dtype == "auto" else getattr(torch, dtype)
+    tensors = {
+        name: value.to(kept) if value.is_floating_point() else value for name, value in model.state_dict().items()
+    }
+    if model.config.tie_word_embeddings:
+        tensors = {name: value for name, value in tensors.items() if name not in _tied(model)}
+    for linear in decoder.linears:
+        if linear.name in grids:
+            del tensors[f"{linear.name}.weight"]
+            packed = pack_linear(linear.weight, grids[linear.name], config["checkpoint_format"] == "gptq")
+            tensors |= {f"{linear.name}.{key}": value for key, value in packed.items()}
+    with new_directory(out) as partial:
+        model.config.dtype = kept
+        model.config.save_pretrained(partial)
+        written = json.loads((partial / "config.json").read_text(encoding="utf-8"))
+        write_json(partial / "config.json", {**written, "quantization_config": config})
+        write_json(partial / "quantize_config.json", config)
+        if model.can_generate():
+            model.generation_config.save_pretrained(partial)
+        load_tokenizer(checkpoint.path).save_pretrained(partial)
+        contiguous = {name: value.contiguous() for name, value in tensors.items()}
+        save_file(contiguous, partial / "model.safetensors", {"format": "pt"})
+    return out
+
+
+def _stored_twice(model: Any) -> set[str]:
+    """The second and further names of tensors that have several: a tied head."""
+    seen: dict[int, str] = {}
+    twice = set()
+    for name, value in model.state_dict().items():
+        if value.data_ptr() in seen:
+            twice.add(name)
+        seen.setdefault(value.data_ptr(), name)
+    return twice
+
+
+def _quantization_config(checkpoint: Checkpoint, grids: dict[str, Grid]) -> dict[str, Any]:
+    if not grids:
+        raise CheckpointError(
+            f"{checkpoint.path} holds no quantised weights.", "Expected a setting such as gptq@4 or rtn@4."
+        )
+    widths = {grid.bits for grid in grids.values()}
+    sizes = {int((grid.group_of == 0).sum()) for grid in grids.values() if grid.groups > 1} or {-1}
+    (bits, *other_widths), (group_size, *other_sizes) = widths, sizes
+    if other_widths or other_sizes:
+        raise CheckpointError(
+            f"{checkpoint.path} mixes grids of {len(widths)} widths and {len(sizes)} group sizes.",
+            "This format holds one of each.",
+        )
+    return {
+        "quant_method": "gptq",
+        "bits": bits,
+        "group_size": group_size,
+        "desc_act": any(not _are_neighbours(grid) for grid in grids.values()),
+        "sym": all(bool((grid.zero == 2 ** (bits - 1)).all()) for grid in grids.values()),
+        "lm_head": False,
+        # the first format stores zero points minus one; readers that add it back let a zero of 0 run into its neighbour
+        "checkpoint_format": "gptq" if all(bool((grid.zero > 0).all()) for grid in grids.values()) else "gptq_v2",
+        "pack_dtype": "int32",
+        "meta": {"quantizer": [f"kick:{checkpoint.record['kick_version']}"]},
+    }
+
+
+def _are_neighbours(grid: Grid) -> bool:
+    return bool((grid.group_of.diff() >= 0).all())

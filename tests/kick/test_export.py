@@ -1,0 +1,172 @@
+"""Exported checkpoints, read back by readers that are not kick's."""
+
+import json
+
+import pytest
+import torch
+from kick_compressors.rtn import round_to_nearest
+from safetensors.torch import load_file
+from test_checkpoint import make
+
+from kick.cli import main
+from kick.errors import CheckpointError
+from kick.export import find_format
+from kick.packing import pack, pack_linear, unpack, unpack_linear
+
+
+def logits(model, tokens):
+    with torch.no_grad():
+        return model.eval()(tokens).logits
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return torch.randint(2, 600, (2, 20), generator=torch.Generator().manual_seed(0))
+
+
+def load(path, **options):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **options)
+
+
+def test_packing_by_hand():
+    # 4 bits, eight codes in a word, the first in the lowest bits: 1 | 2 << 4 | 15 << 28
+    packed = pack(torch.tensor([[1], [2], [0], [0], [0], [0], [0], [15]]), 4)
+    assert packed.tolist() == [[(1 | 2 << 4 | 15 << 28) - 2**32]]
+    # 3 bits: the eleventh code, 0b101, lies across words: two low bits end the first, one begins the second
+    codes = torch.zeros(32, 1, dtype=torch.int64)
+    codes[10] = 0b101
+    assert pack(codes, 3).tolist() == [[(0b01 << 30)], [0b1], [0]]
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_unpacking_gives_the_codes_back(bits):
+    codes = torch.randint(0, 2**bits, (64, 5), generator=torch.Generator().manual_seed(bits))
+    assert torch.equal(unpack(pack(codes, bits), bits), codes)
+    assert pack(codes, bits).shape == (64 * bits // 32, 5)
+
+
+def test_codes_that_fill_no_word_are_refused():
+    with pytest.raises(CheckpointError, match="20 codes of 4 bits do not fill"):
+        pack(torch.zeros(20, 1), 4)
+
+
+@pytest.mark.parametrize("minus_one", [True, False])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_a_linear_comes_back_exactly(bits, minus_one):
+    weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
+    found = round_to_nearest(weight, bits, 16, symmetric=False)
+    back, grid = unpack_linear(pack_linear(found.weight, found.grid, minus_one), bits, minus_one)
+    assert torch.equal(back, found.weight)
+    assert torch.equal(grid.scale, found.grid.scale)
+
+
+def by_the_definition(stored, name, config):
+    """A weight of a GPTQ checkpoint in plain Python integers, from the description of the format."""
+    bits, parts = config["bits"], {key: stored[f"{name}.{key}"] for key in ("qweight", "qzeros", "scales", "g_idx")}
+    offset = 1 if config["checkpoint_format"] == "gptq" else 0
+
+    def bit(words, position):
+        return (words[position // 32] & 0xFFFFFFFF) >> (position % 32) & 1
+
+    def code(words, index):
+        return sum(bit(words, index * bits + k) << k for k in range(bits))
+
+    columns, rows = len(parts["g_idx"]), parts["scales"].shape[1]
+    weight = torch.empty(rows, columns)
+    for row in range(rows):
+        words = parts["qweight"][:, row].tolist()
+        for column in range(columns):
+            group = parts["g_idx"][column].item()
+            zero = (code(parts["qzeros"][group].tolist(), row) + offset) % 2**bits
+            weight[row, column] = (code(words, column) - zero) * parts["scales"][group, row].float()
+    return weight
+
+
+@pytest.mark.parametrize(
+    ("compressor", "level", "params"),
+    [
+        ("gptq", "4", {"group_size": 16, "act_order": "group"}),
+        ("gptq", "3", {"group_size": 32, "symmetric": True}),
+        ("rtn", "8", {"group_size": -1}),
+        ("rtn", "2", {"group_size": 16}),
+    ],
+)
+def test_a_packed_checkpoint_read_by_the_definition(tiny_model, tmp_path, tokens, compressor, level, params):
+    made = make(tiny_model, tmp_path / "made", compressor, level, **params)
+    out = find_format("gptq")(made, tmp_path / "packed", "float32")
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert config == json.loads((out / "quantize_config.json").read_text())
+    assert (config["quant_method"], config["bits"], config["group_size"]) == ("gptq", int(level), params["group_size"])
+    assert config["desc_act"] == (params.get("act_order") == "group")
+    assert config["sym"] == params.get("symmetric", False)
+    stored = load_file(out / "model.safetensors")
+    model = load(made.path)
+    for name, module in model.named_modules():
+        if f"{name}.qweight" in stored:
+            assert torch.equal(by_the_definition(stored, name, config), module.weight.data), name
+    assert sum(key.endswith("qweight") for key in stored) == 14
+    assert "lm_head.weight" not in stored  # tied to the embeddings
+
+
+def test_linears_that_were_left_out_are_named(tiny_model, tmp_path):
+    from kick.policy import LayerRule
+
+    made = make(
+        tiny_model, tmp_path / "made", "rtn", "4", layers=(LayerRule(match="down_proj", skip=True),), group_size=16
+    )
+    out = find_format("gptq")(made, tmp_path / "packed", "auto")
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert list(config["dynamic"]) == [f"-:^model\\.layers\\.{i}\\.mlp\\.down_proj$" for i in range(2)]
+    assert load_file(out / "model.safetensors")["model.layers.0.mlp.down_proj.weight"].dtype == torch.float16
+
+
+def test_only_quantised_checkpoints_are_packed(tiny_model, tmp_path):
+    made = make(tiny_model, tmp_path / "made", "magnitude", "0.5")
+    with pytest.raises(CheckpointError, match="holds no quantised weights"):
+        find_format("gptq")(made, tmp_path / "packed", "auto")
+    assert not (tmp_path / "packed").exists()
+
+
+def test_plain_export_has_the_same_logits(tiny_model, tmp_path, tokens):
+    made = make(tiny_model, tmp_path / "made", "magnitude", "2:4")
+    out = find_format("hf")(made, tmp_path / "plain", "auto")
+    assert torch.equal(logits(load(out), tokens), logits(load(made.path), tokens))
+    assert not (out / "kick.json").exists()
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 0.01), ("q8_0", 0.1)])
+def test_gguf_read_by_transformers(tiny_model, tmp_path, tokens, dtype, tolerance, tokenizer):
+    made = make(tiny_model, tmp_path / "made", "magnitude", "0.5")
+    out = find_format("gguf")(made, tmp_path / "model.gguf", dtype)
+    expected = logits(load(made.path), tokens)
+    found = logits(load(tmp_path, gguf_file="model.gguf"), tokens)
+    assert (found - expected).norm() <= tolerance * expected.norm()
+    from transformers import AutoTokenizer
+
+    read = AutoTokenizer.from_pretrained(tmp_path, gguf_file="model.gguf")
+    assert read("The tide turned at noon.")["input_ids"] == tokenizer("The tide turned at noon.")["input_ids"]
+    assert out.stat().st_size > 10_000
+    assert [path.name for path in tmp_path.glob(".*")] == []
+
+
+def test_gguf_of_another_architecture_is_refused(tmp_path, tokenizer):
+    from kick.testing import tiny_model
+
+    tiny_model("gpt2").save_pretrained(tmp_path / "gpt2")
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    made = make(tmp_path / "gpt2", tmp_path / "made", "magnitude", "0.5")
+    with pytest.raises(CheckpointError, match="GGUF export of a gpt2 model"):
+        find_format("gguf")(made, tmp_path / "model.gguf", "auto")
+
+
+def test_the_command(tiny_model, tmp_path, capsys):
+    make(tiny_model, tmp_path / "made", "rtn", "4", group_size=16)
+    arguments = ["export", str(tmp_path / "made"), "--out", str(tmp_path / "packed")]
+    assert main([*arguments, "--format", "gptq", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["format"] == "gptq"
+    assert main([*arguments, "--format", "gptq"]) == 2
+    assert "is there already" in capsys.readouterr().err
+    assert main([*arguments, "--format", "gptk"]) == 2
+    assert "Did you mean 'gptq'?" in capsys.readouterr().err
