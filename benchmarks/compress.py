@@ -15,7 +15,6 @@ import json
 import math
 import os
 import platform
-import re
 import subprocess
 import sys
 import time
@@ -28,6 +27,7 @@ from kick import models
 from kick.blocks import find_decoder
 from kick.calibration import Calibration, CalibrationSpec, draw
 from kick.compress import prepare
+from kick.meter import Meter
 from kick.settings import parse_setting
 
 SETTINGS = ("wanda@0.5", "wanda@2:4", "sparsegpt@0.5", "sparsegpt@2:4", "gptq@4")
@@ -47,13 +47,12 @@ def run_kick(job: dict) -> dict:
     tokens = load_file(job["tokens"])["tokens"]
     calibration = Calibration(tokens, "benchmark", CalibrationSpec(), job["precision"])
     model = models.load_model(Path(job["model"]), "float32", "cpu")
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak of loading
-    start, cpu = time.perf_counter(), time.process_time()
-    model = step.compressor.compress(model, step.level, calibration)
-    wall, cpu = time.perf_counter() - start, time.process_time() - cpu
-    peak = int(re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[0]) * 1024
+    cpu = time.process_time()
+    with Meter() as meter:
+        model = step.compressor.compress(model, step.level, calibration)
+    cpu = time.process_time() - cpu
     model.save_pretrained(job["out"])
-    return {"wall": wall, "cpu": cpu, "peak": peak}
+    return {"wall": meter.seconds, "cpu": cpu, "peak": meter.peak_bytes}
 
 
 def perplexity(path: Path, tokens: torch.Tensor) -> float:

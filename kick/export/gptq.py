@@ -5,6 +5,7 @@ left out are stored as they are and named as such.
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,14 @@ def write(checkpoint: Checkpoint, out: Path, dtype: str) -> Path:
     decoder = find_decoder(model)
     left_out = [linear.name for linear in decoder.linears if linear.name not in grids]
     if left_out:
-        config["dynamic"] = {f"-:^{name.replace('.', chr(92) + '.')}$": {} for name in left_out}
+        config["dynamic"] = {f"-:^{re.escape(name)}$": {} for name in left_out}
     kept = torch.float16 if dtype == "auto" else getattr(torch, dtype)
+    twice = _stored_twice(model)
     tensors = {
-        name: value.to(kept) if value.is_floating_point() else value for name, value in model.state_dict().items()
+        name: value.to(kept) if value.is_floating_point() else value
+        for name, value in model.state_dict().items()
+        if name not in twice
     }
-    if model.config.tie_word_embeddings:
-        tensors = {name: value for name, value in tensors.items() if name not in _tied(model)}
     for linear in decoder.linears:
         if linear.name in grids:
             del tensors[f"{linear.name}.weight"]
