@@ -88,7 +88,7 @@ def find_decoder(model: nn.Module) -> Decoder:
         for handle in handles:
             handle.remove()
 
-    name, layers = _block_list(model, order)
+    name, layers = largest_block_list(model, order)
     blocks = []
     uncovered = []
     for index, layer in enumerate(layers):
@@ -103,15 +103,16 @@ def find_decoder(model: nn.Module) -> Decoder:
     return Decoder(tuple(blocks), tuple(uncovered))
 
 
-def _block_list(model: nn.Module, order: list[nn.Module]) -> tuple[str, nn.ModuleList]:
+def largest_block_list(model: nn.Module, order: list[nn.Module] | None = None) -> tuple[str, nn.ModuleList]:
+    """The ModuleList with the most parameters, and its name. `order`: of the calls, if the children must have run."""
     times = Counter(order)
-    place = {module: position for position, module in enumerate(order)}
+    place = {module: position for position, module in enumerate(order or ())}
     candidates = []
     for name, module in model.named_modules():
         if not isinstance(module, nn.ModuleList) or len(module) == 0 or not _has_linear(module):
             continue
         ran_once = all(times[child] == 1 for child in module)
-        if ran_once and sorted(module, key=place.__getitem__) == list(module):
+        if order is None or (ran_once and sorted(module, key=place.__getitem__) == list(module)):
             size = sum(parameter.numel() for parameter in module.parameters())
             candidates.append((size, -len(name), name, module))
     if not candidates:

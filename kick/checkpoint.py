@@ -22,6 +22,7 @@ from kick.files import new_directory, read_json, sha256_of, write_json
 from kick.levels import ANY_KNOB, Knob, Level, Pattern, parse_level
 from kick.quantization import Grid
 from kick.settings import Setting
+from kick.streaming import resident, save_streamed, storage_of
 
 RECORD = "kick.json"
 GRIDS = "grids.safetensors"
@@ -41,6 +42,7 @@ class Measured:
     uncovered: list[str]
     coverage: float
     parameters: int
+    broken: list[str]  # tensors that hold values that are not finite
 
     @property
     def sparsity(self) -> float:
@@ -75,14 +77,20 @@ def measure(
     """
     decoder = decoder or find_decoder(model)
     patterns, grids = patterns or {}, grids or {}
-    layers = {
-        linear.name: {
-            **count_weight(linear.weight, patterns.get(linear.name), grids.get(linear.name)),
-            "transposed": linear.transposed,
-        }
-        for linear in decoder.linears
-    }
+    layers = {}
     parameters = dict(model.named_parameters())
+    inside = {f"{block.name}.{name}" for block in decoder.blocks for name, _ in block.module.named_parameters()}
+    broken = [name for name in parameters.keys() - inside if not bool(parameters[name].isfinite().all())]
+    for block in decoder.blocks:
+        with resident(block.module):
+            for linear in block.linears:
+                counted = count_weight(linear.weight, patterns.get(linear.name), grids.get(linear.name))
+                layers[linear.name] = {**counted, "transposed": linear.transposed}
+            broken += [
+                f"{block.name}.{name}"
+                for name, weight in block.module.named_parameters()
+                if not bool(weight.isfinite().all())
+            ]
     covered = sum(layer["weights"] for layer in layers.values())
     missed = sum(parameters[name].numel() for name in decoder.uncovered)
     return Measured(
@@ -90,6 +98,7 @@ def measure(
         uncovered=list(decoder.uncovered),
         coverage=covered / (covered + missed) if covered else 0.0,
         parameters=sum(parameter.numel() for parameter in parameters.values()),
+        broken=sorted(broken),
     )
 
 
@@ -152,7 +161,10 @@ def save(
         "layers": {name: {**record["layers"].get(name, {}), **counted} for name, counted in measured.layers.items()},
     }
     with new_directory(path) as partial:
-        model.save_pretrained(partial)
+        if storage_of(model) is not None:
+            save_streamed(model, partial)
+        else:
+            model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         if grids:
             save_file(quantization.to_tensors(grids), partial / GRIDS)

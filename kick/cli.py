@@ -103,6 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     compress.add_argument(
         "--param", action="append", default=[], metavar="K=V", help="a parameter of the compressor, or calibration.K=V"
     )
+    compress.add_argument("--stream", action="store_true", help="read block by block: needs memory for two blocks only")
     _precision(compress)
 
     evaluate = command("evaluate", "ask one model or checkpoint the questions of some suites")

@@ -103,7 +103,7 @@ def compress(options: Namespace) -> int:
         raise ConfigError(f"{options.out} is not empty.", "Choose another --out.")
     device, dtype = models.choose(options.device, options.dtype)
     path = models.fetch(source)
-    recipe = Recipe(source, models.fingerprint(path), setting, calibration, dtype, device)
+    recipe = Recipe(source, models.fingerprint(path), setting, calibration, dtype, device, options.stream)
     watching = progress()
     try:
         made = make_checkpoint(

@@ -1,5 +1,6 @@
 """From a model source and a setting to a checkpoint on disk: one stage, the same for every compressor."""
 
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,13 @@ from kick.calibration import Calibration, CalibrationSpec, draw
 from kick.compressor import Compressor, LayerwiseCompressor, Progress, no_progress
 from kick.config import explain
 from kick.errors import ConfigError, KickError, LevelError
+from kick.files import scratch_directory
 from kick.levels import Joint, Level, Pattern, Sparsity, parse_level
 from kick.meter import Meter, versions
 from kick.models import ModelSource, fetch, load_model, load_tokenizer
 from kick.quantization import Grid
 from kick.settings import Setting, Stage
+from kick.streaming import open_streamed
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class Recipe:
     calibration: CalibrationSpec
     dtype: str
     device: str
+    stream: bool = False  # blocks are read from disk one at a time; the result is the same
 
 
 @dataclass
@@ -95,9 +99,15 @@ def compress(
     `calibration` is what the recipe's calibration gave when it was drawn before.
     """
     steps = prepare(recipe.setting)
-    with Meter(recipe.device) as meter:
+    with ExitStack() as stack:
+        meter = stack.enter_context(Meter(recipe.device))
         path = start or fetch(recipe.source)
-        model = load_model(path, recipe.dtype, recipe.device)
+        if recipe.stream and (path.is_dir() or steps):  # a dense .gguf file has to be read as a whole, once
+            _check_streamable(steps, recipe.device)
+            scratch = stack.enter_context(scratch_directory(out.with_name(f".{out.name}.blocks")))
+            model = open_streamed(path, recipe.dtype, scratch)
+        else:
+            model = load_model(path, recipe.dtype, recipe.device)
         tokenizer = load_tokenizer(path)
         if not needs_calibration(steps):
             calibration = None
@@ -106,25 +116,33 @@ def compress(
         done = Outcome()
         for step in steps:
             model = done.carry_out(step, model, calibration, progress)
-        decoder = find_decoder(model)
-        measured = checkpoints.measure(model, decoder, done.patterns, done.grids)
+        measured = checkpoints.measure(model, find_decoder(model), done.patterns, done.grids)
         done.compare(steps, measured)
-    record = {
-        "kick_version": __version__,
-        "setting": recipe.setting.model_dump(mode="json"),
-        "setting_name": recipe.setting.name,
-        "source": {"name": recipe.source.name, "fingerprint": recipe.fingerprint, "note": recipe.source.note},
-        "calibration": calibration.record() if calibration else None,
-        "dtype": recipe.dtype,
-        "device": recipe.device,
-        "warnings": done.warnings,
-        "stages": done.stages,
-        "seconds": round(meter.seconds, 3),
-        "peak_memory_bytes": meter.peak_bytes,
-        "versions": versions(),
-        "layers": done.layers,
-    }
-    return checkpoints.save(out, model, tokenizer, record, measured, done.grids)
+        meter.stop()
+        record = {
+            "kick_version": __version__,
+            "setting": recipe.setting.model_dump(mode="json"),
+            "setting_name": recipe.setting.name,
+            "source": {"name": recipe.source.name, "fingerprint": recipe.fingerprint, "note": recipe.source.note},
+            "calibration": calibration.record() if calibration else None,
+            "dtype": recipe.dtype,
+            "device": recipe.device,
+            "warnings": done.warnings,
+            "stages": done.stages,
+            "seconds": round(meter.seconds, 3),
+            "peak_memory_bytes": meter.peak_bytes,
+            "versions": versions(),
+            "layers": done.layers,
+        }
+        return checkpoints.save(out, model, tokenizer, record, measured, done.grids)
+
+
+def _check_streamable(steps: list[Step], device: str) -> None:
+    for step in steps:
+        if not isinstance(step.compressor, LayerwiseCompressor):
+            raise ConfigError(f"{step.stage} cannot be streamed.", "It does not work linear by linear.")
+    if device != "cpu":
+        raise ConfigError(f"streaming on '{device}'.", "Streaming runs on the cpu.")
 
 
 @dataclass
@@ -151,7 +169,7 @@ class Outcome:
         levels = _levels(compressor, step.level, decoder)
         patterns = {name: pattern for name, level in levels.items() if isinstance(pattern := _pruned(level), Pattern)}
         after = checkpoints.measure(model, decoder, patterns, compressor.grids)
-        check_reached(step, levels, before, after, model)
+        check_reached(step, levels, before, after)
         self.warnings += compressor.warnings
         for name, facts in compressor.layers.items():
             self.layers[name] = {**self.layers.get(name, {}), **facts}
@@ -203,7 +221,6 @@ def check_reached(
     levels: dict[str, Level],
     before: checkpoints.Measured,
     after: checkpoints.Measured,
-    model: nn.Module,
 ) -> None:
     """Refuse to write a checkpoint that is not what it is called.
 
@@ -211,10 +228,10 @@ def check_reached(
     that were there before may come on top.
     """
     stage = step.stage
-    broken = [name for name, parameter in model.named_parameters() if not bool(parameter.isfinite().all())]
-    if broken:
+    if after.broken:
         raise KickError(
-            f"{stage}: {broken[0]} holds values that are not finite.", "The compressor is at fault, or the source."
+            f"{stage}: {after.broken[0]} holds values that are not finite.",
+            "The compressor is at fault, or the source.",
         )
     if after.violations:
         raise KickError(f"{stage}: {after.violations} groups keep more weights than they may.", _AT_FAULT)

@@ -14,6 +14,7 @@ from kick.errors import KickError, LevelError
 from kick.levels import Joint, Knob, Level, Pattern, parse_level
 from kick.policy import OWL, Policy
 from kick.quantization import Grid, Quantized
+from kick.streaming import resident
 from kick.walk import BlockWalk, Listener
 
 __all__ = ["Compressor", "Knob", "LayerwiseCompressor", "Progress", "Statistic"]
@@ -150,13 +151,14 @@ class LayerwiseCompressor(Compressor):
         walk = self._walk(model, decoder, calibration) if self.statistic is not None else None
         for index, block in enumerate(decoder.blocks):
             progress(index, len(decoder.blocks), block.name)
-            self.enter_block(block, walk)
-            statistics = self._gather(walk, block, levels) if walk else {}
-            for group in block.groups:
-                self._compress_group(group, statistics.get(group), levels)
-            self.leave_block(block)
-            if walk and block is not decoder.blocks[-1]:
-                walk.propagate(block)
+            with resident(block.module, changed=True):
+                self.enter_block(block, walk)
+                statistics = self._gather(walk, block, levels) if walk else {}
+                for group in block.groups:
+                    self._compress_group(group, statistics.get(group), levels)
+                self.leave_block(block)
+                if walk and block is not decoder.blocks[-1]:
+                    walk.propagate(block)
         progress(len(decoder.blocks), len(decoder.blocks), decoder.blocks[-1].name)
         return model
 
@@ -226,27 +228,29 @@ class LayerwiseCompressor(Compressor):
 @torch.no_grad()
 def outlier_shares(walk: BlockWalk, decoder: Decoder, outlier: float) -> list[float]:
     """For each block the share of weights whose |W_ij| ||X_j|| exceeds `outlier` times its matrix's mean."""
-    shares = []
-    for block in decoder.blocks:
-        squares: dict[Group, Tensor] = {}
+    return [_outlier_share(walk, block, outlier) for block in decoder.blocks]
 
-        def listener(group: Group, squares: dict[Group, Tensor] = squares) -> Listener:
-            def add(inputs: Tensor) -> None:
-                squares[group] = squares.get(group, 0.0) + inputs.float().square().sum(dim=0)
 
-            return add
+def _outlier_share(walk: BlockWalk, block: Block, outlier: float) -> float:
+    squares: dict[Group, Tensor | float] = dict.fromkeys(block.groups, 0.0)
 
+    def listener(group: Group) -> Listener:
+        def add(inputs: Tensor) -> None:
+            squares[group] = squares[group] + inputs.float().square().sum(dim=0)
+
+        return add
+
+    above = weights = 0
+    with resident(block.module):
         walk.collect(block, {group: listener(group) for group in block.groups})
-        above = weights = 0
-        for group in block.groups:
-            norm = squares[group].sqrt() if group in squares else 1.0
+        for group, total in squares.items():
+            norm = total.sqrt() if isinstance(total, Tensor) else 1.0  # no token came by: inputs count as equal
             for linear in group.linears:
                 score = linear.weight.float().abs() * norm
                 above += int((score > outlier * score.mean()).sum())
                 weights += score.numel()
-        shares.append(above / weights)
         walk.propagate(block)
-    return shares
+    return above / weights
 
 
 def check_divisible(levels: dict[Linear, Level | None]) -> None:

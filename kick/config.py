@@ -104,6 +104,7 @@ class SweepConfig(Spec):
     lm: LMSpec = LMSpec()
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str = "auto"
+    stream: bool = Field(default=False, description="compress block by block from disk, for models larger than memory")
     keep_checkpoints: bool = Field(
         default=False, description="keep the weights of compressed models after their evaluation"
     )

@@ -74,6 +74,17 @@ def new_directory(path: Path) -> Iterator[Path]:
     os.replace(partial, path)
 
 
+@contextmanager
+def scratch_directory(path: Path) -> Iterator[Path]:
+    """An empty directory that is gone afterwards; what a killed process left there is cleared first."""
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def sha256_of(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

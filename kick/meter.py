@@ -32,6 +32,9 @@ class Meter:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
         self.seconds = time.perf_counter() - self._start
         self.peak_bytes = self._peak()
 

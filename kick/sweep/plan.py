@@ -52,7 +52,15 @@ class Plan:
     given: checkpoints.Checkpoint | None = None  # evaluated as it is: the plan's only setting
 
     def recipe(self, setting: Setting) -> Recipe:
-        return Recipe(self.source, self.fingerprint, setting, self.config.calibration, self.dtype, self.device)
+        return Recipe(
+            self.source,
+            self.fingerprint,
+            setting,
+            self.config.calibration,
+            self.dtype,
+            self.device,
+            self.config.stream,
+        )
 
     @cached_property
     def identity(self) -> dict[str, Any]:
