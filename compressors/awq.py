@@ -9,10 +9,11 @@ Zeros stay zero, so a pruned model keeps its mask.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from kick.blocks import Block, Group
 from kick.compressor import Compressor, Knob, LayerwiseCompressor
@@ -70,16 +71,28 @@ class AWQ(LayerwiseCompressor):
         assert isinstance(level, Bits)
         check_bits(level)
 
+    def compress(self, *args: Any, **kwargs: Any) -> nn.Module:
+        self._unscaled: list[str] = []
+        model = super().compress(*args, **kwargs)
+        if self._unscaled:
+            self.warn(
+                f"nothing before {len(self._unscaled)} groups of linears can take their scales, so they were rounded "
+                f"without: {'; '.join(self._unscaled[:2])}" + ("; ..." if len(self._unscaled) > 2 else ".")
+            )
+        return model
+
     def enter_block(self, block: Block, walk: BlockWalk | None) -> None:
         assert walk is not None
         self._scaled: list[_Scaled] = []
-        self._folds = {group: find_fold(block, group, lambda: walk.added(block)) for group in block.groups}
+        with walk.working(block, torch.float32):
+            self._folds = {group: find_fold(block, group, lambda: walk.added(block)) for group in block.groups}
 
     def solve_group(self, weights: list[Tensor], statistic: Activations, level: Bits) -> list[Tensor | Quantized]:
         """Weights that stand for scale and rounding together, as their errors do; `leave_block` takes them apart."""
         whole = [weight.float() for weight in weights]
         fold = self._folds[self.group]
         if fold is None or len(weights) != len(self.group.linears):
+            self._unscaled.append(self._at)
             return [self._round(weight, level) for weight in whole]
         scale = self._search(torch.cat(whole), statistic, level)
         quantized = [self._round(weight * scale, level) for weight in whole]

@@ -1,6 +1,6 @@
 """GPTQ: round column by column and let the remaining weights make up for each rounding.
 
-    kick compress MODEL gptq@4 --out DIR        --param group_size=64 --param symmetric=true --param act_order=true
+    kick compress MODEL gptq@4 --out DIR        --param group_size=64 --param symmetric=true --param act_order=static
 
 Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers", arXiv 2210.17323.
 The grid of a group of columns is fitted to the weights as they stand when the solver reaches the group. Weights that
@@ -54,8 +54,11 @@ class GPTQ(SecondOrderCompressor):
         if self.params.act_order == "static":
             grid = round_to_nearest(weight, level.width, self.params.group_size, self.params.symmetric).grid
             rounding = replace(rounding, fixed=replace(grid, group_of=grid.group_of[order]))
-        upper = inverse_factor(matrix[order][:, order], factor.damping).upper
-        solution = solve(weight[:, order], upper, keep=None if keep is None else keep[:, order], rounding=rounding)
+        reordered = inverse_factor(matrix[order][:, order], self.params.damping)
+        self.check_damping(reordered)
+        solution = solve(
+            weight[:, order], reordered.upper, keep=None if keep is None else keep[:, order], rounding=rounding
+        )
         return [_reordered(part, order.argsort()) for part in unstack(solution, rounding, weights)]
 
 

@@ -1,5 +1,6 @@
 """What SparseGPT and GPTQ have in common: the Hessian of a linear's inputs, its damping, and reports of both."""
 
+import math
 from dataclasses import replace
 from typing import Annotated
 
@@ -38,11 +39,19 @@ class SecondOrderCompressor(LayerwiseCompressor):
     def factor(self, statistic: Hessian) -> Factor:
         """The statistic's factor; what it took to get it is recorded."""
         factor = statistic.factor(self.params.damping)
-        if factor.damping > self.params.damping:
-            self.warn(f"its Hessian had no Cholesky factor; the damping was raised to {factor.damping:g}.")
+        self.check_damping(factor)
         if dead := int(factor.dead.sum()):
+            self.notes["dead_inputs"] = dead
             self.warn(f"{dead} of its {len(factor.dead)} inputs were always zero; their weights became zero.")
         return factor
+
+    def check_damping(self, factor: Factor) -> None:
+        if factor.damping > self.params.damping:
+            self.notes["damping"] = factor.damping
+            steps = round(math.log10(factor.damping / self.params.damping)) or 1
+            self.warn(
+                f"its Hessian had no Cholesky factor; the damping was raised {steps} times, to {factor.damping:g}."
+            )
 
 
 def check_bits(bits: Bits) -> None:

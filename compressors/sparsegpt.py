@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from kick.compressor import Knob
+from kick.errors import LevelError
 from kick.levels import Joint, Level, Pattern, Sparsity
 from kick.quantization import Quantized
 
@@ -31,6 +32,12 @@ class SparseGPT(SecondOrderCompressor):
     def check_level(self, level: Level) -> None:
         if isinstance(level, Joint):
             check_bits(level.bits)
+            group = self.params.group_size
+            if isinstance(level.prune, Pattern) and group != -1 and group % level.prune.of:
+                raise LevelError(
+                    f"groups of {group} columns hold no whole number of {level.prune.of} neighbours.",
+                    "Choose a group_size that M divides.",
+                )
 
     def solve_group(self, weights: list[Tensor], statistic: Hessian, level: Level) -> list[Tensor | Quantized]:
         """Matrices [out, in] that share an input: one solver call, but each reaches the level by itself."""

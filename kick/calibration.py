@@ -37,8 +37,8 @@ class CalibrationSpec(Spec):
     text_field: str = "text"
     precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto",
-        description="in which the blocks run while statistics are gathered; auto: the model's own, or bfloat16 for a "
-        "float32 model on a CPU with bfloat16 units. Statistics and solvers are in float32 or better.",
+        description="in which the blocks run while statistics are gathered; auto: the model's own, or bfloat16 on a "
+        "CPU with bfloat16 units. Statistics and solvers are in float32 or better.",
     )
 
 
@@ -90,10 +90,10 @@ def draw(spec: CalibrationSpec, tokenizer: Any, dtype: str = "float32", device: 
 
 
 def _fast_precision(dtype: str, device: str) -> str:
-    """bfloat16 where float32 would run and the CPU multiplies bfloat16 in hardware, else `dtype`."""
+    """bfloat16 on a CPU that multiplies it in hardware, else `dtype`."""
     import torch
 
-    if dtype != "float32" or device != "cpu" or not hasattr(torch.cpu, "get_capabilities"):
+    if device != "cpu" or not hasattr(torch.cpu, "get_capabilities"):
         return dtype
     able = torch.cpu.get_capabilities()
     return "bfloat16" if able.get("avx512_bf16") or able.get("amx_bf16") else dtype

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -25,7 +26,7 @@ from kick.settings import Setting
 from kick.streaming import resident, save_streamed, storage_of
 
 RECORD = "kick.json"
-GRIDS = "grids.safetensors"
+GRIDS = "quantization/grids.safetensors"  # in a folder of its own: some loaders read every file beside the weights
 FORMAT = 1
 
 
@@ -115,11 +116,9 @@ def count_weight(weight: Tensor, pattern: Pattern | None, grid: Grid | None) -> 
     if pattern is not None:
         counted |= {"pattern": str(pattern), "pattern_violations": pattern_violations(weight, pattern)}
     if grid is not None:
-        counted |= {
-            "bits": grid.bits,
-            "bits_per_weight": grid.storage_bits(weight.shape[1]),
-            "grid_violations": grid.violations(weight),
-        }
+        counted |= {"bits": grid.bits, "grid_violations": grid.violations(weight)}
+        if not counted["grid_violations"]:  # else it cannot be packed
+            counted["bits_per_weight"] = grid.storage_bits(weight.shape[1])
     return counted
 
 
@@ -167,6 +166,7 @@ def save(
             model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         if grids:
+            (partial / GRIDS).parent.mkdir()
             save_file(quantization.to_tensors(grids), partial / GRIDS)
         record["files"] = {
             name: {"bytes": (partial / name).stat().st_size, "sha256": sha256_of(partial / name)}
@@ -264,7 +264,10 @@ def _files_in(directory: Path) -> list[str]:
 def read_grids(checkpoint: Checkpoint) -> dict[str, Grid]:
     """The grids of the quantised linears, by name."""
     path = checkpoint.path / GRIDS
-    return quantization.from_tensors(load_file(path)) if path.is_file() else {}
+    try:
+        return quantization.from_tensors(load_file(path)) if path.is_file() else {}
+    except (KeyError, ValueError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error!r}.", "Compress again.") from error
 
 
 def level_of(text: str) -> Level | None:
@@ -278,8 +281,6 @@ def _weights(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
 
     layers = checkpoint.record["layers"]
     for file in sorted(checkpoint.path.glob("*.safetensors")):
-        if file.name == GRIDS:
-            continue
         with safe_open(file, framework="pt") as tensors:
             for key in tensors.keys():  # noqa: SIM118 (not a dict)
                 name = key.removesuffix(".weight")

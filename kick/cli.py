@@ -128,7 +128,12 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
     export.add_argument("--format", required=True, metavar="hf|gptq|gguf")
     export.add_argument("--out", type=Path, required=True, metavar="DIR", help="a directory; for gguf a .gguf file")
-    export.add_argument("--dtype", default="auto", help="of what is not packed; for gguf float16 (auto) or q8_0")
+    export.add_argument(
+        "--dtype",
+        choices=["auto", "float32", "bfloat16", "float16", "q8_0"],
+        default="auto",
+        help="of what is not packed; for gguf float16 (auto) or q8_0",
+    )
 
     listing = command("list", "what is installed", "list_installed")
     listing.add_argument("what", choices=["compressors", "suites", "models", "lms"])

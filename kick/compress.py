@@ -98,7 +98,7 @@ def compress(
     `start` is a directory that already holds the source's weights, to spare reading a slower format again;
     `calibration` is what the recipe's calibration gave when it was drawn before.
     """
-    steps = prepare(recipe.setting)
+    steps, out = prepare(recipe.setting), out.resolve()
     with ExitStack() as stack:
         meter = stack.enter_context(Meter(recipe.device))
         path = start or fetch(recipe.source)
@@ -169,12 +169,12 @@ class Outcome:
         levels = _levels(compressor, step.level, decoder)
         patterns = {name: pattern for name, level in levels.items() if isinstance(pattern := _pruned(level), Pattern)}
         after = checkpoints.measure(model, decoder, patterns, compressor.grids)
-        check_reached(step, levels, before, after)
+        check_reached(step, levels, before, after, compressor.layers)
         self.warnings += compressor.warnings
         for name, facts in compressor.layers.items():
             self.layers[name] = {**self.layers.get(name, {}), **facts}
         self.patterns |= patterns
-        self.grids = {name: grid for name, grid in self.grids.items() if name not in levels} | compressor.grids
+        self.grids |= compressor.grids  # a later pruner leaves a grid or breaks it: the last measurement tells
         self.stages.append(
             {
                 **step.stage.model_dump(mode="json"),
@@ -221,11 +221,12 @@ def check_reached(
     levels: dict[str, Level],
     before: checkpoints.Measured,
     after: checkpoints.Measured,
+    layers: dict[str, dict[str, Any]],
 ) -> None:
     """Refuse to write a checkpoint that is not what it is called.
 
-    Sparsity may differ by the rounding of one row, of each linear whose level is known, else of all together. Zeros
-    that were there before may come on top.
+    Sparsity may differ by the rounding of one row, of each linear whose level is known, else of all together. On top
+    may come zeros that were there before, columns of dead inputs and, at joint levels, weights rounded to zero.
     """
     stage = step.stage
     if after.broken:
@@ -238,7 +239,13 @@ def check_reached(
     if after.grid_violations:
         raise KickError(f"{stage}: {after.grid_violations} weights are not on their grid.", _AT_FAULT)
     reached = [
-        (name, asked, after.layers[name]["sparsity"], before.layers[name]["sparsity"], min(after.layers[name]["shape"]))
+        (
+            name,
+            asked,
+            after.layers[name]["sparsity"],
+            _excess(name, level, before, layers),
+            min(after.layers[name]["shape"]),
+        )
         for name, level in levels.items()
         if isinstance(asked := _pruned(level), Sparsity)
     ]
@@ -248,6 +255,14 @@ def check_reached(
     for name, asked, found, had, shortest in reached:
         if not asked.fraction - 1 / shortest <= found <= asked.fraction + 1 / shortest + had:
             raise KickError(f"{stage}: {name} has a sparsity of {found:.4f} where {asked} was asked.", _AT_FAULT)
+
+
+def _excess(name: str, level: Level, before: checkpoints.Measured, layers: dict[str, dict[str, Any]]) -> float:
+    """By how much the sparsity of a linear may exceed what was asked."""
+    if isinstance(level, Joint):
+        return 1.0
+    dead = layers.get(name, {}).get("dead_inputs", 0) / before.layers[name]["shape"][1]
+    return before.layers[name]["sparsity"] + dead
 
 
 _AT_FAULT = "The compressor is at fault."

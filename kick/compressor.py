@@ -51,6 +51,7 @@ class Compressor(ABC):
         self.warnings: list[str] = []
         self.layers: dict[str, dict[str, Any]] = {}  # what is known of each linear, for the record
         self.grids: dict[str, Grid] = {}  # those of quantised linears
+        self.notes: dict[str, Any] = {}  # facts about the linears that are being treated, for their record
         self._at = ""
 
     def warn(self, message: str) -> None:
@@ -202,6 +203,7 @@ class LayerwiseCompressor(Compressor):
         self.group = group
         for level, linears in by_level.items():
             self._at = ", ".join(linear.name for linear in linears)
+            self.notes = {}
             try:
                 solved = self.solve_group([linear.weight for linear in linears], statistic, level)
             except KickError as error:
@@ -222,6 +224,7 @@ class LayerwiseCompressor(Compressor):
         if statistic is not None and (error := statistic.output_error(before.float(), change)) is not None:
             facts["reconstruction_error"] = error
         self.layers[linear.name] = facts
+        self.layers[linear.name] |= self.notes
         before.copy_(after)
 
 

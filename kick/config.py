@@ -18,7 +18,11 @@ S = TypeVar("S", bound=Spec)
 
 def check_label(label: str) -> str:
     """A label may be anything that does not break a table."""
-    if label in ("setting", "sparsity", "megabytes", "mean_retained") or "|" in label or "\n" in label:
+    if (
+        label in ("setting", "sparsity", "bits_per_weight", "megabytes", "mean_retained")
+        or "|" in label
+        or "\n" in label
+    ):
         raise ValueError("a label may not be the name of a column of the leaderboard, nor hold a bar or a line break")
     return label
 

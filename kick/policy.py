@@ -66,7 +66,8 @@ class OWL(Spec):
 
     Yin et al., "Outlier Weighed Layerwise Sparsity", arXiv 2310.05175. A weight is an outlier if |W_ij| ||X_j|| exceeds
     `outlier` times the mean of its matrix. The blocks' outlier shares are scaled to a span of 2 * `spread` and centred,
-    so that the mean sparsity is the one asked for and none differs from it by more than 2 * `spread`.
+    so that the mean sparsity of the linears that no rule covers is the one asked for, and none differs from it by more
+    than 2 * `spread`.
     """
 
     rule: Literal["owl"] = "owl"
@@ -104,26 +105,33 @@ class Policy(Spec):
 
         Raises LevelError for a rule that covers no linear.
         """
+        ruled = [(rule, self._covered(rule, decoder)) for rule in self.layers]
         by_block: list[Level | None] = [level] * len(decoder.blocks)
         if self.allocation is not None:
             self.check(level)
             assert isinstance(level, Sparsity)
-            sizes = [sum(linear.weight.numel() for linear in block.linears) for block in decoder.blocks]
+            free = set(decoder.linears) - {linear for _, covered in ruled for linear in covered}
+            sizes = [
+                sum(linear.weight.numel() for linear in block.linears if linear in free) for block in decoder.blocks
+            ]
             shares = allocate(outliers(self.allocation), sizes, level.fraction, self.allocation.spread)
             by_block = [Sparsity(fraction=share) for share in shares]
         levels = {linear: by_block[index] for index, block in enumerate(decoder.blocks) for linear in block.linears}
-        for rule in self.layers:
-            covered = [
-                linear
-                for index, block in enumerate(decoder.blocks)
-                for linear in block.linears
-                if rule.covers(block, index, len(decoder.blocks), linear)
-            ]
+        for rule, covered in ruled:
             if not covered:
                 names = ", ".join(linear.name for linear in decoder.blocks[0].linears)
                 raise LevelError(f"the layer rule '{rule.match}' matches no linear.", f"A block holds {names}.")
             levels.update(dict.fromkeys(covered, None if rule.skip else parse(rule.level or "")))
         return levels
+
+    @staticmethod
+    def _covered(rule: LayerRule, decoder: "Decoder") -> "list[Linear]":
+        return [
+            linear
+            for index, block in enumerate(decoder.blocks)
+            for linear in block.linears
+            if rule.covers(block, index, len(decoder.blocks), linear)
+        ]
 
 
 def allocate(outliers: list[float], sizes: list[int], sparsity: float, spread: float) -> list[float]:
@@ -136,7 +144,7 @@ def allocate(outliers: list[float], sizes: list[int], sparsity: float, spread: f
     if high == low:
         return [sparsity] * len(outliers)
     kept = [2 * spread * (share - low) / (high - low) for share in outliers]
-    mean = sum(part * size for part, size in zip(kept, sizes, strict=True)) / sum(sizes)
+    mean = sum(part * size for part, size in zip(kept, sizes, strict=True)) / max(1, sum(sizes))
     found = [sparsity - part + mean for part in kept]
     if not all(0 < share < 1 for share in found):
         raise LevelError(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 SCALE_BITS = 16
-_SMALLEST_SCALE = 2.0**-14  # the smallest float16 with full precision
+_SMALLEST_SCALE = 2.0**-24  # the smallest positive float16
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def nearest(weight: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
 
 
 def storable(scale: Tensor) -> Tensor:
-    """The nearest positive scales that float16 holds with full precision."""
+    """The nearest positive scales that float16 holds."""
     return scale.clamp(_SMALLEST_SCALE, torch.finfo(torch.float16).max).half().float()
 
 

@@ -9,7 +9,9 @@ A block that runs without `resident` is read for that one run. Everything outsid
 blocks are kept as safetensors files in `scratch`, one file a block, which must be there until the model is saved.
 """
 
+import ctypes
 import json
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,13 +40,15 @@ class _Storage:
         self._check_names(model, path)
 
     def _check_names(self, model: Any, path: Path) -> None:
-        twice = set(getattr(model, "_tied_weights_keys", None) or ())
+        twice = set(getattr(model, "_tied_weights_keys", None) or ()) if model.config.tie_word_embeddings else set()
         wanted = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         if missing := sorted(wanted - self.files.keys() - twice):
             raise ModelError(
                 f"{path} cannot be streamed: its files hold no tensor '{missing[0]}'.",
                 "Streaming reads files that name tensors as the model does. Try without it.",
             )
+        if buffers := sorted(model.state_dict().keys() - wanted):
+            raise ModelError(f"{path} cannot be streamed: it stores the buffer '{buffers[0]}'.", "Try without it.")
 
     def read(self, names: list[str]) -> dict[str, Tensor]:
         found = {}
@@ -70,6 +74,7 @@ class _Storage:
         if self.held[block] == 0:
             for name, weight in list(block.named_parameters()):
                 _put(block, name, torch.empty_like(weight, device="meta"))
+            _trim()
 
     def keep(self, block: nn.Module) -> None:
         """Write what the block's weights are now; from here on they are read from there."""
@@ -156,9 +161,21 @@ def save_streamed(model: Any, out: Path) -> None:
     (out / _INDEX).write_text(json.dumps(index_json, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
+def _trim() -> None:
+    """Give freed memory back. glibc keeps pieces below 32 MB for itself, and a deep model would grow by each block."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
+
+
 def _put(module: nn.Module, name: str, tensor: Tensor) -> None:
     """Make `tensor` the parameter called `name` inside `module`."""
     owner, _, last = name.rpartition(".")
+    expected = module.get_submodule(owner)._parameters[last]
+    if expected is None or expected.shape != tensor.shape:
+        raise ModelError(
+            f"the tensor '{name}' has the shape {list(tensor.shape)}.",
+            f"The configuration expects {None if expected is None else list(expected.shape)}.",
+        )
     module.get_submodule(owner)._parameters[last] = nn.Parameter(tensor, requires_grad=False)
 
 
@@ -167,7 +184,7 @@ def _tensor_files(path: Path) -> dict[str, Path]:
     if (path / _INDEX).is_file():
         weight_map = json.loads((path / _INDEX).read_text(encoding="utf-8"))["weight_map"]
         for name, file in weight_map.items():
-            if not (path / file).resolve().is_relative_to(path.resolve()):
+            if Path(file).name != file:
                 raise ModelError(f"{path / _INDEX} looks for '{name}' outside its directory.", "Do not trust it.")
         return {name: path / file for name, file in weight_map.items()}
     files: dict[str, Path] = {}

@@ -56,7 +56,7 @@ class BlockWalk:
 
         handles = [group.linears[0].module.register_forward_pre_hook(hear(group)) for group in listeners]
         try:
-            with self._working(block):
+            with self.working(block, self.precision):
                 for rows in self.hidden.split(self.batch):
                     unheard |= listeners.keys()
                     with suppress(_Stop):
@@ -68,7 +68,7 @@ class BlockWalk:
     @torch.no_grad()
     def propagate(self, block: Block) -> None:
         """Replace the inputs by what `block` makes of them."""
-        with self._working(block):
+        with self.working(block, self.precision):
             for rows in self.hidden.split(self.batch):
                 rows.copy_(self._run(block, rows))
 
@@ -87,11 +87,11 @@ class BlockWalk:
         return output[0] if isinstance(output, tuple) else output
 
     @contextmanager
-    def _working(self, block: Block) -> Iterator[None]:
-        """The block's parameters in the precision of the walk; afterwards they are again what they were."""
+    def working(self, block: Block, precision: torch.dtype) -> Iterator[None]:
+        """The block's parameters in `precision`; afterwards they are again what they were."""
         own = {parameter: parameter.data for parameter in block.module.parameters()}
         for parameter, data in own.items():
-            parameter.data = data.to(self.precision)
+            parameter.data = data.to(precision)
         try:
             yield
         finally:

@@ -9,6 +9,7 @@ import pytest
 from conftest import REPOSITORY
 
 from kick import cli, plugins
+from kick.compress import prepare
 
 
 def blocks(page, language):
@@ -43,7 +44,7 @@ def test_the_commands_of_the_first_sweep(tmp_path, monkeypatch, tiny_model, caps
 
 def test_the_documented_compressor_works_as_a_single_file(tmp_path, monkeypatch, tiny_model, forget_plugins, capsys):
     monkeypatch.chdir(tmp_path)
-    (code,) = blocks("docs/add-a-compressor.md", "python")
+    code, proof = blocks("docs/add-a-compressor.md", "python")
     assert len([line for line in code.split("\n") if line.strip()]) <= 30
     (tmp_path / "stochastic.py").write_text(code)
     for line in blocks("docs/add-a-compressor.md", "console")[0].strip().split("\n"):
@@ -51,12 +52,14 @@ def test_the_documented_compressor_works_as_a_single_file(tmp_path, monkeypatch,
     record = json.loads((tmp_path / "stochastic" / "kick.json").read_text())
     assert record["setting"]["compressor"] == "stochastic"
     assert record["sparsity"] == pytest.approx(0.3, abs=0.02)
+    monkeypatch.syspath_prepend(tmp_path)
+    exec(compile(proof, "add-a-compressor.md", "exec"), {})
 
 
 def test_the_documented_compressor_works_as_an_installed_package(tmp_path, tiny_model):
     package = tmp_path / "package"
     package.mkdir()
-    (code,) = blocks("docs/add-a-compressor.md", "python")
+    code, _ = blocks("docs/add-a-compressor.md", "python")
     (package / "stochastic.py").write_text(code)
     (package / "pyproject.toml").write_text(blocks("docs/add-a-compressor.md", "toml")[0])
     site = tmp_path / "site"
@@ -83,6 +86,17 @@ def test_the_documented_compressor_works_as_an_installed_package(tmp_path, tiny_
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "out" / "kick.json").read_text())
     assert (record["sparsity"], record["pattern_violations"]) == (0.5, 0)
+
+
+def test_the_documented_policies_are_valid():
+    import yaml
+
+    from kick.config import parse
+
+    (text,) = blocks("docs/compressors.md", "yaml")
+    config = parse({"model": "m", "suites": ["perplexity"], **yaml.safe_load(text)}, "docs/compressors.md")
+    for setting in config.all_settings():
+        prepare(setting)
 
 
 def test_the_documented_suite_works(tmp_path, monkeypatch, tiny_model, forget_plugins, capsys):

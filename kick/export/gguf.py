@@ -69,6 +69,11 @@ def _write_shape(writer: gguf.GGUFWriter, config: Any, name: str) -> None:
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    if config.rope_parameters.get("rope_type", "default") != "default":
+        raise CheckpointError(
+            f"GGUF export with rotary embeddings of the type '{config.rope_parameters['rope_type']}'.",
+            "Only the default type.",
+        )
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_key_length(config.head_dim)
@@ -89,7 +94,7 @@ def _write_vocabulary(writer: gguf.GGUFWriter, tokenizer: Any, size: int) -> Non
     types = [_CONTROL if index in special or index not in names else _NORMAL for index in range(size)]
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in described["merges"]]
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm" if size == 49152 else "default")
+    writer.add_tokenizer_pre(_pre_tokenizer(tokenizer))
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     writer.add_token_merges(merges)
@@ -103,6 +108,19 @@ def _write_vocabulary(writer: gguf.GGUFWriter, tokenizer: Any, size: int) -> Non
             add(index)
     if isinstance(tokenizer.chat_template, str):
         writer.add_chat_template(tokenizer.chat_template)
+
+
+def _pre_tokenizer(tokenizer: Any) -> str:
+    """llama.cpp's name for how text is cut before byte pairs are merged."""
+    described = json.loads(tokenizer.backend_tokenizer.to_str())["pre_tokenizer"] or {}
+    parts = [part["type"] for part in described.get("pretokenizers", [described]) if part]
+    known = {("ByteLevel",): "gpt-2", ("Digits", "ByteLevel"): "smollm"}
+    if tuple(parts) not in known:
+        raise CheckpointError(
+            f"GGUF export of a tokenizer that cuts text by {', '.join(parts) or 'nothing'}.",
+            "Known: byte-level as GPT-2's, and with single digits as SmolLM's.",
+        )
+    return known[tuple(parts)]
 
 
 def _tensors(model: Any) -> Any:

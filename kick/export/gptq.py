@@ -23,6 +23,8 @@ from kick.quantization import Grid
 
 def write(checkpoint: Checkpoint, out: Path, dtype: str) -> Path:
     """A directory with packed weights and a `quantization_config`. What is not packed is stored in float16."""
+    if dtype == "q8_0":
+        raise CheckpointError("--dtype q8_0 with --format gptq.", "It is one of GGUF's.")
     grids = read_grids(checkpoint)
     config = _quantization_config(checkpoint, grids)
     model: Any = load_model(checkpoint.path, "float32", "cpu")
@@ -75,6 +77,7 @@ def _quantization_config(checkpoint: Checkpoint, grids: dict[str, Grid]) -> dict
     widths = {grid.bits for grid in grids.values()}
     sizes = {int((grid.group_of == 0).sum()) for grid in grids.values() if grid.groups > 1} or {-1}
     (bits, *other_widths), (group_size, *other_sizes) = widths, sizes
+    other_sizes += [len(g.group_of) for g in grids.values() if g.groups == 1 and len(g.group_of) > group_size != -1]
     if other_widths or other_sizes:
         raise CheckpointError(
             f"{checkpoint.path} mixes grids of {len(widths)} widths and {len(sizes)} group sizes.",

@@ -10,6 +10,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+import torch
 
 matplotlib.use("Agg")
 
@@ -21,7 +22,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from kick.compare import Estimate
 from kick.files import safe_name
 from kick.levels import Pattern
-from kick.report.results import Results
+from kick.report.results import Axis, Results, SettingResult
 from kick.settings import DENSE
 from kick.statistics import TOLERANCE
 
@@ -60,8 +61,10 @@ def draw_all(results: Results, folder: Path) -> list[Drawn]:
     drawn = []
     with plt.rc_context(_STYLE):
         for suite in results.suites:
-            if results.estimate(DENSE, suite) is not None and results.compressed:
-                drawn.append(_save(folder, *_score_against_sparsity(results, suite)))
+            if results.estimate(DENSE, suite) is not None:
+                drawn += [
+                    _save(folder, *_score_against(axis, results, suite)) for axis in _AXES if results.families_on(axis)
+                ]
         if results.task_suites and any(results.mean_retained(result.name) for result in results.compressed):
             drawn.append(_save(folder, *_size_against_retained(results)))
     return drawn
@@ -87,7 +90,13 @@ def _method_style(results: Results, family: str) -> dict[str, Any]:
     }
 
 
-def _score_against_sparsity(results: Results, suite: str) -> tuple[Figure, str, str, str]:
+_AXES: dict[Axis, str] = {
+    "sparsity": "sparsity of the pruned layers, measured (%)",
+    "bits": "bits a weight of the blocks, with scales and zero points",
+}
+
+
+def _score_against(axis: Axis, results: Results, suite: str) -> tuple[Figure, str, str, str]:
     metric = results.suites[suite].metrics[0]
     dense = results.estimate(DENSE, suite)
     assert dense is not None
@@ -105,8 +114,8 @@ def _score_against_sparsity(results: Results, suite: str) -> tuple[Figure, str, 
         axes.axhline(metric.chance * scale, color="0.55", linewidth=1.0, linestyle=":")
         _label_line(axes, metric.chance * scale, "chance")
 
-    _draw_families(axes, results, suite, scale, dense)
-    axes.set_xlabel("sparsity of the pruned layers, measured (%)")
+    _draw_families(axes, axis, results, suite, scale, dense)
+    axes.set_xlabel(_AXES[axis])
     axes.set_ylabel(
         f"{metric.name.replace('_', ' ')}{' (%)' if percent else f' ({metric.unit})' if metric.unit else ''}"
     )
@@ -115,15 +124,18 @@ def _score_against_sparsity(results: Results, suite: str) -> tuple[Figure, str, 
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
-    axes.set_xlim(left=-1.5)
-    axes.set_title(f"{suite}: {metric.name.replace('_', ' ')} against sparsity", loc="left", fontsize=11)
+    if axis == "sparsity":
+        axes.set_xlim(left=-1.5)
+    else:
+        axes.invert_xaxis()  # compression grows to the right in both
+    axes.set_title(f"{suite}: {metric.name.replace('_', ' ')} against {axis}", loc="left", fontsize=11)
     axes.legend(loc="best", fontsize=9)
     caption = (
         f"n = {dense.n}. Bands and bars: 95 % intervals; grey: the dense model's own. "
         f"Dashed: where 5 % of the dense score is lost."
         + (
             " Patterns stand side by side at their sparsity."
-            if any(f.endswith(" N:M") for f in results.families)
+            if any(f.endswith(" N:M") for f in results.families_on(axis))
             else ""
         )
         + (" Logarithmic scale; lower is better." if metric.transform == "exp" else "")
@@ -131,19 +143,26 @@ def _score_against_sparsity(results: Results, suite: str) -> tuple[Figure, str, 
     )
     if not dense.signal:
         caption += " The dense model is not clearly above chance: this suite says nothing about it."
-    return figure, f"{suite}-against-sparsity", f"{suite} against sparsity", caption
+    return figure, f"{suite}-against-{axis}", f"{suite} against {axis}", caption
 
 
-def _draw_families(axes: Axes, results: Results, suite: str, scale: float, dense: Estimate) -> None:
-    """Sparsities as a line with a band, which begin at dense; patterns as single points with bars, named."""
+def _place(axis: Axis, result: SettingResult) -> float | None:
+    """Where a setting stands on the axis, as measured."""
+    if axis == "bits":
+        return result.bits_per_weight
+    return None if result.sparsity is None else 100 * result.sparsity
+
+
+def _draw_families(axes: Axes, axis: Axis, results: Results, suite: str, scale: float, dense: Estimate) -> None:
+    """Lines with bands, of sparsities from dense on; patterns as single points with bars, named."""
     patterns = [family for family in results.families if family.endswith(" N:M")]
-    for family in results.families:
+    for family in results.families_on(axis):
         style = _method_style(results, family)
         points = [
-            (100 * result.sparsity, found, result.level)
+            (place, found, result.level)
             for result in results.compressed
             if result.family == family
-            and result.sparsity is not None
+            and (place := _place(axis, result)) is not None
             and (found := results.estimate(result.name, suite))
         ]
         points.sort(key=lambda point: point[0])
@@ -151,9 +170,10 @@ def _draw_families(axes: Axes, results: Results, suite: str, scale: float, dense
             continue
         is_pattern = isinstance(points[0][2], Pattern)
         beside = _PATTERN_STEP * (patterns.index(family) - (len(patterns) - 1) / 2) if is_pattern else 0.0
-        curve = (
-            [(x, found) for x, found, _ in points] if is_pattern else [(0.0, dense)] + [(x, f) for x, f, _ in points]
-        )
+        curve = [(place, found) for place, found, _ in points]
+        if axis == "sparsity" and not is_pattern:
+            curve.insert(0, (0.0, dense))
+        first = len(curve) - len(points)  # dense is a line of its own, and takes no marker
         x = np.array([place + beside for place, _ in curve])
         y = np.array([found.score for _, found in curve]) * scale
         low = np.array([found.interval.low for _, found in curve]) * scale
@@ -169,7 +189,9 @@ def _draw_families(axes: Axes, results: Results, suite: str, scale: float, dense
                     ha="right" if beside < 0 else "left", fontsize=8,
                 )  # fmt: skip
         else:
-            axes.plot(x, y, label=family, linewidth=1.8, markersize=5.5, markevery=range(1, len(x)), zorder=3, **style)
+            axes.plot(
+                x, y, label=family, linewidth=1.8, markersize=5.5, markevery=range(first, len(x)), zorder=3, **style
+            )
             axes.fill_between(x, low, high, color=style["color"], alpha=0.16, linewidth=0)
 
 
@@ -182,7 +204,7 @@ def _label_line(axes: Axes, y: float, text: str, side: str = "center") -> None:
 
 
 def _size_against_retained(results: Results) -> tuple[Figure, str, str, str]:
-    """What is on disk, and beside it what the non-zero weights alone would take."""
+    """What is on disk, and beside it what the weights would take packed."""
     figure, axes = plt.subplots()
     axes.axhline(100 * (1 - TOLERANCE), color="0.25", linewidth=1.0, linestyle=(0, (4, 3)))
     _label_line(axes, 100 * (1 - TOLERANCE), "95 % of dense")
@@ -199,7 +221,7 @@ def _size_against_retained(results: Results) -> tuple[Figure, str, str, str]:
         style = _method_style(results, result.family)
         method = result.family.removesuffix(" N:M")
         y = 100 * mean[0]
-        disk, packed = result.record["bytes"] / 1e6, _nonzero_bytes(result.record) / 1e6
+        disk, packed = result.record["bytes"] / 1e6, _packed_bytes(result.record) / 1e6
         bars = [[max(0.0, y - 100 * mean[1].low)], [max(0.0, 100 * mean[1].high - y)]]
         axes.plot([packed, disk], [y, y], color=style["color"], linewidth=0.7, alpha=0.5)
         axes.errorbar(
@@ -230,15 +252,19 @@ def _size_against_retained(results: Results) -> tuple[Figure, str, str, str]:
     axes.set_title("Size against what was retained", loc="left", fontsize=11)
     axes.legend(loc="best", fontsize=9)
     caption = (
-        "Filled: bytes on disk, where a zero takes the room of any other weight. Open: what the non-zero weights and a "
-        "bit mask alone would take, a format that nothing here stores or runs. "
+        "Filled: bytes on disk, where a zero or a quantised weight takes the room of any other. Open: packed, as codes "
+        "with their scales (kick export) or, of pruned layers, as non-zero weights and a bit mask (a format that "
+        "nothing here stores or runs). "
         f"Mean over {', '.join(results.task_suites)}; bars: 95 % intervals."
     )
     return figure, "size-against-retained", "Size against mean retained score", caption
 
 
-def _nonzero_bytes(record: dict[str, Any]) -> float:
-    """Bytes without the zeros of the pruned layers, with one bit of mask for each of their weights."""
-    zeros = sum(layer["zeros"] for layer in record["layers"].values())
-    weights = sum(layer["weights"] for layer in record["layers"].values())
-    return record["bytes"] - zeros * record["bits_per_weight"] / 8 + weights / 8
+def _packed_bytes(record: dict[str, Any]) -> float:
+    """Bytes with each linear as codes and scales, or as its non-zero weights and a bit mask, whichever is smaller."""
+    stored = 8 * getattr(torch, record["dtype"]).itemsize
+    bits = 0.0
+    for layer in record["layers"].values():
+        weights, each = layer["weights"], layer["bits_per_weight"]
+        bits += min(weights * each, (weights - layer["zeros"]) * each + weights) - weights * stored
+    return record["bytes"] + bits / 8

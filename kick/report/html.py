@@ -9,7 +9,7 @@ from jinja2 import Environment
 from markupsafe import Markup
 
 from kick import statistics
-from kick.levels import Sparsity
+from kick.levels import Bits, Sparsity
 from kick.report import tables
 from kick.report.figures import Drawn
 from kick.report.results import Results
@@ -23,7 +23,7 @@ _LONG = 1500
 def page(results: Results, drawn: list[Drawn]) -> str:
     here = files("kick.report")
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"number": tables.number, "percent": tables.percent}
+    environment.filters |= {"number": tables.number, "percent": tables.percent, "bits": tables.bits}
     template = environment.from_string(here.joinpath("report.html.j2").read_text(encoding="utf-8"))
     return template.render(
         style=Markup(here.joinpath("report.css").read_text(encoding="utf-8")),
@@ -56,10 +56,10 @@ def _inline(figure: Drawn) -> str:
 
 
 def _frontier(results: Results) -> list[dict[str, Any]]:
-    """For each method with sparsities: per suite the largest sparsity up to which every tested one matches."""
+    """For each method with sparsities or bits: per suite how far every tested level matches."""
     rows = []
     for family in results.families:
-        if not any(r.family == family and isinstance(r.level, Sparsity) for r in results.compressed):
+        if not any(r.family == family and isinstance(r.level, Sparsity | Bits) for r in results.compressed):
             continue
         cells = []
         for suite in results.suites:
@@ -73,11 +73,15 @@ def _frontier(results: Results) -> list[dict[str, Any]]:
 
 
 def _frontier_cell(verdicts: list[tuple[float, statistics.Verdict]]) -> str:
-    """How far it matches, and what is known of the next level: "20 % (30 %: undecided)"."""
+    """How far it matches, and what is known of the next level: "20 % (30 %: undecided)", "4 bits (3 bits: ...)"."""
+
+    def name(level: float) -> str:
+        return f"{-level:g} bits" if level < 0 else tables.percent(level)
+
     reached = statistics.frontier(verdicts)
     beyond = [(level, verdict) for level, verdict in verdicts if reached is None or level > reached]
-    text = "none" if reached is None else tables.percent(reached)
-    return f"{text} ({tables.percent(beyond[0][0])}: {beyond[0][1]})" if beyond else text
+    text = "none" if reached is None else name(reached)
+    return f"{text} ({name(beyond[0][0])}: {beyond[0][1]})" if beyond else text
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -14,13 +14,14 @@ from kick.compare import Comparison, Estimate
 from kick.config import SuiteSpec
 from kick.errors import RunError
 from kick.files import read_json
-from kick.levels import Pattern, Sparsity
+from kick.levels import Bits, Pattern, Sparsity
 from kick.settings import DENSE, Setting
 from kick.statistics import Interval
 from kick.suite import OVERALL, Sample, Score, Suite
 from kick.sweep.plan import make_suite
 from kick.sweep.store import FORMAT, RUN, EvaluationStore, Store
 
+Axis = Literal["sparsity", "bits"]
 Key = tuple[str, str]
 """(metric, group)"""
 
@@ -44,6 +45,15 @@ class SettingResult:
     def level(self) -> Any:
         """The level of the first stage, which is what a chain is drawn by."""
         return checkpoints.level_of(self.setting.level)
+
+    @property
+    def bits_per_weight(self) -> float | None:
+        return self.record["bits_per_weight"] if self.record else None
+
+    @property
+    def axis(self) -> Axis:
+        """What its level turns, and so which figure it belongs to."""
+        return "bits" if isinstance(self.level, Bits) else "sparsity"
 
     @property
     def family(self) -> str:
@@ -99,6 +109,10 @@ class Results:
     def families(self) -> list[str]:
         return list(dict.fromkeys(result.family for result in self.compressed))
 
+    def families_on(self, axis: Axis) -> list[str]:
+        """Those that are drawn against sparsity, or against bits."""
+        return list(dict.fromkeys(result.family for result in self.compressed if result.axis == axis))
+
     @cached_property
     def task_suites(self) -> list[str]:
         """Suites that enter means: those that ask for an answer (more is better) and on which dense shows a signal."""
@@ -139,14 +153,14 @@ class Results:
         return float(np.mean(shares)), statistics.percentile_interval(np.mean(draws, axis=0), min(sizes))
 
     def verdicts(self, family: str, suite: str) -> list[tuple[float, statistics.Verdict]]:
-        """(sparsity, verdict) for each sparsity of a method, the smallest first: what its frontier is read from."""
+        """(sparsity, verdict) for each sparsity of a method, or (-bits, verdict), the least compressed first."""
         levels: list[tuple[float, statistics.Verdict]] = []
         for result in self.compressed:
-            if result.family == family and isinstance(result.level, Sparsity):
+            level = result.level
+            if result.family == family and isinstance(level, Sparsity | Bits):
                 found = self.comparison(result.name, suite)
-                levels.append(
-                    (result.level.fraction, found.verdict if found else "undecided")
-                )  # failed: nothing is known
+                amount = level.fraction if isinstance(level, Sparsity) else -float(level.width)
+                levels.append((amount, found.verdict if found else "undecided"))  # failed: nothing is known
         return sorted(levels)
 
 

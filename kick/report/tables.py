@@ -76,6 +76,7 @@ def _leader(results: Results, result: SettingResult) -> dict[str, Any]:
     row: dict[str, Any] = {
         "setting": result.name,
         "sparsity": record.get("sparsity"),
+        "bits_per_weight": record.get("bits_per_weight"),
         "megabytes": record["bytes"] / 1e6 if record else None,
     }
     mean = (1.0, None) if result.setting.is_dense else results.mean_retained(result.name)
@@ -103,11 +104,12 @@ def leaderboard_csv(results: Results) -> str:
 
 def leaderboard_markdown(results: Results) -> str:
     """The leaderboard for reading: scores with half-widths of their intervals, verdicts in words."""
-    header = ["setting", "sparsity", "MB", "mean retained"]
+    header = ["setting", "sparsity", "bits", "MB", "mean retained"]
     header += [f"{name} ({suite.metric})" for name, suite in results.suites.items()]
     lines = [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
     for row in leaderboard(results):
-        cells = [row["setting"], percent(row["sparsity"]), number(row["megabytes"], 0), mean_cell(row)]
+        cells = [row["setting"], percent(row["sparsity"]), bits(row["bits_per_weight"])]
+        cells += [number(row["megabytes"], 0), mean_cell(row)]
         cells += [score_cell(row, name) for name in results.suites]
         lines.append(f"| {' | '.join(cells)} |")
     notes = [
@@ -117,9 +119,15 @@ def leaderboard_markdown(results: Results) -> str:
         "Mean retained: share of the dense score left, over "
         + (", ".join(results.task_suites) or "no suite with a signal")
         + ".",
-        "Pruned weights are stored as zeros: the files are not smaller and the model is not faster.",
+        "Bits: of a weight in the blocks, packed with scales and zero points where it is quantised.",
+        "Pruned and quantised weights are stored dense: the files are not smaller and the model is not faster.",
     ]
     return "\n".join(lines) + "\n\n" + "\n".join(f"{note}  " for note in notes) + "\n"
+
+
+def bits(value: float | None) -> str:
+    """Bits a weight: 4.31, 32."""
+    return "–" if value is None else f"{value:.3g}"
 
 
 def mean_cell(row: dict[str, Any]) -> str:

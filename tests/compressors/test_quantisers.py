@@ -146,7 +146,8 @@ def folds(model):
     decoder = find_decoder(model)
     walk = BlockWalk(model, decoder, calibration(2).tokens, torch.float32)
     block = decoder.blocks[0]
-    return [find_fold(block, group, lambda: walk.added(block)) for group in block.groups]
+    with walk.working(block, torch.float32):
+        return [find_fold(block, group, lambda: walk.added(block)) for group in block.groups]
 
 
 def test_scales_fold_into_norms_and_linears():
@@ -158,6 +159,39 @@ def test_scales_fold_into_norms_and_linears():
         ("mlp.up_proj", "linear"),
     ]
     assert folds(make_tiny_llama())[1] is None  # grouped-query: a value channel reaches several columns
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_scales_fold_in_every_precision(dtype):
+    found = folds(make_tiny_llama().to(dtype))
+    assert [fold and fold.name for fold in found] == [
+        "input_layernorm", None, "post_attention_layernorm", "mlp.up_proj",
+    ]  # fmt: skip
+
+
+def test_a_huge_activation_does_not_hide_a_wrong_fold():
+    model = make_tiny_llama()
+
+    def shout(module, args, output):
+        output[:, 0] += 3e3
+
+    model.model.layers[0].mlp.register_forward_hook(shout)
+    assert folds(model)[3].name == "mlp.up_proj"
+
+
+def test_awq_says_where_nothing_could_take_its_scales():
+    compressor = AWQ(AWQ.Params(group_size=16))
+    compressor.compress(make_tiny_llama(), Bits(width=4), calibration())
+    assert compressor.warnings == [
+        "nothing before 2 groups of linears can take their scales, so they were rounded without: "
+        "model.layers.0.self_attn.o_proj; model.layers.1.self_attn.o_proj."
+    ]
+
+
+def test_a_pattern_that_groups_tear_apart_is_refused_before_anything_is_loaded():
+    level = Joint(prune=Pattern(keep=2, of=3), bits=Bits(width=4))
+    with pytest.raises(LevelError, match="groups of 128 columns hold no whole number of 3"):
+        SparseGPT().check_level(level)
 
 
 def test_finding_a_fold_changes_nothing():

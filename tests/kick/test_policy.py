@@ -13,7 +13,7 @@ from test_config import MINIMAL, write
 
 from kick.blocks import find_decoder
 from kick.calibration import Calibration
-from kick.checkpoint import verify
+from kick.checkpoint import GRIDS, verify
 from kick.compress import Recipe, compress, prepare
 from kick.compressor import outlier_shares
 from kick.config import load
@@ -190,8 +190,8 @@ def test_a_mask_that_quantisation_destroys_is_reported(tiny_model, tmp_path):
 def test_a_changed_grid_is_noticed(tiny_model, tmp_path):
     made = make(tiny_model, tmp_path / "out", "rtn", "4", group_size=16)
     assert verify(made) == []
-    (made.path / "grids.safetensors").unlink()
-    assert verify(made) == ["grids.safetensors is missing"]
+    (made.path / GRIDS).unlink()
+    assert verify(made) == [f"{GRIDS} is missing"]
     assert json.loads((made.path / "kick.json").read_text())["bits_per_weight"] == 5.25
 
 
@@ -210,3 +210,25 @@ def test_layer_rules_for_something_that_knows_no_layers_are_refused(monkeypatch)
     setting = parse_setting("whole@0.5").model_copy(update={"layers": (LayerRule(first=1, skip=True),)})
     with pytest.raises(ConfigError, match="it takes no layer rules"):
         prepare(setting)
+
+
+def test_a_grid_survives_pruning_by_zeros_and_not_by_updates(tiny_model, tmp_path):
+    def quantised(out, text):
+        setting = parse_setting(text).model_copy(update={"params": {"group_size": 16}})
+        source = find_source(str(tiny_model))
+        return compress(Recipe(source, fingerprint(source.path), setting, SMALL, "float32", "cpu"), out).record
+
+    zeroed = quantised(tmp_path / "zeroed", "gptq@4 > wanda@0.5")
+    assert (zeroed["grid_violations"], zeroed["bits_per_weight"], zeroed["sparsity"] >= 0.5) == (0, 5.25, True)
+    updated = quantised(tmp_path / "updated", "gptq@4 > sparsegpt@0.5")
+    assert updated["grid_violations"] > 0
+    assert updated["bits_per_weight"] > 16  # it cannot be packed any more
+    assert any("no longer on the grid" in warning for warning in updated["warnings"])
+
+
+@pytest.mark.parametrize("text", ["sparsegpt@0.5+2bit", "sparsegpt@0.5+4bit"])
+def test_weights_that_round_to_zero_are_no_fault(tiny_model, tmp_path, text):
+    setting = parse_setting(text).model_copy(update={"params": {"group_size": 16}})
+    source = find_source(str(tiny_model))
+    made = compress(Recipe(source, fingerprint(source.path), setting, SMALL, "float32", "cpu"), tmp_path / "out")
+    assert made.record["sparsity"] >= 0.5

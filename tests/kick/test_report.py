@@ -46,8 +46,9 @@ def write_run(root, settings, suites, failing=()):
             "zeros": round(100 * sparsity),
             "sparsity": sparsity,
             "weight_error": 0.1,
+            "bits_per_weight": 32,
         }
-        record = {"setting": row, "sparsity": sparsity, "bits_per_weight": 32, "bytes": 4_000_000,
+        record = {"setting": row, "sparsity": sparsity, "bits_per_weight": 32, "bytes": 4_000_000, "dtype": "float32",
                   "parameters": 1_000_000, "layers": {"a": layer},
                   "warnings": ["a dead column"] if sparsity == 0.2 else []}  # fmt: skip
         (folder / "kick.json").write_text(json.dumps(record))
@@ -132,8 +133,8 @@ def test_the_leaderboard_is_ordered_by_what_was_retained(run):
     assert order[0] == "dense"
     assert set(order[1:3]) == {"magnitude@0.2", "wanda@0.1"}
     text = (run / "leaderboard.md").read_text(encoding="utf-8")
-    assert "| magnitude@0.5 | 50 % | 4 | 33 % [" in text
-    assert "stored as zeros" in text
+    assert "| magnitude@0.5 | 50 % | 32 | 4 | 33 % [" in text
+    assert "are stored dense" in text
 
 
 def test_perplexity_enters_no_mean(run):

@@ -102,3 +102,21 @@ def test_what_cannot_be_streamed_says_so(tiny_model, tmp_path, tokenizer):
     save_file(renamed, other / "model.safetensors", {"format": "pt"})
     with pytest.raises(ModelError, match=r"hold no tensor 'model\.layers\.0\.mlp"):
         open_streamed(other, "float32", tmp_path)
+
+
+def test_links_into_a_cache_are_followed(tiny_model, tmp_path):
+    """As the hub's cache lays models out: links in a snapshot, files elsewhere."""
+    streamed = made(tiny_model, tmp_path / "sharded", "dense", True).path
+    snapshot = tmp_path / "cache" / "snapshot"
+    snapshot.mkdir(parents=True)
+    for file in streamed.iterdir():
+        (snapshot / file.name).symlink_to(file)
+    open_streamed(snapshot, "float32", tmp_path)
+
+
+def test_an_index_that_points_elsewhere_is_refused(tiny_model, tmp_path):
+    streamed = made(tiny_model, tmp_path / "sharded", "dense", True).path
+    index = streamed / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace("model-00001", "../model-00001"))
+    with pytest.raises(ModelError, match="outside its directory"):
+        open_streamed(streamed, "float32", tmp_path)
