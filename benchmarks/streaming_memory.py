@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from kick.streaming import _INDEX
+from kick.streaming import INDEX
 
 
 def write_model(path: Path, layers: int) -> int:
@@ -52,7 +52,7 @@ def write_model(path: Path, layers: int) -> int:
             save_file(files.pop(weight_map[name]), path / weight_map[name], {"format": "pt"})
     for file, tensors in files.items():
         save_file(tensors, path / file, {"format": "pt"})
-    (path / _INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (path / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     words = Tokenizer(models.WordLevel({f"w{index}": index for index in range(32000)}, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", eos_token="w1").save_pretrained(path)

@@ -12,18 +12,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from kick.blocks import Block, Group
-from kick.compressor import Compressor, Knob, LayerwiseCompressor
 from kick.folding import Fold, find_fold
-from kick.levels import Bits, Level
+from kick.levels import Bits
 from kick.quantization import Quantized
 from kick.walk import BlockWalk
 
-from .rtn import round_to_nearest
-from .second_order import GroupSize, check_bits
+from .rounding import Quantizer
 from .statistics import Hessian
 
 _ALPHAS = 20
@@ -58,18 +55,9 @@ class _Scaled:
     quantized: list[Quantized]
 
 
-class AWQ(LayerwiseCompressor):
+class AWQ(Quantizer):
     name = "awq"
-    knob = Knob.BITS
     statistic = Activations
-
-    class Params(Compressor.Params):
-        group_size: GroupSize = Field(default=128, description="columns that share a scale and a zero point; -1: all")
-        symmetric: bool = Field(default=False, description="zero is the middle code")
-
-    def check_level(self, level: Level) -> None:
-        assert isinstance(level, Bits)
-        check_bits(level)
 
     def compress(self, *args: Any, **kwargs: Any) -> nn.Module:
         self._unscaled: list[str] = []
@@ -93,9 +81,9 @@ class AWQ(LayerwiseCompressor):
         fold = self._folds[self.group]
         if fold is None or len(weights) != len(self.group.linears):
             self._unscaled.append(self._at)
-            return [self._round(weight, level) for weight in whole]
+            return [self.round(weight, level) for weight in whole]
         scale = self._search(torch.cat(whole), statistic, level)
-        quantized = [self._round(weight * scale, level) for weight in whole]
+        quantized = [self.round(weight * scale, level) for weight in whole]
         self._scaled.append(_Scaled(self.group, fold, scale, quantized))
         return [part.weight / scale for part in quantized]
 
@@ -121,11 +109,8 @@ class AWQ(LayerwiseCompressor):
         for step in range(_ALPHAS):
             scale = magnitude ** (step / _ALPHAS)
             scale = scale / (scale.max() * scale.min()).sqrt()
-            change = self._round(weight * scale, level).weight / scale - weight
+            change = self.round(weight * scale, level).weight / scale - weight
             error = float(((change @ matrix) * change).sum())
             if error < smallest:
                 best, smallest = scale, error
         return best
-
-    def _round(self, weight: Tensor, level: Bits) -> Quantized:
-        return round_to_nearest(weight, level.width, self.params.group_size, self.params.symmetric)

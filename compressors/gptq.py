@@ -13,33 +13,25 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor
 
-from kick.compressor import Knob
-from kick.levels import Bits, Level
+from kick.levels import Bits
 from kick.quantization import Quantized
 
 from .obs import Rounding, inverse_factor, solve
-from .rtn import round_to_nearest
-from .second_order import GroupSize, SecondOrderCompressor, check_bits, stack, unstack
+from .rounding import Quantizer
+from .second_order import SecondOrderCompressor, stack, unstack
 from .statistics import Hessian
 
 
-class GPTQ(SecondOrderCompressor):
+class GPTQ(SecondOrderCompressor, Quantizer):
     name = "gptq"
-    knob = Knob.BITS
 
-    class Params(SecondOrderCompressor.Params):
-        group_size: GroupSize = Field(default=128, description="columns that share a scale and a zero point; -1: all")
-        symmetric: bool = Field(default=False, description="zero is the middle code")
+    class Params(SecondOrderCompressor.Params, Quantizer.Params):
         act_order: Literal["none", "static", "group"] = Field(
             default="none",
             description="static, group: columns with the largest inputs are rounded first; static: their grids are "
             "those of neighbours, fitted beforehand; group: groups are made in the order of rounding",
         )
         keep_zeros: bool = Field(default=True, description="weights that are zero stay zero")
-
-    def check_level(self, level: Level) -> None:
-        assert isinstance(level, Bits)
-        check_bits(level)
 
     def solve_group(self, weights: list[Tensor], statistic: Hessian, level: Bits) -> list[Tensor | Quantized]:
         """Matrices [out, in] that share an input, in one solver call: their rows never meet."""
@@ -52,7 +44,7 @@ class GPTQ(SecondOrderCompressor):
         matrix = statistic.matrix
         order = matrix.diagonal().argsort(descending=True, stable=True)
         if self.params.act_order == "static":
-            grid = round_to_nearest(weight, level.width, self.params.group_size, self.params.symmetric).grid
+            grid = self.round(weight, level).grid
             rounding = replace(rounding, fixed=replace(grid, group_of=grid.group_of[order]))
         reordered = inverse_factor(matrix[order][:, order], self.params.damping)
         self.check_damping(reordered)

@@ -2,30 +2,16 @@
 
 import math
 from dataclasses import replace
-from typing import Annotated
 
 import torch
-from pydantic import AfterValidator, Field
+from pydantic import Field
 from torch import Tensor
 
 from kick.compressor import Compressor, LayerwiseCompressor
-from kick.errors import LevelError
-from kick.levels import Bits
 from kick.quantization import Grid, Quantized, group_columns
 
 from .obs import Factor, Rounding, Solution
 from .statistics import Hessian
-
-PACKABLE_BITS = (2, 3, 4, 8)
-
-
-def _group_size(value: int) -> int:
-    if value != -1 and value < 1:
-        raise ValueError("a group size is a number of columns, or -1 for whole rows")
-    return value
-
-
-GroupSize = Annotated[int, AfterValidator(_group_size)]
 
 
 class SecondOrderCompressor(LayerwiseCompressor):
@@ -52,12 +38,6 @@ class SecondOrderCompressor(LayerwiseCompressor):
             self.warn(
                 f"its Hessian had no Cholesky factor; the damping was raised {steps} times, to {factor.damping:g}."
             )
-
-
-def check_bits(bits: Bits) -> None:
-    """Raise LevelError for a width that no packed format stores."""
-    if bits.width not in PACKABLE_BITS:
-        raise LevelError(f"{bits.width} bits cannot be packed.", f"Expected {', '.join(map(str, PACKABLE_BITS))}.")
 
 
 def stack(weights: list[Tensor], dead: Tensor) -> Tensor:

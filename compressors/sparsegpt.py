@@ -17,7 +17,8 @@ from kick.quantization import Quantized
 
 from .masks import keep_count, keep_largest
 from .obs import Rounding, solve
-from .second_order import GroupSize, SecondOrderCompressor, check_bits, stack, unstack
+from .rounding import GroupSize, check_bits
+from .second_order import SecondOrderCompressor, stack, unstack
 from .statistics import Hessian
 
 

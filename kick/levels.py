@@ -2,8 +2,9 @@
 
 import re
 from enum import Flag, auto
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict
 
 from kick.errors import LevelError
 
@@ -74,6 +75,9 @@ class Joint(Spec):
 
 Level = Sparsity | Pattern | Bits | Shape | Joint
 ANY_KNOB = Knob.SPARSITY | Knob.PATTERN | Knob.BITS | Knob.SHAPE | Knob.JOINT
+
+LevelText = Annotated[str, BeforeValidator(lambda level: repr(level) if isinstance(level, int | float) else level)]
+"""A level as it is written; in YAML it may be a plain number."""
 
 _EXAMPLES = {
     Knob.SPARSITY: "a sparsity between 0 and 1, for example 0.5",

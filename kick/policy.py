@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field, model_validator
 
 from kick.errors import LevelError
-from kick.levels import Level, Sparsity, Spec
+from kick.levels import Level, LevelText, Sparsity, Spec
 
 if TYPE_CHECKING:
     from kick.blocks import Block, Decoder, Linear
@@ -32,15 +32,8 @@ class LayerRule(Spec):
     first: int | None = Field(default=None, ge=1)
     last: int | None = Field(default=None, ge=1)
     match: str | None = None
-    level: str | None = None
+    level: LevelText | None = None
     skip: bool = False
-
-    @model_validator(mode="before")
-    @classmethod
-    def _level_as_text(cls, given: object) -> object:
-        if isinstance(given, dict) and isinstance(given.get("level"), int | float):
-            return {**given, "level": repr(given["level"])}
-        return given
 
     @model_validator(mode="after")
     def _complete(self) -> "LayerRule":

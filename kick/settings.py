@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from kick.errors import LevelError
+from kick.levels import LevelText
 from kick.policy import Policy
 
 DENSE = "dense"
@@ -21,7 +22,7 @@ class Stage(Policy):
     """One compressor at one level, with its parameters and its layer policy."""
 
     compressor: str
-    level: str = ""
+    level: LevelText = ""
     params: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="before")
@@ -30,8 +31,6 @@ class Stage(Policy):
         if isinstance(given, str):
             compressor, level = split_stage(given)
             return {"compressor": compressor, "level": level}
-        if isinstance(given, dict) and isinstance(given.get("level"), int | float):
-            return {**given, "level": repr(given["level"])}
         return given
 
     def __str__(self) -> str:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from kick.blocks import largest_block_list
 from kick.errors import ModelError
 
-_INDEX = "model.safetensors.index.json"
+INDEX = "model.safetensors.index.json"
 
 
 class _Storage:
@@ -158,7 +158,7 @@ def save_streamed(model: Any, out: Path) -> None:
         weight_map |= dict.fromkeys(tensors, shard)
         total += sum(tensor.numel() * tensor.itemsize for tensor in tensors.values())
     index_json = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (out / _INDEX).write_text(json.dumps(index_json, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (out / INDEX).write_text(json.dumps(index_json, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _trim() -> None:
@@ -181,11 +181,11 @@ def _put(module: nn.Module, name: str, tensor: Tensor) -> None:
 
 def _tensor_files(path: Path) -> dict[str, Path]:
     """The file of each tensor."""
-    if (path / _INDEX).is_file():
-        weight_map = json.loads((path / _INDEX).read_text(encoding="utf-8"))["weight_map"]
+    if (path / INDEX).is_file():
+        weight_map = json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"]
         for name, file in weight_map.items():
             if Path(file).name != file:
-                raise ModelError(f"{path / _INDEX} looks for '{name}' outside its directory.", "Do not trust it.")
+                raise ModelError(f"{path / INDEX} looks for '{name}' outside its directory.", "Do not trust it.")
         return {name: path / file for name, file in weight_map.items()}
     files: dict[str, Path] = {}
     for file in sorted(path.glob("model*.safetensors")):

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kick_compressors.masks import keep_count, keep_largest
 from kick_compressors.obs import Rounding, inverse_factor, solve
-from kick_compressors.rtn import round_to_nearest
+from kick_compressors.rounding import round_to_nearest
 from kick_compressors.sparsegpt import _Largest
 
 from kick.errors import KickError

@@ -5,7 +5,8 @@ import torch
 from conftest import make_tiny_llama
 from kick_compressors.awq import AWQ
 from kick_compressors.gptq import GPTQ
-from kick_compressors.rtn import RTN, round_to_nearest
+from kick_compressors.rounding import round_to_nearest
+from kick_compressors.rtn import RTN
 from kick_compressors.sparsegpt import SparseGPT
 from test_pruners import calibration, groups_of, stored_inputs
 

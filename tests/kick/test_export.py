@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from conftest import make_tiny_llama
-from kick_compressors.rtn import round_to_nearest
+from kick_compressors.rounding import round_to_nearest
 from safetensors.torch import load_file
 from test_checkpoint import make
 
