@@ -1,5 +1,6 @@
 """From a model source and a setting to a checkpoint on disk: one stage, the same for every compressor."""
 
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -113,11 +114,10 @@ def compress(
             calibration = None
         elif calibration is None:
             calibration = draw(recipe.calibration, tokenizer, recipe.dtype, recipe.device)
-        done = Outcome()
+        done = Outcome(checkpoints.measure(model))
         for step in steps:
             model = done.carry_out(step, model, calibration, progress)
-        measured = checkpoints.measure(model, find_decoder(model), done.patterns, done.grids)
-        done.compare(steps, measured)
+        done.compare(steps)
         meter.stop()
         record = {
             "kick_version": __version__,
@@ -134,7 +134,7 @@ def compress(
             "versions": versions(),
             "layers": done.layers,
         }
-        return checkpoints.save(out, model, tokenizer, record, measured, done.grids)
+        return checkpoints.save(out, model, tokenizer, record, done.measured, done.grids)
 
 
 def _check_streamable(steps: list[Step], device: str) -> None:
@@ -147,8 +147,12 @@ def _check_streamable(steps: list[Step], device: str) -> None:
 
 @dataclass
 class Outcome:
-    """What the stages of a setting did to a model, as it adds up from stage to stage."""
+    """What the stages of a setting did to a model, as it adds up from stage to stage.
 
+    `measured` is what the last stage left, under the patterns and grids of all.
+    """
+
+    measured: checkpoints.Measured
     warnings: list[str] = field(default_factory=list)
     stages: list[dict[str, Any]] = field(default_factory=list)
     layers: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -158,7 +162,6 @@ class Outcome:
     def carry_out(self, step: Step, model: nn.Module, calibration: Calibration | None, progress: Progress) -> nn.Module:
         """Run one stage on `model`, and refuse a result that is not what the stage is called."""
         compressor = step.compressor
-        before = checkpoints.measure(model)
         try:
             model = compressor.compress(model, step.level, calibration, progress=progress)
         except KickError:
@@ -168,25 +171,23 @@ class Outcome:
         decoder = find_decoder(model)
         levels = _levels(compressor, step.level, decoder)
         patterns = {name: pattern for name, level in levels.items() if isinstance(pattern := _pruned(level), Pattern)}
-        after = checkpoints.measure(model, decoder, patterns, compressor.grids)
-        check_reached(step, levels, before, after, compressor.layers)
+        self.patterns |= patterns
+        self.grids |= compressor.grids  # a later pruner leaves a grid or breaks it: the last measurement tells
+        before, self.measured = self.measured, checkpoints.measure(model, decoder, self.patterns, self.grids)
+        own = {
+            "pattern_violations": _count(self.measured, patterns, "pattern_violations"),
+            "grid_violations": _count(self.measured, compressor.grids, "grid_violations"),
+        }
+        check_reached(step, levels, before, self.measured, own, compressor.layers)
         self.warnings += compressor.warnings
         for name, facts in compressor.layers.items():
             self.layers[name] = {**self.layers.get(name, {}), **facts}
-        self.patterns |= patterns
-        self.grids |= compressor.grids  # a later pruner leaves a grid or breaks it: the last measurement tells
-        self.stages.append(
-            {
-                **step.stage.model_dump(mode="json"),
-                "sparsity": after.sparsity,
-                "pattern_violations": after.violations,
-                "grid_violations": after.grid_violations,
-            }
-        )
+        self.stages.append({**step.stage.model_dump(mode="json"), "sparsity": self.measured.sparsity, **own})
         return model
 
-    def compare(self, steps: list[Step], measured: checkpoints.Measured) -> None:
+    def compare(self, steps: list[Step]) -> None:
         """Warn of what a later stage undid, and of weights that no stage could reach."""
+        measured = self.measured
         for step, record in zip(steps, self.stages, strict=True):
             if measured.sparsity < record["sparsity"]:
                 self.warnings.append(
@@ -205,6 +206,10 @@ class Outcome:
             )
 
 
+def _count(measured: checkpoints.Measured, names: Iterable[str], key: str) -> int:
+    return sum(measured.layers.get(name, {}).get(key, 0) for name in names)
+
+
 def _levels(compressor: Compressor, level: Level | None, decoder: Decoder) -> dict[str, Level]:
     """The level that each linear was asked to reach; of a compressor that is free in this, nothing but patterns."""
     if isinstance(compressor, LayerwiseCompressor):
@@ -221,12 +226,14 @@ def check_reached(
     levels: dict[str, Level],
     before: checkpoints.Measured,
     after: checkpoints.Measured,
+    own: dict[str, int],
     layers: dict[str, dict[str, Any]],
 ) -> None:
     """Refuse to write a checkpoint that is not what it is called.
 
     Sparsity may differ by the rounding of one row, of each linear whose level is known, else of all together. On top
-    may come zeros that were there before, columns of dead inputs and, at joint levels, weights rounded to zero.
+    may come zeros that were there before, columns of dead inputs and, at joint levels, weights rounded to zero. `own`:
+    violations of the patterns and grids that this stage itself set; `layers`: what the compressor told of each linear.
     """
     stage = step.stage
     if after.broken:
@@ -234,10 +241,10 @@ def check_reached(
             f"{stage}: {after.broken[0]} holds values that are not finite.",
             "The compressor is at fault, or the source.",
         )
-    if after.violations:
-        raise KickError(f"{stage}: {after.violations} groups keep more weights than they may.", _AT_FAULT)
-    if after.grid_violations:
-        raise KickError(f"{stage}: {after.grid_violations} weights are not on their grid.", _AT_FAULT)
+    if broken := own["pattern_violations"]:
+        raise KickError(f"{stage}: {broken} groups keep more weights than they may.", _AT_FAULT)
+    if broken := own["grid_violations"]:
+        raise KickError(f"{stage}: {broken} weights are not on their grid.", _AT_FAULT)
     reached = [
         (
             name,
