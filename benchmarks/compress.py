@@ -85,7 +85,8 @@ def product_speed(dtype: torch.dtype, size: int = 1536, seconds: float = 2.0) ->
 
 def jobs_of(setting: str, options: argparse.Namespace, work: Path, default: str) -> list[dict]:
     common = {"setting": setting, "model": str(work / "dense"), "tokens": str(work / "calibration.safetensors")}
-    jobs = [{**common, "by": "kick", "precision": precision} for precision in dict.fromkeys((default, "float32"))]
+    precisions = (default,) if options.default_precision_only else (default, "float32")
+    jobs = [{**common, "by": "kick", "precision": precision} for precision in dict.fromkeys(precisions)]
     if options.peer:
         name, _, level = setting.partition("@")
         peer = {"method": name, "level": level, "dtype": "float32", "act_order": None, "batch": BATCH["llm-compressor"]}
@@ -115,6 +116,8 @@ def main() -> None:
     parser.add_argument("--only", action="append", help="a setting; may be repeated")
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("--seed", type=int, default=0, help="of the calibration rows; use another --out for each")
+    parser.add_argument("--default-precision-only", action="store_true", help="leave kick's float32 run out")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark-compress"))
     parser.add_argument("--job", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -147,7 +150,8 @@ def prepare_inputs(options: argparse.Namespace, work: Path) -> object:
         tokenizer.save_pretrained(work / "dense")
     for name, text, samples in (("calibration", options.text, options.samples), ("held-out", options.held_out, 16)):
         if not (work / f"{name}.safetensors").is_file():
-            spec = CalibrationSpec(source=text, samples=samples, sequence_length=options.length)
+            seed = options.seed if name == "calibration" else 0
+            spec = CalibrationSpec(source=text, samples=samples, sequence_length=options.length, seed=seed)
             save_file({"tokens": draw(spec, tokenizer).tokens}, work / f"{name}.safetensors")
     return tokenizer
 

@@ -16,7 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from kick import quantization
+from kick import adapters, quantization, shapes
+from kick.adapters import LowRank
 from kick.blocks import Decoder, find_decoder
 from kick.errors import CheckpointError
 from kick.files import new_directory, read_json, sha256_of, write_json
@@ -31,12 +32,35 @@ FORMAT = 1
 
 
 @dataclass
+class Structure:
+    """What linears are asked or known to be, by name: counted against, and stored beside the weights.
+
+    stored_bits: bits a weight takes in a format that no Grid describes, as the one who wrote it stored it.
+    """
+
+    patterns: dict[str, Pattern] = field(default_factory=dict)
+    grids: dict[str, Grid] = field(default_factory=dict)
+    stored_bits: dict[str, float] = field(default_factory=dict)
+    adapters: dict[str, LowRank] = field(default_factory=dict)
+
+    def count(self, name: str, weight: Tensor) -> dict[str, Any]:
+        """What `count_weight` finds for the linear called `name`."""
+        return count_weight(
+            weight,
+            self.patterns.get(name),
+            self.grids.get(name),
+            self.stored_bits.get(name),
+            self.adapters.get(name),
+        )
+
+
+@dataclass
 class Measured:
     """What was counted on the weights of a model, whatever was asked for.
 
     `layers`: for each linear its shape [out, in], weights, zeros, sparsity and bits_per_weight; under a pattern also
     pattern_violations, groups of M neighbours that keep more than N; if quantised also bits and grid_violations,
-    weights that are not on their grid.
+    weights that are not on their grid; with an adapter also its rank and parameters, which count as bits of the weight.
     """
 
     layers: dict[str, dict[str, Any]]
@@ -66,18 +90,10 @@ class Measured:
         return sum(layer["weights"] * layer["bits_per_weight"] for layer in self.layers.values()) / weights
 
 
-def measure(
-    model: nn.Module,
-    decoder: Decoder | None = None,
-    patterns: dict[str, Pattern] | None = None,
-    grids: dict[str, Grid] | None = None,
-) -> Measured:
-    """Count zeros, coverage and violations over the linears of `model`'s blocks.
-
-    patterns, grids: those that linears are asked to be on, by name.
-    """
+def measure(model: nn.Module, decoder: Decoder | None = None, structure: Structure | None = None) -> Measured:
+    """Count zeros, coverage and violations over the linears of `model`'s blocks."""
     decoder = decoder or find_decoder(model)
-    patterns, grids = patterns or {}, grids or {}
+    structure = structure or Structure()
     layers = {}
     parameters = dict(model.named_parameters())
     inside = {f"{block.name}.{name}" for block in decoder.blocks for name, _ in block.module.named_parameters()}
@@ -85,7 +101,7 @@ def measure(
     for block in decoder.blocks:
         with resident(block.module):
             for linear in block.linears:
-                counted = count_weight(linear.weight, patterns.get(linear.name), grids.get(linear.name))
+                counted = structure.count(linear.name, linear.weight)
                 layers[linear.name] = {**counted, "transposed": linear.transposed}
             broken += [
                 f"{block.name}.{name}"
@@ -98,12 +114,19 @@ def measure(
         layers=layers,
         uncovered=list(decoder.uncovered),
         coverage=covered / (covered + missed) if covered else 0.0,
-        parameters=sum(parameter.numel() for parameter in parameters.values()),
+        parameters=sum(parameter.numel() for parameter in parameters.values())
+        + sum(adapter.parameters for adapter in structure.adapters.values()),
         broken=sorted(broken),
     )
 
 
-def count_weight(weight: Tensor, pattern: Pattern | None, grid: Grid | None) -> dict[str, Any]:
+def count_weight(
+    weight: Tensor,
+    pattern: Pattern | None = None,
+    grid: Grid | None = None,
+    stored_bits: float | None = None,
+    adapter: LowRank | None = None,
+) -> dict[str, Any]:
     """Shape, weights, zeros, sparsity and bits of one weight [out, in]; violations of a pattern and of a grid."""
     zeros = weight.numel() - int(torch.count_nonzero(weight))
     counted: dict[str, Any] = {
@@ -119,6 +142,11 @@ def count_weight(weight: Tensor, pattern: Pattern | None, grid: Grid | None) -> 
         counted |= {"bits": grid.bits, "grid_violations": grid.violations(weight)}
         if not counted["grid_violations"]:  # else it cannot be packed
             counted["bits_per_weight"] = grid.storage_bits(weight.shape[1])
+    elif stored_bits is not None:
+        counted |= {"stored_bits": stored_bits, "bits_per_weight": stored_bits}
+    if adapter is not None:
+        counted |= {"adapter_rank": adapter.rank, "adapter_parameters": adapter.parameters}
+        counted["bits_per_weight"] += adapter.bits / weight.numel()
     return counted
 
 
@@ -142,11 +170,11 @@ class Checkpoint:
 
 
 def save(
-    path: Path, model: Any, tokenizer: Any, record: dict[str, Any], measured: Measured, grids: dict[str, Grid]
+    path: Path, model: Any, tokenizer: Any, record: dict[str, Any], measured: Measured, structure: Structure
 ) -> Checkpoint:
-    """Write model, tokenizer, grids and record to `path`; it appears there only when all of it is on disk.
+    """Write model, tokenizer, grids, adapters and record to `path`; it appears there only when all of it is on disk.
 
-    Quantised weights are stored dense, so that everything loads them; `grids` is what `kick export` packs them by.
+    Quantised weights are stored dense, so that everything loads them; the grids are what `kick export` packs them by.
     """
     record = {
         "format": FORMAT,
@@ -164,10 +192,14 @@ def save(
             save_streamed(model, partial)
         else:
             model.save_pretrained(partial)
+            if table := shapes.table_of(model):
+                shapes.save_table(partial, table)
         tokenizer.save_pretrained(partial)
-        if grids:
+        if structure.grids:
             (partial / GRIDS).parent.mkdir()
-            save_file(quantization.to_tensors(grids), partial / GRIDS)
+            save_file(quantization.to_tensors(structure.grids), partial / GRIDS)
+        if structure.adapters:
+            adapters.save(partial, model, structure.adapters)
         record["files"] = {
             name: {"bytes": (partial / name).stat().st_size, "sha256": sha256_of(partial / name)}
             for name in _files_in(partial)
@@ -217,8 +249,9 @@ def _check_record(path: Path, record: dict[str, Any]) -> None:
 def verify(checkpoint: Checkpoint) -> list[str]:
     """What no longer agrees with the record: files changed, missing or added, counts that differ. Empty if nothing."""
     problems = []
-    recorded = checkpoint.record["files"]
-    if checkpoint.record["record_sha256"] != _record_sha256(checkpoint.record):
+    record = checkpoint.record
+    recorded = record["files"]
+    if record["record_sha256"] != _record_sha256(record):
         problems.append(f"{RECORD} has changed: its figures are not the recorded ones")
     for name, facts in recorded.items():
         file = checkpoint.path / name
@@ -232,22 +265,27 @@ def verify(checkpoint: Checkpoint) -> list[str]:
     problems += [f"{name} was added" for name in sorted(added)]
     if problems:
         return problems
-    grids = read_grids(checkpoint)
+    structure = Structure(
+        grids=read_grids(checkpoint),
+        adapters=adapters.load(checkpoint.path),
+        stored_bits={k: layer["stored_bits"] for k, layer in record["layers"].items() if "stored_bits" in layer},
+    )
+    for name, layer in record["layers"].items():
+        if "pattern" in layer:
+            pattern = parse_level(layer["pattern"], Knob.PATTERN)
+            assert isinstance(pattern, Pattern)
+            structure.patterns[name] = pattern
     found = set()
     for name, weight in _weights(checkpoint):
         found.add(name)
-        expected = checkpoint.record["layers"][name]
-        pattern = parse_level(expected["pattern"], Knob.PATTERN) if "pattern" in expected else None
-        assert pattern is None or isinstance(pattern, Pattern)
-        counted = count_weight(weight, pattern, grids.get(name))
+        expected = record["layers"][name]
+        counted = structure.count(name, weight)
         problems += [
             f"{name}: {key} is {counted[key]}, recorded {expected[key]}"
             for key in counted
             if counted[key] != expected.get(key)
         ]
-    return problems + [
-        f"{name} is recorded but in no file" for name in sorted(checkpoint.record["layers"].keys() - found)
-    ]
+    return problems + [f"{name} is recorded but in no file" for name in sorted(record["layers"].keys() - found)]
 
 
 def _record_sha256(record: dict[str, Any]) -> str:

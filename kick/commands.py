@@ -182,12 +182,25 @@ def _describe_checkpoint(found: checkpoints.Checkpoint) -> str:
         f"made in {duration(record['seconds'])}, peak memory {record['peak_memory_bytes'] / 2**30:.2f} GiB, "
         f"{record['dtype']} on {record['device']}",
     ]
+    for facts in (stage["facts"] for stage in record["stages"] if stage.get("facts", {}).get("format")):
+        lines.append(_describe_brought(facts))
     if record["calibration"]:
         calibration = record["calibration"]
         lines.append(
             f"calibrated on {calibration['tokens']:,} tokens of {calibration['source']} ({calibration['fingerprint']})"
         )
     return "\n".join(lines + [f"warning: {warning}" for warning in record["warnings"]])
+
+
+def _describe_brought(facts: dict[str, Any]) -> str:
+    """Where a model made elsewhere comes from, and how its shape differs from the dense one's."""
+    shape, dense = facts["shape"], facts["dense_shape"]
+    changed = [f"{key} {shape[key]} (dense {dense[key]})" for key in shape if shape[key] != dense[key]]
+    pattern = f", pattern {facts['pattern']}" if facts["pattern"] else ""
+    return (
+        f"made elsewhere: {facts['path']}, format {facts['format']}, {facts['bytes_as_brought'] / 1e6:,.1f} MB there"
+        f"{pattern}\nshape: {', '.join(changed) or 'as dense'}"
+    )
 
 
 def _compressors() -> Iterable[dict[str, Any]]:

@@ -19,8 +19,7 @@ from kick.errors import ConfigError, KickError, LevelError
 from kick.files import scratch_directory
 from kick.levels import Joint, Level, Pattern, Sparsity, parse_level
 from kick.meter import Meter, versions
-from kick.models import ModelSource, fetch, load_model, load_tokenizer
-from kick.quantization import Grid
+from kick.models import ModelSource, fetch, is_skeleton, load_model, load_skeleton, load_tokenizer
 from kick.settings import Setting, Stage
 from kick.streaming import open_streamed
 
@@ -56,7 +55,13 @@ def prepare(setting: Setting) -> list[Step]:
         if setting.level or setting.params or not setting.is_uniform:
             raise LevelError("'dense' takes no level and no parameters.", "It is the model as it came.")
         return []
-    return [_step(stage, setting) for stage in setting.stages]
+    steps = [_step(stage, setting) for stage in setting.stages]
+    for step in steps[1:]:
+        if step.compressor.brings_a_model:
+            raise LevelError(
+                f"setting '{setting.name}': {step.stage} brings a model of its own.", "It can only stand first."
+            )
+    return steps
 
 
 def _step(stage: Stage, setting: Setting) -> Step:
@@ -103,7 +108,9 @@ def compress(
     with ExitStack() as stack:
         meter = stack.enter_context(Meter(recipe.device))
         path = start or fetch(recipe.source)
-        if recipe.stream and (path.is_dir() or steps):  # a dense .gguf file has to be read as a whole, once
+        if steps and steps[0].compressor.brings_a_model:
+            model = load_skeleton(path, recipe.dtype)
+        elif recipe.stream and (path.is_dir() or steps):  # a dense .gguf file has to be read as a whole, once
             _check_streamable(steps, recipe.device)
             scratch = stack.enter_context(scratch_directory(out.with_name(f".{out.name}.blocks")))
             model = open_streamed(path, recipe.dtype, scratch)
@@ -112,13 +119,21 @@ def compress(
         tokenizer = load_tokenizer(path)
         if not needs_calibration(steps):
             calibration = None
-        elif calibration is None:
-            calibration = draw(recipe.calibration, tokenizer, recipe.dtype, recipe.device)
-        done = Outcome(checkpoints.measure(model))
+        done = Outcome(None if is_skeleton(model) else checkpoints.measure(model))
         for step in steps:
+            if step.compressor.needs_calibration and calibration is None:
+                calibration = draw(recipe.calibration, tokenizer, recipe.dtype, recipe.device)
             model = done.carry_out(step, model, calibration, progress)
+            if step.compressor.brings_a_model:
+                model = model.to(recipe.device)
+            if step.compressor.tokenizer_path is not None:
+                brought = load_tokenizer(step.compressor.tokenizer_path)
+                if brought.get_vocab() != tokenizer.get_vocab():
+                    calibration = None  # its tokens mean something else to this model
+                tokenizer = brought
         done.compare(steps)
         meter.stop()
+        assert done.measured is not None
         record = {
             "kick_version": __version__,
             "setting": recipe.setting.model_dump(mode="json"),
@@ -134,7 +149,7 @@ def compress(
             "versions": versions(),
             "layers": done.layers,
         }
-        return checkpoints.save(out, model, tokenizer, record, done.measured, done.grids)
+        return checkpoints.save(out, model, tokenizer, record, done.measured, done.structure)
 
 
 def _check_streamable(steps: list[Step], device: str) -> None:
@@ -152,12 +167,11 @@ class Outcome:
     `measured` is what the last stage left, under the patterns and grids of all.
     """
 
-    measured: checkpoints.Measured
+    measured: checkpoints.Measured | None  # None before a stage that brings a model of its own
     warnings: list[str] = field(default_factory=list)
     stages: list[dict[str, Any]] = field(default_factory=list)
     layers: dict[str, dict[str, Any]] = field(default_factory=dict)
-    patterns: dict[str, Pattern] = field(default_factory=dict)
-    grids: dict[str, Grid] = field(default_factory=dict)
+    structure: checkpoints.Structure = field(default_factory=checkpoints.Structure)
 
     def carry_out(self, step: Step, model: nn.Module, calibration: Calibration | None, progress: Progress) -> nn.Module:
         """Run one stage on `model`, and refuse a result that is not what the stage is called."""
@@ -171,23 +185,32 @@ class Outcome:
         decoder = find_decoder(model)
         levels = _levels(compressor, step.level, decoder)
         patterns = {name: pattern for name, level in levels.items() if isinstance(pattern := _pruned(level), Pattern)}
-        self.patterns |= patterns
-        self.grids |= compressor.grids  # a later pruner leaves a grid or breaks it: the last measurement tells
-        before, self.measured = self.measured, checkpoints.measure(model, decoder, self.patterns, self.grids)
+        known = self.structure  # a later pruner leaves a grid or breaks it: the last measurement tells
+        known.patterns |= patterns | compressor.patterns
+        known.grids |= compressor.grids
+        known.adapters |= compressor.adapters
+        for name in compressor.layers:  # no longer what was stored
+            known.stored_bits.pop(name, None)
+        known.stored_bits |= compressor.stored_bits
+        after = checkpoints.measure(model, decoder, known)
+        before, self.measured = self.measured or after, after
         own = {
-            "pattern_violations": _count(self.measured, patterns, "pattern_violations"),
-            "grid_violations": _count(self.measured, compressor.grids, "grid_violations"),
+            "pattern_violations": _count(after, patterns, "pattern_violations"),
+            "grid_violations": _count(after, compressor.grids, "grid_violations"),
         }
-        check_reached(step, levels, before, self.measured, own, compressor.layers)
+        check_reached(step, levels, before, after, own, compressor.layers)
         self.warnings += compressor.warnings
         for name, facts in compressor.layers.items():
             self.layers[name] = {**self.layers.get(name, {}), **facts}
-        self.stages.append({**step.stage.model_dump(mode="json"), "sparsity": self.measured.sparsity, **own})
+        self.stages.append(
+            {**step.stage.model_dump(mode="json"), "sparsity": after.sparsity, **own, "facts": compressor.facts}
+        )
         return model
 
     def compare(self, steps: list[Step]) -> None:
         """Warn of what a later stage undid, and of weights that no stage could reach."""
         measured = self.measured
+        assert measured is not None
         for step, record in zip(steps, self.stages, strict=True):
             if measured.sparsity < record["sparsity"]:
                 self.warnings.append(

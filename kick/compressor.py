@@ -2,12 +2,14 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
+from kick.adapters import LowRank
 from kick.blocks import Block, Decoder, Group, Linear, find_decoder
 from kick.calibration import Calibration
 from kick.errors import KickError, LevelError
@@ -38,6 +40,7 @@ class Compressor(ABC):
     name: ClassVar[str]
     knob: ClassVar[Knob]
     needs_calibration: bool = False
+    brings_a_model: ClassVar[bool] = False  # made elsewhere: it stands first, and is given shapes without weights
 
     class Params(BaseModel):
         """Hyper-parameters: validated, and part of the setting's identity."""
@@ -51,12 +54,24 @@ class Compressor(ABC):
         self.warnings: list[str] = []
         self.layers: dict[str, dict[str, Any]] = {}  # what is known of each linear, for the record
         self.grids: dict[str, Grid] = {}  # those of quantised linears
+        self.stored_bits: dict[str, float] = {}  # a weight, of quantised linears that no Grid describes
+        self.patterns: dict[str, Pattern] = {}  # N:M patterns found on linears, beyond those that the level asks for
+        self.adapters: dict[str, LowRank] = {}  # attached to the model, by the name of their linear
+        self.facts: dict[str, Any] = {}  # whatever else the record should say of this stage
+        self.tokenizer_path: Path | None = None  # where a model that was brought has its tokenizer
         self.notes: dict[str, Any] = {}  # facts about the linears that are being treated, for their record
         self._at = ""
 
     def warn(self, message: str) -> None:
         """Put `message` into the checkpoint's record, with the linears that are being treated."""
         self.warnings.append(f"{self._at}: {message}" if self._at else message)
+
+    def inputs(self) -> dict[str, str]:
+        """What it reads besides the source, and its fingerprint: part of the setting's identity.
+
+        Raises KickError for what is not there; called before anything is written.
+        """
+        return {}
 
     @abstractmethod
     def compress(

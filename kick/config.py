@@ -19,7 +19,7 @@ S = TypeVar("S", bound=Spec)
 def check_label(label: str) -> str:
     """A label may be anything that does not break a table."""
     if (
-        label in ("setting", "sparsity", "bits_per_weight", "megabytes", "mean_retained")
+        label in ("setting", "sparsity", "bits_per_weight", "million_parameters", "megabytes", "mean_retained")
         or "|" in label
         or "\n" in label
     ):
@@ -62,7 +62,7 @@ class Grid(Policy):
                     then=self.then,
                     seed=seed,
                 )
-                label = f"{self.label}@{level}" if self.label else ""
+                label = f"{self.label}@{level}" if self.label and level else self.label
                 if len(self.seeds) > 1:
                     label = f"{label or setting.name}#{seed}"
                 found.append(setting.model_copy(update={"label": label}))

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 Kind = Literal["hub", "directory", "gguf"]
 
+PICKLES = ("*.bin", "*.pt", "*.pth")
 _WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
 _TEXT_FILES = ("*.json", "*.txt", "*.jinja", "*.model")
 
@@ -51,16 +52,16 @@ class ModelSource:
     note: str = ""
 
 
-def find_source(name: str) -> ModelSource:
+def find_source(name: str, allow_pickle: bool = False) -> ModelSource:
     """The source called `name`, checked to exist as far as this can be told without the network.
 
-    Raises ModelError with the nearest names.
+    Raises ModelError with the nearest names. `allow_pickle`: a directory may hold its weights in pickles.
     """
     if name in PACKAGED:
         return ModelSource(name, "gguf", _packaged_file(name), PACKAGED[name].description)
     path = Path(name).expanduser()
     if path.is_dir():
-        _check_directory(path)
+        _check_directory(path, allow_pickle)
         return ModelSource(name, "directory", path.resolve())
     if path.is_file():
         if path.suffix != ".gguf":
@@ -110,18 +111,20 @@ def is_installed(name: str) -> bool:
         return False
 
 
-def _check_directory(path: Path) -> None:
+def _check_directory(path: Path, allow_pickle: bool = False) -> None:
     if not (path / "config.json").is_file():
         raise ModelError(
             f"the directory {path} holds no config.json.", "A model directory is one that save_pretrained wrote."
         )
     if not any(path.glob("*.safetensors")):
-        pickles = [file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in path.glob(pattern)]
+        pickles = [file.name for pattern in PICKLES for file in path.glob(pattern)]
+        if pickles and allow_pickle:
+            return
         found = f"only {pickles[0]}, a pickle, which can run code when it is read" if pickles else "no weights"
         raise ModelError(f"the directory {path} holds {found}.", "kick reads *.safetensors. Convert it first.")
 
 
-def fetch(source: ModelSource) -> Path:
+def fetch(source: ModelSource, allow_pickle: bool = False) -> Path:
     """The local directory or .gguf file of `source`; downloads a hub model into the hub's cache first."""
     if source.path is not None:
         return source.path
@@ -129,7 +132,7 @@ def fetch(source: ModelSource) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        allowed = [*_WEIGHT_FILES, *_TEXT_FILES]
+        allowed = [*_WEIGHT_FILES, *_TEXT_FILES, *(PICKLES if allow_pickle else ())]
         folder = Path(snapshot_download(source.name, allow_patterns=allowed, ignore_patterns=["consolidated*", "*/*"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise ModelError(
@@ -137,7 +140,7 @@ def fetch(source: ModelSource) -> Path:
             + _nearest(source.name, Path(source.name)),
             _EXPECTED + " Without a network, give a directory.",
         ) from error
-    _check_directory(folder)
+    _check_directory(folder, allow_pickle)
     return folder
 
 
@@ -201,18 +204,61 @@ def load_model(path: Path, dtype: str, device: str) -> "torch.nn.Module":
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
+    from kick import adapters, shapes
+
     where = {"pretrained_model_name_or_path": path, "use_safetensors": True}
     if path.is_file():
         where = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
+    table = shapes.read_table(path) if path.is_dir() else {}
     try:
-        model = AutoModelForCausalLM.from_pretrained(**where, dtype=getattr(torch, dtype), trust_remote_code=False)
+        model, found = AutoModelForCausalLM.from_pretrained(
+            **where,
+            dtype=getattr(torch, dtype),
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=bool(table),
+        )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise ModelError(
             f"the model {path.name} cannot be loaded: {_first_line(error)}", "--debug shows the whole error."
         ) from error
     if path.is_file():
         _forget_quantization(model)
-    return model.to(device).eval()
+    if odd := {name for name, *_ in found["mismatched_keys"]} - table.keys():
+        raise ModelError(f"the tensor '{min(odd)}' of {path.name} has another shape than its configuration says.")
+    if missing := found["missing_keys"] - table.keys():
+        raise ModelError(f"{path.name} holds no tensor '{min(missing)}'.", "It is not whole.")
+    shapes.resize(model, shapes.read_tensors(path, table))
+    model = model.to(device).eval()
+    if path.is_dir():
+        adapters.attach(model, adapters.load(path))
+    return model
+
+
+def load_skeleton(path: Path, dtype: str) -> "torch.nn.Module":
+    """The model at `path` on the meta device: its configuration and shapes, without weights."""
+    import torch
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder, options = (path.parent, {"gguf_file": path.name}) if path.is_file() else (path, {})
+    try:
+        config = AutoConfig.from_pretrained(folder, **options, trust_remote_code=False)
+        with init_empty_weights():
+            model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
+        raise ModelError(
+            f"the configuration of {path.name} cannot be loaded: {_first_line(error)}",
+            "--debug shows the whole error.",
+        ) from error
+    if path.is_file():
+        _forget_quantization(model)
+    model.tie_weights()
+    return model
+
+
+def is_skeleton(model: "torch.nn.Module") -> bool:
+    return next(model.parameters()).device.type == "meta"
 
 
 def _forget_quantization(model: Any) -> None:

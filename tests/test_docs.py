@@ -93,10 +93,10 @@ def test_the_documented_policies_are_valid():
 
     from kick.config import parse
 
-    (text,) = blocks("docs/compressors.md", "yaml")
-    config = parse({"model": "m", "suites": ["perplexity"], **yaml.safe_load(text)}, "docs/compressors.md")
-    for setting in config.all_settings():
-        prepare(setting)
+    for text in blocks("docs/compressors.md", "yaml"):
+        config = parse({"model": "m", "suites": ["perplexity"], **yaml.safe_load(text)}, "docs/compressors.md")
+        for setting in config.all_settings():
+            prepare(setting)
 
 
 def test_the_documented_suite_works(tmp_path, monkeypatch, tiny_model, forget_plugins, capsys):

@@ -21,7 +21,6 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from kick.compare import Estimate
 from kick.files import safe_name
-from kick.levels import Pattern
 from kick.report.results import Axis, Results, SettingResult
 from kick.settings import DENSE
 from kick.statistics import TOLERANCE
@@ -93,6 +92,7 @@ def _method_style(results: Results, family: str) -> dict[str, Any]:
 _AXES: dict[Axis, str] = {
     "sparsity": "sparsity of the pruned layers, measured (%)",
     "bits": "bits a weight of the blocks, with scales and zero points",
+    "size": "parameters removed, measured (%)",
 }
 
 
@@ -124,10 +124,10 @@ def _score_against(axis: Axis, results: Results, suite: str) -> tuple[Figure, st
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
-    if axis == "sparsity":
-        axes.set_xlim(left=-1.5)
+    if axis == "bits":
+        axes.invert_xaxis()  # compression grows to the right everywhere
     else:
-        axes.invert_xaxis()  # compression grows to the right in both
+        axes.set_xlim(left=min(-1.5, axes.get_xlim()[0]) if axis == "size" else -1.5)  # dense stands at 0
     axes.set_title(f"{suite}: {metric.name.replace('_', ' ')} against {axis}", loc="left", fontsize=11)
     axes.legend(loc="best", fontsize=9)
     caption = (
@@ -150,16 +150,18 @@ def _place(axis: Axis, result: SettingResult) -> float | None:
     """Where a setting stands on the axis, as measured."""
     if axis == "bits":
         return result.bits_per_weight
+    if axis == "size":
+        return None if result.parameters_removed is None else 100 * result.parameters_removed
     return None if result.sparsity is None else 100 * result.sparsity
 
 
 def _draw_families(axes: Axes, axis: Axis, results: Results, suite: str, scale: float, dense: Estimate) -> None:
-    """Lines with bands, of sparsities from dense on; patterns as single points with bars, named."""
+    """Lines with bands, from dense on; what stands alone as points with bars, patterns named and side by side."""
     patterns = [family for family in results.families if family.endswith(" N:M")]
     for family in results.families_on(axis):
         style = _method_style(results, family)
         points = [
-            (place, found, result.level)
+            (place, found, result)
             for result in results.compressed
             if result.family == family
             and (place := _place(axis, result)) is not None
@@ -168,25 +170,25 @@ def _draw_families(axes: Axes, axis: Axis, results: Results, suite: str, scale: 
         points.sort(key=lambda point: point[0])
         if not points:
             continue
-        is_pattern = isinstance(points[0][2], Pattern)
-        beside = _PATTERN_STEP * (patterns.index(family) - (len(patterns) - 1) / 2) if is_pattern else 0.0
+        alone = points[0][2].stands_alone
+        beside = _PATTERN_STEP * (patterns.index(family) - (len(patterns) - 1) / 2) if family in patterns else 0.0
         curve = [(place, found) for place, found, _ in points]
-        if axis == "sparsity" and not is_pattern:
+        if axis != "bits" and not alone:
             curve.insert(0, (0.0, dense))
         first = len(curve) - len(points)  # dense is a line of its own, and takes no marker
         x = np.array([place + beside for place, _ in curve])
         y = np.array([found.score for _, found in curve]) * scale
         low = np.array([found.interval.low for _, found in curve]) * scale
         high = np.array([found.interval.high for _, found in curve]) * scale
-        if is_pattern:
+        if alone:
             axes.errorbar(
                 x, y, yerr=[np.maximum(y - low, 0), np.maximum(high - y, 0)], label=family, color=style["color"],
                 marker=style["marker"], markerfacecolor="white", markersize=7, linestyle="none", capsize=3, zorder=4,
             )  # fmt: skip
-            for place, score, (_, _, level) in zip(x, y, points, strict=True):
+            for place, score, (_, _, result) in zip(x, y, points, strict=True):
                 axes.annotate(
-                    str(level), (place, score), xytext=(-7 if beside < 0 else 7, 3), textcoords="offset points",
-                    ha="right" if beside < 0 else "left", fontsize=8,
+                    result.setting.level, (place, score), xytext=(-7 if beside < 0 else 7, 3),
+                    textcoords="offset points", ha="right" if beside < 0 else "left", fontsize=8,
                 )  # fmt: skip
         else:
             axes.plot(

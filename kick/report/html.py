@@ -38,6 +38,7 @@ def page(results: Results, drawn: list[Drawn]) -> str:
         answers=_answers(results),
         failures=[e for e in results.evaluations.values() if e.reason is not None],
         warnings=[(r.name, w) for r in results.settings if r.record for w in r.record["warnings"]],
+        brought=[(r, facts) for r in results.compressed if (facts := _brought(r.record))],
         facts=_facts(results),
         config=json.dumps(results.run["config"], indent=2, ensure_ascii=False),
         DENSE=DENSE,
@@ -153,6 +154,12 @@ def _answer(sample: Sample, key: str) -> dict[str, Any]:
 def _shorten(text: str) -> str:
     """Both ends of a long text: a few-shot prompt begins with examples and ends with the question."""
     return text if len(text) <= _LONG else f"{text[: _LONG // 2]}\n[…]\n{text[-_LONG // 2 :]}"
+
+
+def _brought(record: dict[str, Any] | None) -> dict[str, Any] | None:
+    """What was found out about a model that was made elsewhere."""
+    stages = record["stages"] if record else []
+    return stages[0]["facts"] if stages and "format" in stages[0]["facts"] else None
 
 
 def _lm_record(results: Results) -> dict[str, Any]:

@@ -14,14 +14,14 @@ from kick.compare import Comparison, Estimate
 from kick.config import SuiteSpec
 from kick.errors import RunError
 from kick.files import read_json
-from kick.levels import Bits, Pattern, Sparsity
+from kick.levels import Bits, Joint, Pattern, Sparsity
 from kick.settings import DENSE, Setting
 from kick.statistics import Interval
 from kick.suite import OVERALL, Sample, Score, Suite
 from kick.sweep.plan import make_suite
 from kick.sweep.store import FORMAT, RUN, EvaluationStore, Store
 
-Axis = Literal["sparsity", "bits"]
+Axis = Literal["sparsity", "bits", "size"]
 Key = tuple[str, str]
 """(metric, group)"""
 
@@ -32,6 +32,7 @@ class SettingResult:
 
     setting: Setting
     record: dict[str, Any] | None
+    dense: dict[str, Any] | None = None  # the dense model's record
 
     @property
     def name(self) -> str:
@@ -51,15 +52,38 @@ class SettingResult:
         return self.record["bits_per_weight"] if self.record else None
 
     @property
+    def parameters_removed(self) -> float | None:
+        """Share of the dense model's parameters that are gone; below zero for a larger model."""
+        if self.record is None or self.dense is None:
+            return None
+        return 1 - self.record["parameters"] / self.dense["parameters"]
+
+    @property
     def axis(self) -> Axis:
-        """What its level turns, and so which figure it belongs to."""
-        return "bits" if isinstance(self.level, Bits) else "sparsity"
+        """Which figure it belongs to: what its level turns, else what was measured to be less than dense."""
+        if isinstance(self.level, Bits):
+            return "bits"
+        if isinstance(self.level, Sparsity | Pattern | Joint) or self.record is None or self.dense is None:
+            return "sparsity"
+        if _weights(self.record) != _weights(self.dense):
+            return "size"
+        return "bits" if self.record["bits_per_weight"] < self.dense["bits_per_weight"] else "sparsity"
+
+    @property
+    def stands_alone(self) -> bool:
+        """It is no point on a line of levels: a pattern, or a model without a level."""
+        return self.level is None or isinstance(self.level, Pattern)
 
     @property
     def family(self) -> str:
         """What is drawn as one line: a compressor's sparsities; its patterns are another."""
         label = self.setting.label.partition("@")[0] or self.setting.compressors
         return f"{label} N:M" if isinstance(self.level, Pattern) else label
+
+
+def _weights(record: dict[str, Any]) -> int:
+    """How many weights the linears in the blocks hold, zeros included, adapters left out."""
+    return sum(layer["weights"] for layer in record["layers"].values())
 
 
 @dataclass
@@ -110,7 +134,7 @@ class Results:
         return list(dict.fromkeys(result.family for result in self.compressed))
 
     def families_on(self, axis: Axis) -> list[str]:
-        """Those that are drawn against sparsity, or against bits."""
+        """Those that are drawn against this axis."""
         return list(dict.fromkeys(result.family for result in self.compressed if result.axis == axis))
 
     @cached_property
@@ -191,7 +215,8 @@ def read_results(path: Path) -> Results:
         dense = evaluations.get((DENSE, name))
         if dense is not None and setting_name != DENSE:
             evaluation.comparisons = dict(_compare(dense, evaluation))
-    results = [SettingResult(setting, store.record(setting.name)) for setting in settings]
+    dense_record = store.record(DENSE)
+    results = [SettingResult(setting, store.record(setting.name), dense_record) for setting in settings]
     return Results(path, run, results, suites, evaluations)
 
 

@@ -77,6 +77,7 @@ def _leader(results: Results, result: SettingResult) -> dict[str, Any]:
         "setting": result.name,
         "sparsity": record.get("sparsity"),
         "bits_per_weight": record.get("bits_per_weight"),
+        "million_parameters": record["parameters"] / 1e6 if record else None,
         "megabytes": record["bytes"] / 1e6 if record else None,
     }
     mean = (1.0, None) if result.setting.is_dense else results.mean_retained(result.name)
@@ -104,12 +105,12 @@ def leaderboard_csv(results: Results) -> str:
 
 def leaderboard_markdown(results: Results) -> str:
     """The leaderboard for reading: scores with half-widths of their intervals, verdicts in words."""
-    header = ["setting", "sparsity", "bits", "MB", "mean retained"]
+    header = ["setting", "sparsity", "bits", "M parameters", "MB", "mean retained"]
     header += [f"{name} ({suite.metric})" for name, suite in results.suites.items()]
     lines = [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
     for row in leaderboard(results):
         cells = [row["setting"], percent(row["sparsity"]), bits(row["bits_per_weight"])]
-        cells += [number(row["megabytes"], 0), mean_cell(row)]
+        cells += [number(row["million_parameters"], 1), number(row["megabytes"], 0), mean_cell(row)]
         cells += [score_cell(row, name) for name in results.suites]
         lines.append(f"| {' | '.join(cells)} |")
     notes = [
@@ -120,7 +121,7 @@ def leaderboard_markdown(results: Results) -> str:
         + (", ".join(results.task_suites) or "no suite with a signal")
         + ".",
         "Bits: of a weight in the blocks, packed with scales and zero points where it is quantised.",
-        "Pruned and quantised weights are stored dense: the files are not smaller and the model is not faster.",
+        "Zeros and quantised weights are stored dense: they make no file smaller and no model faster.",
     ]
     return "\n".join(lines) + "\n\n" + "\n".join(f"{note}  " for note in notes) + "\n"
 

@@ -49,6 +49,7 @@ class Plan:
     settings: list[Setting]
     suites: list[PlannedSuite]
     calibration: Calibration | None  # drawn once for all settings, None if none needs it
+    inputs: dict[str, list[dict[str, str]]]  # what the stages of a setting read besides the source
     given: checkpoints.Checkpoint | None = None  # evaluated as it is: the plan's only setting
 
     def recipe(self, setting: Setting) -> Recipe:
@@ -81,6 +82,7 @@ class Plan:
                 setting.name: {
                     **setting.model_dump(mode="json"),
                     "plugins": [_plugin_version(plugins.COMPRESSORS, stage.compressor) for stage in setting.stages],
+                    **({"inputs": inputs} if any(inputs := self.inputs.get(setting.name, [])) else {}),
                 }
                 for setting in self.settings
             },
@@ -99,8 +101,7 @@ def make_plan(config: SweepConfig, as_is: bool = False) -> Plan:
     as_is: a model that is a kick checkpoint keeps its setting, instead of being the dense model of a new sweep.
     """
     settings = config.all_settings()
-    for setting in settings:
-        prepare(setting)
+    inputs = {setting.name: [step.compressor.inputs() for step in prepare(setting)] for setting in settings}
     find_lm(config.lm.name)
     source = models.find_source(config.model)
     given = None
@@ -113,7 +114,19 @@ def make_plan(config: SweepConfig, as_is: bool = False) -> Plan:
     calibration = None
     if given is None and any(needs_calibration(prepare(setting)) for setting in settings):
         calibration = draw(config.calibration, models.load_tokenizer(path), dtype, device)
-    return Plan(config, source, path, models.fingerprint(path), dtype, device, settings, suites, calibration, given)
+    return Plan(
+        config,
+        source,
+        path,
+        models.fingerprint(path),
+        dtype,
+        device,
+        settings,
+        suites,
+        calibration,
+        inputs,
+        given,
+    )
 
 
 def make_suite(spec: SuiteSpec) -> Suite:

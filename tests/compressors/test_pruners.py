@@ -8,7 +8,7 @@ from kick_compressors.wanda import Wanda
 
 from kick.blocks import find_decoder
 from kick.calibration import Calibration, CalibrationSpec
-from kick.checkpoint import measure
+from kick.checkpoint import Structure, measure
 from kick.errors import LevelError
 from kick.levels import Pattern, Sparsity
 
@@ -83,7 +83,7 @@ def test_a_later_block_is_pruned_by_pruned_inputs_not_dense_ones():
 def test_the_asked_number_of_weights_becomes_zero(compressor, level):
     model = compressor().compress(make_tiny_llama(), level, calibration())
     patterns = {linear.name: level for linear in find_decoder(model).linears} if isinstance(level, Pattern) else {}
-    for name, layer in measure(model, patterns=patterns).layers.items():
+    for name, layer in measure(model, structure=Structure(patterns=patterns)).layers.items():
         rows, columns = layer["shape"]
         if isinstance(level, Pattern):
             expected = layer["weights"] * (level.of - level.keep) // level.of

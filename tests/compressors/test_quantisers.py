@@ -11,7 +11,7 @@ from kick_compressors.sparsegpt import SparseGPT
 from test_pruners import calibration, groups_of, stored_inputs
 
 from kick.blocks import find_decoder
-from kick.checkpoint import measure
+from kick.checkpoint import Structure, measure
 from kick.errors import KickError, LevelError
 from kick.folding import find_fold
 from kick.levels import Bits, Joint, Pattern, Sparsity
@@ -39,7 +39,7 @@ def test_round_to_nearest_by_hand():
 def test_every_linear_lands_on_its_grid(kind, bits, params):
     compressor = kind(kind.Params(**params))
     model = compressor.compress(make_tiny_llama(), Bits(width=bits), calibration())
-    measured = measure(model, grids=compressor.grids)
+    measured = measure(model, structure=Structure(grids=compressor.grids))
     assert compressor.grids.keys() == linears(model).keys()
     assert measured.grid_violations == 0
     groups = 2 if params["group_size"] == 16 else 1  # of the 32 inputs of q_proj
@@ -76,7 +76,7 @@ def test_act_order_keeps_columns_where_they_were():
     order = inputs.square().sum(dim=0).argsort(descending=True)
     grid = compressor.grids[first.name]
     assert grid.group_of[order].tolist() == [i // 8 for i in range(32)]  # groups are neighbours in the solver's order
-    assert measure(model, grids=compressor.grids).grid_violations == 0
+    assert measure(model, structure=Structure(grids=compressor.grids)).grid_violations == 0
 
 
 def test_static_act_order_keeps_groups_of_neighbours():
@@ -102,7 +102,7 @@ def test_gptq_may_be_told_not_to_keep_zeros():
     model = SparseGPT().compress(make_tiny_llama(), Pattern(keep=2, of=4), calibration())
     GPTQ(GPTQ.Params(group_size=16, keep_zeros=False)).compress(model, Bits(width=8), calibration())
     patterns = dict.fromkeys(linears(model), Pattern(keep=2, of=4))
-    assert measure(model, patterns=patterns).violations > 0
+    assert measure(model, structure=Structure(patterns)).violations > 0
 
 
 @pytest.mark.parametrize("prune", [Sparsity(fraction=0.5), Pattern(keep=2, of=4)], ids=str)
@@ -110,7 +110,7 @@ def test_a_joint_level_reaches_mask_and_grid(prune):
     compressor = SparseGPT(SparseGPT.Params(group_size=16))
     model = compressor.compress(make_tiny_llama(), Joint(prune=prune, bits=Bits(width=4)), calibration())
     patterns = dict.fromkeys(linears(model), prune) if isinstance(prune, Pattern) else {}
-    measured = measure(model, patterns=patterns, grids=compressor.grids)
+    measured = measure(model, structure=Structure(patterns, compressor.grids))
     assert measured.grid_violations == 0
     assert measured.violations == 0
     assert measured.sparsity >= 0.5

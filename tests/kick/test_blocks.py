@@ -10,7 +10,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from kick.blocks import find_decoder
 from kick.calibration import Calibration, CalibrationSpec
-from kick.checkpoint import measure
+from kick.checkpoint import Structure, measure
 from kick.errors import ModelError
 from kick.levels import Pattern, Sparsity
 from kick.walk import BlockWalk
@@ -109,7 +109,7 @@ def test_walking_the_blocks_gives_what_the_model_gives(kind):
 def test_every_architecture_is_pruned_exactly(kind, compressor):
     for level in (Sparsity(fraction=0.5), Pattern(keep=2, of=4)):
         model = compressor().compress(tiny(kind), level, text())
-        measured = measure(model, patterns=patterns_of(model, level))
+        measured = measure(model, structure=Structure(patterns_of(model, level)))
         assert measured.sparsity == 0.5
         assert measured.violations == 0
         assert measured.coverage == 1.0

@@ -10,6 +10,8 @@ import pytest
 from kick.errors import RunError
 from kick.files import sha256_of
 from kick.report import read_results, tables, write_report
+from kick.report.results import SettingResult
+from kick.settings import Setting
 from kick.suite import Sample
 
 HOSTILE = [
@@ -49,7 +51,7 @@ def write_run(root, settings, suites, failing=()):
             "bits_per_weight": 32,
         }
         record = {"setting": row, "sparsity": sparsity, "bits_per_weight": 32, "bytes": 4_000_000, "dtype": "float32",
-                  "parameters": 1_000_000, "layers": {"a": layer},
+                  "parameters": 1_000_000, "layers": {"a": layer}, "stages": [],
                   "warnings": ["a dead column"] if sparsity == 0.2 else []}  # fmt: skip
         (folder / "kick.json").write_text(json.dumps(record))
     run = {
@@ -133,7 +135,7 @@ def test_the_leaderboard_is_ordered_by_what_was_retained(run):
     assert order[0] == "dense"
     assert set(order[1:3]) == {"magnitude@0.2", "wanda@0.1"}
     text = (run / "leaderboard.md").read_text(encoding="utf-8")
-    assert "| magnitude@0.5 | 50 % | 32 | 4 | 33 % [" in text
+    assert "| magnitude@0.5 | 50 % | 32 | 1.0 | 4 | 33 % [" in text
     assert "are stored dense" in text
 
 
@@ -274,3 +276,31 @@ def test_json_is_json():
     from kick.files import to_json
 
     assert json.loads(to_json({"a": float("nan"), "b": [float("inf"), 1.5]})) == {"a": None, "b": [None, 1.5]}
+
+
+def setting_result(level, weights=100, bits=32.0, parameters=1_000):
+    def record(weights, bits, parameters):
+        return {"layers": {"a": {"weights": weights}}, "bits_per_weight": bits, "parameters": parameters}
+
+    setting = Setting(compressor="anything", level=level)
+    return SettingResult(setting, record(weights, bits, parameters), record(100, 32.0, 1_000))
+
+
+@pytest.mark.parametrize(
+    ("level", "measured", "axis"),
+    [
+        ("0.5", {}, "sparsity"),
+        ("2:4", {}, "sparsity"),
+        ("4", {"bits": 4.3}, "bits"),
+        ("0.5+4bit", {"bits": 4.3}, "sparsity"),
+        ("1.3B", {"weights": 60, "parameters": 700}, "size"),
+        ("", {}, "sparsity"),
+        ("", {"bits": 4.3}, "bits"),
+        ("", {"weights": 60, "parameters": 700}, "size"),
+        ("", {"parameters": 1_100}, "sparsity"),  # an adapter: more parameters, no other shape
+    ],
+)
+def test_a_setting_is_drawn_where_it_is_smaller_than_dense(level, measured, axis):
+    result = setting_result(level, **measured)
+    assert result.axis == axis
+    assert result.parameters_removed == pytest.approx(1 - measured.get("parameters", 1_000) / 1_000)

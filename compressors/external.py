@@ -1,0 +1,287 @@
+"""A compressed model made elsewhere, measured and asked like those made here.
+
+    {compressor: external, label: sheared-1.3b, params: {path: princeton-nlp/Sheared-LLaMA-1.3B}}
+
+Reads plain Hugging Face models, GGUF files, GPTQ, AWQ and compressed-tensors checkpoints, AST's with their low-rank
+branch, Sheared LLaMA's under composer's names, and pruned models whose layers differ in width. Quantised weights are
+unpacked to what they mean; sparsity, patterns, bits and shape are counted on them, whatever the checkpoint claims.
+"""
+
+from fnmatch import fnmatchcase
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+from torch import nn
+
+from kick import shapes
+from kick.adapters import attach
+from kick.blocks import find_decoder
+from kick.calibration import Calibration
+from kick.checkpoint import pattern_violations
+from kick.compressor import Compressor, Knob, Progress, no_progress
+from kick.errors import ModelError
+from kick.levels import Level, Pattern, parse_level
+from kick.models import ModelSource, fetch, find_source, fingerprint, load_model
+
+from .formats import files, llama, quantized, slorb
+from .formats.files import Foreign
+from .masks import keep_largest
+
+_PATTERNS = tuple(Pattern(keep=keep, of=of) for keep, of in ((1, 4), (1, 2), (2, 4), (4, 8), (8, 16), (16, 32)))
+_STRAY = 0.01  # of the groups may hold more than a pattern allows, and it still counts as meant
+_NO_TENSORS = ("*.masked_bias", "*.attn.bias", "*.position_ids")  # constants that older transformers stored
+
+
+class External(Compressor):
+    name = "external"
+    knob = Knob.NONE
+    brings_a_model = True
+
+    class Params(BaseModel):
+        model_config = ConfigDict(frozen=True, extra="forbid")
+
+        path: str = Field(description="a directory, a .gguf file, a Hugging Face id or a packaged model")
+        pattern: str | None = Field(
+            default=None, description="N:M to count violations of; found by itself if not given"
+        )
+        mask: str | None = Field(default=None, description="N:M to apply by magnitude, where masks were not stored")
+        allow_pickle: bool = Field(default=False, description="also read .bin and .pt files, their tensors only")
+        ignore: tuple[str, ...] = Field(default=(), description="globs of tensors to leave out")
+
+        @field_validator("pattern", "mask")
+        @classmethod
+        def _is_pattern(cls, text: str | None) -> str | None:
+            if text is not None:
+                parse_level(text, Knob.PATTERN)
+            return text
+
+    @cached_property
+    def _source(self) -> tuple[ModelSource, Path]:
+        source = find_source(self.params.path, allow_pickle=self.params.allow_pickle)
+        return source, fetch(source, allow_pickle=self.params.allow_pickle)
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        path = self._source[1]
+        return fingerprint(path) if path.is_file() else files.fingerprint(path, self.params.allow_pickle)
+
+    def inputs(self) -> dict[str, str]:
+        return {"model": self._fingerprint}
+
+    def compress(
+        self,
+        model: Any,
+        level: Level | None,
+        calibration: Calibration | None,
+        *,
+        progress: Progress = no_progress,
+    ) -> nn.Module:
+        _, path = self._source
+        dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+        if path.is_file():
+            brought: Any = load_model(path, dtype, "cpu")
+            kind = "gguf"
+            self.stored_bits = gguf_bits(path, brought)
+        else:
+            foreign = files.read(path, self.params.allow_pickle)
+            kind = self._make_plain(foreign)
+            brought = build(foreign, dtype)
+            self._take_over(foreign, brought)
+        if path.is_file() or _has_tokenizer(path):
+            self.tokenizer_path = path
+        elif brought.get_input_embeddings().weight.shape[0] != model.get_input_embeddings().weight.shape[0]:
+            raise ModelError(f"{path} holds no tokenizer, and its vocabulary is not the dense model's.", "Add one.")
+        self._find_pattern(brought)
+        self.facts = {
+            "path": self.params.path,
+            "fingerprint": self._fingerprint,
+            "format": kind,
+            "shape": shape_of(brought),
+            "dense_shape": shape_of(model),
+            "bytes_as_brought": sum(file.stat().st_size for file in self._weight_files(path)),
+            "pattern": str(next(iter(self.patterns.values()))) if self.patterns else None,
+        }
+        return brought
+
+    def _weight_files(self, path: Path) -> list[Path]:
+        return [path] if path.is_file() else files.weight_files(path, self.params.allow_pickle)
+
+    def _make_plain(self, foreign: Foreign) -> str:
+        """Every step that a foreign checkpoint may need; gives the name of its format."""
+        llama.rename_composer(foreign)
+        kind = quantized.unpack_all(foreign)
+        has_branch = slorb.take_adapters(foreign)
+        llama.fit_configuration(foreign)
+        dropped = foreign.drop((*self.params.ignore, *_NO_TENSORS))
+        dropped = [name for name in dropped if any(fnmatchcase(name, glob) for glob in self.params.ignore)]
+        if dropped:
+            foreign.notes.append(f"{len(dropped)} tensors were left out as asked: {', '.join(dropped[:3])}")
+        if self.params.mask is not None:
+            self._apply_mask(foreign)
+        elif has_branch:
+            _refuse_unmasked(foreign)
+        for note in foreign.notes:
+            self.warn(f"{self.params.path}: {note}")
+        return kind or ("slorb" if has_branch else "hf")
+
+    def _apply_mask(self, foreign: Foreign) -> None:
+        """Keep the largest N of M of each weight with a low-rank branch; if none has one, of each `*_proj`."""
+        pattern = parse_level(self.params.mask, Knob.PATTERN)
+        assert isinstance(pattern, Pattern)
+        names = list(foreign.adapters) or [
+            key.removesuffix(".weight")
+            for key, value in foreign.tensors.items()
+            if key.endswith("_proj.weight") and value.dim() == 2
+        ]
+        if not names:
+            raise ModelError(f"{foreign.path}: no linear to apply {pattern} to.", "Its linears should end in _proj.")
+        for name in names:
+            weight = foreign.tensors[f"{name}.weight"]
+            foreign.tensors[f"{name}.weight"] = weight * keep_largest(weight.float().abs(), pattern, dim="row")
+        foreign.notes.append(f"{pattern} was applied to {len(names)} linears by magnitude")
+
+    def _take_over(self, foreign: Foreign, model: nn.Module) -> None:
+        """What is known of linears, under their names in `model`; the adapters in its precision."""
+        kind = next(model.parameters()).dtype
+        known = {linear.name for linear in find_decoder(model).linears}
+        prefix = getattr(model, "base_model_prefix", "") + "."
+
+        def name(given: str) -> str:
+            return given if given in known else prefix + given
+
+        self.grids = {name(key): grid for key, grid in foreign.grids.items() if name(key) in known}
+        self.stored_bits = {name(key): bits for key, bits in foreign.stored_bits.items() if name(key) in known}
+        self.adapters = {
+            name(key): type(adapter)(adapter.down.to(kind), adapter.up.to(kind))
+            for key, adapter in foreign.adapters.items()
+        }
+        attach(model, self.adapters)
+
+    def _find_pattern(self, model: nn.Module) -> None:
+        """The pattern to count violations of: the one asked for, else the tightest that pruned linears keep."""
+        pruned = {linear.name: linear for linear in find_decoder(model).linears if _is_pruned(linear.weight)}
+        if self.params.pattern is not None:
+            asked = parse_level(self.params.pattern, Knob.PATTERN)
+            assert isinstance(asked, Pattern)
+            fitting = [linear for linear in find_decoder(model).linears if linear.weight.shape[1] % asked.of == 0]
+            self.patterns = {linear.name: asked for linear in fitting}
+            return
+        for pattern in _PATTERNS:
+            kept = [linear for linear in pruned.values() if keeps(linear.weight, pattern)]
+            if pruned and len(kept) == len(pruned):
+                self.patterns = dict.fromkeys(pruned, pattern)
+                return
+
+
+def build(foreign: Foreign, dtype: str) -> nn.Module:
+    """The model of `foreign`. Raises ModelError for an unknown architecture and for tensors missing or left over."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    given = dict(foreign.config)
+    kind = given.pop("model_type", None)
+    try:
+        config = AutoConfig.for_model(kind, **given)
+        with init_empty_weights():
+            architecture: Any = type(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ModelError(
+            f"{foreign.path} has a configuration that transformers does not take: {' '.join(str(error).split())}",
+            "Code that comes with a model is never run.",
+        ) from error
+    model, found = architecture.from_pretrained(
+        None,
+        config=config,
+        state_dict=foreign.tensors,
+        dtype=getattr(torch, dtype),
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+    )
+    if missing := sorted(found["missing_keys"]):
+        raise ModelError(f"{foreign.path} holds no tensor '{missing[0]}' ({len(missing)} missing).", "It is not whole.")
+    if extra := sorted(found["unexpected_keys"]):
+        raise ModelError(
+            f"{foreign.path} holds '{extra[0]}' ({len(extra)} such tensors): no place in {architecture.__name__}.",
+            "If they do not count, leave them out by the parameter ignore, for example ignore: ['*.mask'].",
+        )
+    _resize(foreign, model, {name for name, *_ in found["mismatched_keys"]})
+    if (foreign.path / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(foreign.path)
+    return model.eval()
+
+
+def _resize(foreign: Foreign, model: nn.Module, names: set[str]) -> None:
+    """Give single layers the widths that their tensors have. Anything outside the blocks must fit."""
+    prefix = getattr(model, "base_model_prefix", "") + "."
+    tensors = {}
+    for name in names:
+        tensor = foreign.tensors.get(name, foreign.tensors.get(name.removeprefix(prefix)))
+        if tensor is None or ".layers." not in name:
+            given = "fused from others" if tensor is None else list(tensor.shape)
+            raise ModelError(
+                f"{foreign.path}: '{name}' is {given}, its configuration says {list(model.get_parameter(name).shape)}.",
+                "The configuration belongs to another model.",
+            )
+        tensors[name] = tensor
+    shapes.resize(model, tensors)
+    if tensors:
+        try:
+            find_decoder(model)
+        except RuntimeError as error:
+            raise ModelError(f"{foreign.path}: its layers do not fit together: {error}") from error
+
+
+def keeps(weight: torch.Tensor, pattern: Pattern) -> bool:
+    """Whether all but a few stray groups of `weight` [out, in] are as `pattern` says."""
+    if weight.shape[1] % pattern.of:
+        return False
+    return pattern_violations(weight, pattern) <= _STRAY * weight.numel() / pattern.of
+
+
+def _is_pruned(weight: torch.Tensor) -> bool:
+    return float((weight == 0).float().mean()) > 0.05
+
+
+def _refuse_unmasked(foreign: Foreign) -> None:
+    for name in foreign.adapters:
+        if not _is_pruned(foreign.tensors[f"{name}.weight"]):
+            raise ModelError(
+                f"{foreign.path}: '{name}' has a low-rank branch, but its weight is dense: its mask was not stored.",
+                "Say which mask it was trained with, for example mask: '2:4'.",
+            )
+
+
+def shape_of(model: Any) -> dict[str, Any]:
+    """The dimensions that structured pruning changes, and the number of parameters."""
+    config = model.config
+    keys = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+    found = {key: getattr(config, key, None) for key in (*keys, "head_dim", "vocab_size")}
+    return {**found, "parameters": sum(parameter.numel() for parameter in model.parameters())}
+
+
+def gguf_bits(path: Path, model: Any) -> dict[str, float]:
+    """Bits a weight of the blocks takes in the .gguf file, by the names of `model`'s linears."""
+    from gguf import GGUFReader, get_tensor_name_map
+    from gguf.constants import MODEL_ARCH_NAMES
+
+    reader = GGUFReader(path)
+    stored = {tensor.name: 8 * tensor.n_bytes / tensor.n_elements for tensor in reader.tensors}
+    field = reader.fields["general.architecture"]
+    name = bytes(field.parts[field.data[0]]).decode()
+    arch = next((arch for arch, known in MODEL_ARCH_NAMES.items() if known == name), None)
+    if arch is None:
+        return {}
+    names = get_tensor_name_map(arch, model.config.num_hidden_layers)
+    found = {}
+    for linear in find_decoder(model).linears:
+        own = names.get_name(linear.name)
+        if own and f"{own}.weight" in stored:
+            found[linear.name] = stored[f"{own}.weight"]
+    return found
+
+
+def _has_tokenizer(path: Path) -> bool:
+    return any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"))

@@ -1,0 +1,114 @@
+"""Configuration and tensors of a model directory. Pickles are read only when asked for, and only for tensors."""
+
+import json
+import pickle
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from kick.adapters import LowRank
+from kick.errors import ModelError
+from kick.files import sha256_of
+from kick.models import PICKLES
+from kick.quantization import Grid
+
+_TEXTS = ("*.json", "*.txt", "*.jinja", "*.model")
+
+
+@dataclass
+class Foreign:
+    """A model as its files give it. `tensors` by their names there; the rest by the names of linears.
+
+    grids, stored_bits, adapters: see kick.checkpoint.Structure.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    grids: dict[str, Grid] = field(default_factory=dict)
+    stored_bits: dict[str, float] = field(default_factory=dict)
+    adapters: dict[str, LowRank] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def drop(self, globs: Iterable[str]) -> list[str]:
+        """Remove the tensors that a glob matches; gives their names."""
+        dropped = [name for name in self.tensors if any(fnmatchcase(name, glob) for glob in globs)]
+        for name in dropped:
+            del self.tensors[name]
+        return dropped
+
+
+def weight_files(path: Path, allow_pickle: bool) -> list[Path]:
+    """The files that hold the weights in the directory `path`. Raises ModelError if there are none that may be read."""
+    found = sorted(path.glob("*.safetensors"))
+    if found:
+        return found
+    pickles = sorted(file for glob in PICKLES for file in path.glob(glob) if file.name != "training_args.bin")
+    if pickles and not allow_pickle:
+        raise ModelError(
+            f"{path} holds only pickles, such as {pickles[0].name}, which can run code when they are read.",
+            "The parameter allow_pickle: true reads their tensors and refuses everything else in them.",
+        )
+    if not pickles:
+        raise ModelError(f"{path} holds no weights.", "Expected *.safetensors.")
+    return pickles
+
+
+def read(path: Path, allow_pickle: bool) -> Foreign:
+    """The model in the directory `path`."""
+    config = _json(path / "config.json")
+    separate = path / "quantize_config.json"  # AutoGPTQ keeps it beside the configuration
+    if "quantization_config" not in config and separate.is_file():
+        config["quantization_config"] = {"quant_method": "gptq", **_json(separate)}
+    tensors: dict[str, Tensor] = {}
+    for file in weight_files(path, allow_pickle):
+        tensors |= _safetensors(file) if file.suffix == ".safetensors" else _pickle(file)
+    return Foreign(path, config, tensors)
+
+
+def fingerprint(path: Path, allow_pickle: bool) -> str:
+    """Identity of everything in the directory `path` that `read` may look at."""
+    files = {*weight_files(path, allow_pickle), *(file for glob in _TEXTS for file in path.glob(glob))}
+    return "-".join(sha256_of(file)[:16] for file in sorted(files) if file.name != "kick.json")
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be read: {error}.", "A model directory holds a config.json.") from error
+    if not isinstance(found, dict):
+        raise ModelError(f"{path} holds no JSON object.", "A model directory holds a config.json.")
+    return found
+
+
+def _safetensors(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{file} cannot be read: {error}.", "Is it whole?") from error
+
+
+def _pickle(file: Path) -> dict[str, Tensor]:
+    """The tensors of a pickled state dict: at the top, under `model`, or under `state` / `model` as composer writes."""
+    try:
+        found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(
+            f"{file} holds more than tensors, or is damaged: {reason}",
+            "Whole pickled models are not read: load it with the code that wrote it and save it as safetensors.",
+        ) from error
+    for key in ("state", "model", "state_dict"):
+        if isinstance(found, dict) and isinstance(found.get(key), dict):
+            found = found[key]
+    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+        raise ModelError(f"{file} is not a state dict of tensors.", "Save the model as safetensors.")
+    return found

@@ -1,0 +1,115 @@
+"""Low-rank adapters: what is added to a linear's output without touching its weight, y = W x + B (A x).
+
+A sparse weight with an adapter cannot be merged without losing its zeros (SLoRB of AST), so the two are kept apart: in
+memory the adapter is a hook on the linear, on disk it has the layout of the `peft` library, which loads it as well.
+
+Shapes: down (A) [rank, in], up (B) [out, rank].
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from kick.errors import CheckpointError
+from kick.files import read_json
+
+FOLDER = "adapter"  # in a folder of its own: beside the weights, transformers would take the model for an adapter
+WEIGHTS = f"{FOLDER}/adapter_model.safetensors"
+_CONFIG = f"{FOLDER}/adapter_config.json"
+_PREFIX = "base_model.model."  # how peft names the model inside its own
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """y = W x + up (down x), with down [rank, in] and up [out, rank]."""
+
+    down: Tensor
+    up: Tensor
+
+    @property
+    def rank(self) -> int:
+        return self.down.shape[0]
+
+    @property
+    def parameters(self) -> int:
+        return self.down.numel() + self.up.numel()
+
+    @property
+    def bits(self) -> int:
+        """Bits that it takes as stored."""
+        return 8 * (self.down.numel() * self.down.itemsize + self.up.numel() * self.up.itemsize)
+
+
+def attach(model: nn.Module, adapters: dict[str, LowRank]) -> None:
+    """From now on the linears of `model` that `adapters` names add them to their outputs."""
+    for name, adapter in adapters.items():
+        try:
+            linear = model.get_submodule(name)
+        except AttributeError as error:
+            raise CheckpointError(f"an adapter is for '{name}', which the model does not have.") from error
+        linear.register_forward_hook(_adding(adapter))
+
+
+def _adding(adapter: LowRank) -> Any:
+    def add(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        inputs = args[0]  # its device and precision are where the model runs now
+        return output + (inputs @ adapter.down.T.to(inputs)) @ adapter.up.T.to(inputs)
+
+    return add
+
+
+def save(directory: Path, model: nn.Module, adapters: dict[str, LowRank]) -> None:
+    """Write `adapters` below `directory`, as peft would."""
+    (directory / FOLDER).mkdir()
+    tensors = {}
+    for name, adapter in adapters.items():
+        tensors[f"{_PREFIX}{name}.lora_A.weight"] = adapter.down.contiguous()
+        tensors[f"{_PREFIX}{name}.lora_B.weight"] = adapter.up.contiguous()
+    save_file(tensors, directory / WEIGHTS, {"format": "pt"})
+    ranks = {name: adapter.rank for name, adapter in adapters.items()}
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": None,
+        "inference_mode": True,
+        "target_modules": sorted(ranks),
+        "r": max(ranks.values()),
+        "lora_alpha": max(ranks.values()),  # the factor alpha / r is 1
+        "rank_pattern": ranks,
+        "alpha_pattern": ranks,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": any(isinstance(model.get_submodule(name), Conv1D) for name in ranks),
+    }
+    (directory / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def load(directory: Path) -> dict[str, LowRank]:
+    """The adapters of the checkpoint in `directory`, by the names of their linears; none if it has none."""
+    path = directory / WEIGHTS
+    if not path.is_file():
+        return {}
+    try:
+        config = read_json(directory / _CONFIG)
+        stored = load_file(path)
+        names = [key.removesuffix(".lora_A.weight") for key in stored if key.endswith(".lora_A.weight")]
+        return {
+            name.removeprefix(_PREFIX): LowRank(
+                stored[f"{name}.lora_A.weight"], stored[f"{name}.lora_B.weight"] * _factor(config, name)
+            )
+            for name in names
+        }
+    except (KeyError, ValueError, OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error!r}.", "Compress again.") from error
+
+
+def _factor(config: dict[str, Any], name: str) -> float:
+    plain = name.removeprefix(_PREFIX)
+    rank = config.get("rank_pattern", {}).get(plain, config["r"])
+    return config.get("alpha_pattern", {}).get(plain, config["lora_alpha"]) / rank

@@ -1,0 +1,70 @@
+"""Models whose blocks differ in width: structured pruning may leave each layer heads and channels of its own.
+
+A configuration holds one width for all layers, so such a checkpoint carries a table of the tensors that differ from
+it, `shapes.json`. kick loads by it; plain `from_pretrained` refuses the checkpoint and names the tensors.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from kick.errors import CheckpointError, ModelError
+from kick.files import read_json, write_json
+
+TABLE = "shapes.json"
+
+
+def resize(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Make `tensors` parameters of `model`, whatever shape its configuration gave them."""
+    for name, tensor in tensors.items():
+        owner_name, _, last = name.rpartition(".")
+        owner = model.get_submodule(owner_name)
+        before = owner.get_parameter(last)
+        owner._parameters[last] = nn.Parameter(tensor.to(before.dtype), requires_grad=False)
+        if last == "weight" and isinstance(owner, nn.Linear):
+            owner.out_features, owner.in_features = tensor.shape
+        elif last == "weight" and isinstance(owner, Conv1D):
+            owner.nx, owner.nf = tensor.shape
+
+
+def table_of(model: Any) -> dict[str, list[int]]:
+    """The tensors of `model` whose shape is not what its configuration says."""
+    from accelerate import init_empty_weights
+
+    with init_empty_weights():
+        expected = dict(type(model)(model.config).named_parameters())
+    return {
+        name: list(weight.shape)
+        for name, weight in model.named_parameters()
+        if name in expected and expected[name].shape != weight.shape
+    }
+
+
+def save_table(directory: Path, table: dict[str, list[int]]) -> None:
+    write_json(directory / TABLE, table)
+
+
+def read_table(directory: Path) -> dict[str, list[int]]:
+    """The table in `directory`, empty if it has none."""
+    path = directory / TABLE
+    try:
+        return read_json(path) if path.is_file() else {}
+    except ValueError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}.", "Compress again.") from error
+
+
+def read_tensors(directory: Path, table: dict[str, list[int]]) -> dict[str, Tensor]:
+    """The tensors that `table` names. Raises ModelError if one is missing or of another shape."""
+    found = {}
+    for file in sorted(directory.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as stored:
+            for name in table.keys() & stored.keys():
+                found[name] = stored.get_tensor(name)
+    for name, shape in table.items():
+        if name not in found or list(found[name].shape) != shape:
+            given = list(found[name].shape) if name in found else "missing"
+            raise ModelError(f"{directory / TABLE} says that '{name}' is {shape}; it is {given}.", "Compress again.")
+    return found
