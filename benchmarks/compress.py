@@ -15,12 +15,16 @@ import json
 import math
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
+from importlib.resources import files as package_files
 from pathlib import Path
 
 import torch
+from kick_compressors.formats import files, quantized
+from kick_compressors.formats.build import build
 from safetensors.torch import load_file, save_file
 
 from kick import models
@@ -38,7 +42,7 @@ GRID = {
 BATCH = {"kick": 4, "llm-compressor": 1}  # each one's own default
 
 
-def run_kick(job: dict) -> dict:
+def run_kick(job: dict) -> None:
     """One compression by kick in this process."""
     setting = parse_setting(job["setting"])
     if setting.compressor == "gptq":
@@ -52,12 +56,15 @@ def run_kick(job: dict) -> dict:
         model = step.compressor.compress(model, step.level, calibration)
     cpu = time.process_time() - cpu
     model.save_pretrained(job["out"])
-    return {"wall": meter.seconds, "cpu": cpu, "peak": meter.peak_bytes}
+    result = {"wall": meter.seconds, "cpu": cpu, "peak": meter.peak_bytes}
+    (Path(job["out"]) / "result.json").write_text(json.dumps(result))
 
 
 def perplexity(path: Path, tokens: torch.Tensor) -> float:
     """exp of the mean negative log-likelihood over rows of `tokens` [n, s], each from its second token on."""
-    model = models.load_model(path, "float32", "cpu")
+    foreign = files.read(path, allow_pickle=False)
+    quantized.unpack_all(foreign)
+    model = build(foreign, "float32")
     total = 0.0
     with torch.inference_mode():
         for row in tokens:
@@ -89,22 +96,27 @@ def jobs_of(setting: str, options: argparse.Namespace, work: Path, default: str)
     jobs = [{**common, "by": "kick", "precision": precision} for precision in dict.fromkeys(precisions)]
     if options.peer:
         name, _, level = setting.partition("@")
-        peer = {"method": name, "level": level, "dtype": "float32", "act_order": None, "batch": BATCH["llm-compressor"]}
+        peer = {"method": name, "level": level, "dtype": "float32", "batch": BATCH["llm-compressor"]}
+        peer |= {"act_order": False, "damping": 0.01}
         jobs.append({**common, **GRID, **peer, "by": "llm-compressor", "precision": "float32"})
     return [{**job, "out": str(work / f"{setting}-{job['by']}-{job['precision']}".replace(":", "of"))} for job in jobs]
 
 
 def carry_out(job: dict, options: argparse.Namespace) -> dict:
+    """Run `job` in a process of its own; what it tells is in out/result.json."""
+    out = Path(job["out"])
+    shutil.rmtree(out, ignore_errors=True)
+    request = out.with_suffix(".json")
+    request.write_text(json.dumps(job))
     if job["by"] == "kick":
-        command = [sys.executable, __file__, "--job", json.dumps(job)]
+        command = [sys.executable, __file__, "--job", str(request)]
     else:
-        command = [options.peer, str(Path(__file__).parent / "peers" / "llmcompressor_run.py"), json.dumps(job)]
+        command = [options.peer, str(package_files("kick_compressors") / "workers/run_llmcompressor.py"), str(request)]
     environment = {**os.environ, "TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    results = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    if not results:
+    if done.returncode:
         sys.exit(f"{job['by']} failed on {job['setting']}:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
-    return json.loads(results[-1].removeprefix("RESULT "))
+    return json.loads((out / "result.json").read_text())
 
 
 def main() -> None:
@@ -122,7 +134,7 @@ def main() -> None:
     parser.add_argument("--job", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.job:
-        print("RESULT " + json.dumps(run_kick(json.loads(options.job))))
+        run_kick(json.loads(Path(options.job).read_text()))
         return
     work: Path = options.out
     work.mkdir(parents=True, exist_ok=True)

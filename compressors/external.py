@@ -16,8 +16,6 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import nn
 
-from kick import shapes
-from kick.adapters import attach
 from kick.blocks import find_decoder
 from kick.calibration import Calibration
 from kick.checkpoint import pattern_violations
@@ -27,6 +25,7 @@ from kick.levels import Level, Pattern, parse_level
 from kick.models import ModelSource, fetch, find_source, fingerprint, load_model
 
 from .formats import files, llama, quantized, slorb
+from .formats.build import adopt, build
 from .formats.files import Foreign
 from .masks import keep_largest
 
@@ -89,7 +88,7 @@ class External(Compressor):
             foreign = files.read(path, self.params.allow_pickle)
             kind = self._make_plain(foreign)
             brought = build(foreign, dtype)
-            self._take_over(foreign, brought)
+            adopt(self, foreign, brought)
         if path.is_file() or _has_tokenizer(path):
             self.tokenizer_path = path
         elif brought.get_input_embeddings().weight.shape[0] != model.get_input_embeddings().weight.shape[0]:
@@ -143,23 +142,6 @@ class External(Compressor):
             foreign.tensors[f"{name}.weight"] = weight * keep_largest(weight.float().abs(), pattern, dim="row")
         foreign.notes.append(f"{pattern} was applied to {len(names)} linears by magnitude")
 
-    def _take_over(self, foreign: Foreign, model: nn.Module) -> None:
-        """What is known of linears, under their names in `model`; the adapters in its precision."""
-        kind = next(model.parameters()).dtype
-        known = {linear.name for linear in find_decoder(model).linears}
-        prefix = getattr(model, "base_model_prefix", "") + "."
-
-        def name(given: str) -> str:
-            return given if given in known else prefix + given
-
-        self.grids = {name(key): grid for key, grid in foreign.grids.items() if name(key) in known}
-        self.stored_bits = {name(key): bits for key, bits in foreign.stored_bits.items() if name(key) in known}
-        self.adapters = {
-            name(key): type(adapter)(adapter.down.to(kind), adapter.up.to(kind))
-            for key, adapter in foreign.adapters.items()
-        }
-        attach(model, self.adapters)
-
     def _find_pattern(self, model: nn.Module) -> None:
         """The pattern to count violations of: the one asked for, else the tightest that pruned linears keep."""
         pruned = {linear.name: linear for linear in find_decoder(model).linears if _is_pruned(linear.weight)}
@@ -174,64 +156,6 @@ class External(Compressor):
             if pruned and len(kept) == len(pruned):
                 self.patterns = dict.fromkeys(pruned, pattern)
                 return
-
-
-def build(foreign: Foreign, dtype: str) -> nn.Module:
-    """The model of `foreign`. Raises ModelError for an unknown architecture and for tensors missing or left over."""
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
-
-    given = dict(foreign.config)
-    kind = given.pop("model_type", None)
-    try:
-        config = AutoConfig.for_model(kind, **given)
-        with init_empty_weights():
-            architecture: Any = type(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ModelError(
-            f"{foreign.path} has a configuration that transformers does not take: {' '.join(str(error).split())}",
-            "Code that comes with a model is never run.",
-        ) from error
-    model, found = architecture.from_pretrained(
-        None,
-        config=config,
-        state_dict=foreign.tensors,
-        dtype=getattr(torch, dtype),
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,
-    )
-    if missing := sorted(found["missing_keys"]):
-        raise ModelError(f"{foreign.path} holds no tensor '{missing[0]}' ({len(missing)} missing).", "It is not whole.")
-    if extra := sorted(found["unexpected_keys"]):
-        raise ModelError(
-            f"{foreign.path} holds '{extra[0]}' ({len(extra)} such tensors): no place in {architecture.__name__}.",
-            "If they do not count, leave them out by the parameter ignore, for example ignore: ['*.mask'].",
-        )
-    _resize(foreign, model, {name for name, *_ in found["mismatched_keys"]})
-    if (foreign.path / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(foreign.path)
-    return model.eval()
-
-
-def _resize(foreign: Foreign, model: nn.Module, names: set[str]) -> None:
-    """Give single layers the widths that their tensors have. Anything outside the blocks must fit."""
-    prefix = getattr(model, "base_model_prefix", "") + "."
-    tensors = {}
-    for name in names:
-        tensor = foreign.tensors.get(name, foreign.tensors.get(name.removeprefix(prefix)))
-        if tensor is None or ".layers." not in name:
-            given = "fused from others" if tensor is None else list(tensor.shape)
-            raise ModelError(
-                f"{foreign.path}: '{name}' is {given}, its configuration says {list(model.get_parameter(name).shape)}.",
-                "The configuration belongs to another model.",
-            )
-        tensors[name] = tensor
-    shapes.resize(model, tensors)
-    if tensors:
-        try:
-            find_decoder(model)
-        except RuntimeError as error:
-            raise ModelError(f"{foreign.path}: its layers do not fit together: {error}") from error
 
 
 def keeps(weight: torch.Tensor, pattern: Pattern) -> bool:

@@ -76,6 +76,8 @@ def _step(stage: Stage, setting: Setting) -> Step:
             raise ConfigError(
                 f"{kind.name} does not work linear by linear: it takes no layer rules.", "Leave them out."
             )
+        elif level is not None:
+            compressor.check_level(level)
     except (LevelError, ConfigError) as error:
         raise type(error)(f"setting '{setting.name}': {error.message}", error.hint) from error
     except ValidationError as error:
@@ -123,6 +125,7 @@ def compress(
         for step in steps:
             if step.compressor.needs_calibration and calibration is None:
                 calibration = draw(recipe.calibration, tokenizer, recipe.dtype, recipe.device)
+            step.compressor.tokenizer = tokenizer
             model = done.carry_out(step, model, calibration, progress)
             if step.compressor.brings_a_model:
                 model = model.to(recipe.device)

@@ -58,13 +58,17 @@ class Compressor(ABC):
         self.patterns: dict[str, Pattern] = {}  # N:M patterns found on linears, beyond those that the level asks for
         self.adapters: dict[str, LowRank] = {}  # attached to the model, by the name of their linear
         self.facts: dict[str, Any] = {}  # whatever else the record should say of this stage
-        self.tokenizer_path: Path | None = None  # where a model that was brought has its tokenizer
+        self.tokenizer: Any = None  # of the model to compress
+        self.tokenizer_path: Path | None = None  # where a model that was brought has its own
         self.notes: dict[str, Any] = {}  # facts about the linears that are being treated, for their record
         self._at = ""
 
     def warn(self, message: str) -> None:
         """Put `message` into the checkpoint's record, with the linears that are being treated."""
         self.warnings.append(f"{self._at}: {message}" if self._at else message)
+
+    def check_level(self, level: Level) -> None:  # noqa: B027 (most reach all that their knob allows)
+        """Raise LevelError for a level of the right kind that this compressor cannot reach."""
 
     def inputs(self) -> dict[str, str]:
         """What it reads besides the source, and its fingerprint: part of the setting's identity.
@@ -136,9 +140,6 @@ class LayerwiseCompressor(Compressor):
 
     def leave_block(self, block: Block) -> None:
         """Called after a block was compressed."""
-
-    def check_level(self, level: Level) -> None:
-        """Raise LevelError for a level of the right kind that this compressor cannot reach."""
 
     def follow(self, policy: Policy, level: Level | None) -> None:
         """Take `policy` for the next `compress`. Raises LevelError for a level in it that does not exist here."""

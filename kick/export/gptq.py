@@ -83,15 +83,17 @@ def _quantization_config(checkpoint: Checkpoint, grids: dict[str, Grid]) -> dict
             f"{checkpoint.path} mixes grids of {len(widths)} widths and {len(sizes)} group sizes.",
             "This format holds one of each.",
         )
+    symmetric = all(bool((grid.zero == 2 ** (bits - 1)).all()) for grid in grids.values())
     return {
         "quant_method": "gptq",
         "bits": bits,
         "group_size": group_size,
         "desc_act": any(not _are_neighbours(grid) for grid in grids.values()),
-        "sym": all(bool((grid.zero == 2 ** (bits - 1)).all()) for grid in grids.values()),
+        "sym": symmetric,
         "lm_head": False,
-        # the first format stores zero points minus one; readers that add it back let a zero of 0 run into its neighbour
-        "checkpoint_format": "gptq" if all(bool((grid.zero > 0).all()) for grid in grids.values()) else "gptq_v2",
+        # the first format stores zero points minus one: a zero point of 0 runs into its neighbour when readers add it
+        # back, and GPTQModel takes no asymmetric file in it but its own
+        "checkpoint_format": "gptq" if symmetric else "gptq_v2",
         "pack_dtype": "int32",
         "meta": {"quantizer": [f"kick:{checkpoint.record['kick_version']}"]},
     }

@@ -174,11 +174,10 @@ def test_autogptq_keeps_its_configuration_beside(tiny_llama, tiny_model, tokeniz
 def test_a_foreign_gptq_checkpoint_can_be_exported_again(tiny_llama, tiny_model, tokenizer, tmp_path):
     from kick.export.gptq import write as export
 
-    tensors, _ = quantised(tiny_llama, 4, 16, False, FORMATS["gptq"][1])
-    path = write(tmp_path / "foreign", tiny_llama.config, tensors, tokenizer, quantization_config=GPTQ_V1)
-    again = load_file(
-        export(bring(path, tiny_model, tmp_path / "out"), tmp_path / "gptq", "auto") / "model.safetensors"
-    )
+    tensors, _ = quantised(tiny_llama, 8, 16, False, FORMATS["gptq_v2"][1])
+    path = write(tmp_path / "foreign", tiny_llama.config, tensors, tokenizer, **FORMATS["gptq_v2"][2])
+    made = bring(path, tiny_model, tmp_path / "out")
+    again = load_file(export(made, tmp_path / "gptq", "auto") / "model.safetensors")
     packed = [name for name in tensors if name.endswith(("qweight", "qzeros", "scales", "g_idx"))]
     assert len(packed) == 4 * 2 * len(PROJECTIONS)
     for name in packed:

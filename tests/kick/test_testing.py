@@ -19,7 +19,7 @@ PARAMS = {
     "rtn": {"group_size": 16},
     "sparsegpt": {"group_size": 16},
 }
-ELSEWHERE = {"external"}  # brings models from files: it has tests of its own
+ELSEWHERE = {"external", "gptqmodel", "llmcompressor"}  # their work is done elsewhere: they have tests of their own
 
 
 @pytest.mark.parametrize("name", [name for name in BUILT_IN if name not in ELSEWHERE])

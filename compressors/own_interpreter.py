@@ -1,0 +1,124 @@
+"""Compressors of other libraries, run in an interpreter of their own: only directories and JSON cross.
+
+Their requirements contradict each other's and kick's, so each needs an environment of its own, named by the parameter
+`python`. The model and the calibration tokens are written to a scratch directory; a script in `workers/` compresses
+there; what it wrote is read back as any checkpoint that was made elsewhere.
+"""
+
+import json
+import os
+import subprocess
+import tempfile
+from functools import cached_property
+from importlib.resources import files as package_files
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pydantic import Field
+from safetensors.torch import save_file
+from torch import nn
+
+from kick.calibration import Calibration
+from kick.compressor import Compressor, Progress, no_progress
+from kick.errors import ConfigError, KickError
+from kick.levels import Bits, Level
+
+from .formats import files, quantized
+from .formats.build import adopt, build
+
+_LAST_LINES = 6
+
+
+class OwnInterpreter(Compressor):
+    """A library as a compressor. A subclass names the library's distribution and the script that calls it."""
+
+    library: ClassVar[str]
+    needs_calibration = True
+
+    class Params(Compressor.Params):
+        python: str = Field(description="the interpreter that has the library")
+        group_size: int = Field(default=128, description="columns with one scale; -1: the whole row")
+        symmetric: bool = Field(default=True, description="zero is the middle code")
+        act_order: bool = Field(default=False, description="round the columns that matter most first")
+        damping: float = Field(default=0.01, gt=0, description="added to the Hessian's diagonal, a share of its mean")
+        batch: int = Field(default=1, ge=1, description="calibration rows in one forward pass")
+
+    def job(self, level: Level) -> str:
+        """The library's name for what `level` asks of it. Raises LevelError if it can't."""
+        raise NotImplementedError
+
+    def check_level(self, level: Level) -> None:
+        self.job(level)
+
+    @cached_property
+    def _version(self) -> str:
+        """The library's, in its own interpreter, without importing it."""
+        code = f"import importlib.metadata as m; print(m.version('{self.library}'))"
+        python = Path(self.params.python).expanduser()
+        hint = f"Make an environment with {self.library} and give its interpreter as the parameter python."
+        if not python.is_file():
+            raise ConfigError(f"{self.name}: no interpreter {self.params.python}.", hint)
+        done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise ConfigError(f"{self.name}: {self.params.python} has no {self.library}.", hint)
+        return done.stdout.strip()
+
+    def inputs(self) -> dict[str, str]:
+        return {self.library: self._version}
+
+    def compress(
+        self,
+        model: Any,
+        level: Level | None,
+        calibration: Calibration | None,
+        *,
+        progress: Progress = no_progress,
+    ) -> nn.Module:
+        assert level is not None
+        assert calibration is not None
+        progress(0, 1, f"{self.library} {self._version}")
+        with tempfile.TemporaryDirectory(prefix="kick-") as scratch:
+            here = Path(scratch)
+            model.save_pretrained(here / "dense")
+            self.tokenizer.save_pretrained(here / "dense")
+            save_file({"tokens": calibration.tokens}, here / "tokens.safetensors")
+            job = {
+                **self.params.model_dump(),
+                "model": str(here / "dense"),
+                "tokens": str(here / "tokens.safetensors"),
+                "out": str(here / "out"),
+                "method": self.job(level),
+                "level": str(level),
+                "dtype": str(model.dtype).removeprefix("torch."),
+            }
+            (here / "job.json").write_text(json.dumps(job), encoding="utf-8")
+            self.facts = {"library": self.library, **self._run(here)}
+            foreign = files.read(here / "out", allow_pickle=False)
+            quantized.unpack_all(foreign)
+            made = build(foreign, job["dtype"])
+        adopt(self, foreign, made)
+        if isinstance(level, Bits):
+            self._check_bits(level)
+        for note in foreign.notes:
+            self.warn(note)
+        return made.to(model.device)
+
+    def _run(self, here: Path) -> dict[str, Any]:
+        script = package_files("kick_compressors").joinpath(f"workers/run_{self.name}.py")
+        environment = {**os.environ, "TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
+        environment.pop("PYTHONPATH", None)
+        command = [str(Path(self.params.python).expanduser()), str(script), str(here / "job.json")]
+        with open(here / "log", "w", encoding="utf-8") as log:
+            done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=here, check=False)
+        if done.returncode or not (here / "out" / "result.json").is_file():
+            lines = (here / "log").read_text(encoding="utf-8", errors="replace").strip().splitlines()
+            raise KickError(
+                f"{self.library} {self._version} failed (exit {done.returncode}).", "\n".join(lines[-_LAST_LINES:])
+            )
+        return json.loads((here / "out" / "result.json").read_text(encoding="utf-8"))
+
+    def _check_bits(self, level: Bits) -> None:
+        """The library must have done what it was asked for: some fall back to leaving layers as they are."""
+        found = {grid.bits for grid in self.grids.values()}
+        if found - {level.width} or not (self.grids or self.stored_bits):
+            raise KickError(f"{self.library} was asked for {level} bits and gave {sorted(found) or 'none'}.")

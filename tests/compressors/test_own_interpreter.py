@@ -1,0 +1,149 @@
+"""Compressors of other libraries: what crosses to their interpreters and back. A script stands in for the library."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import REPOSITORY
+from kick_compressors.gptqmodel import GPTQModel
+from kick_compressors.llmcompressor import LLMCompressor
+from kick_compressors.rounding import round_to_nearest
+
+from kick import checkpoint as checkpoints
+from kick.calibration import CalibrationSpec
+from kick.compress import Recipe, compress, prepare
+from kick.errors import ConfigError, KickError, LevelError
+from kick.levels import Bits, Sparsity
+from kick.models import find_source, fingerprint, load_model
+from kick.settings import Setting
+
+# What a library would do, in a few lines: rounds every linear to the nearest 4 bits and packs it.
+LIBRARY = """
+import json, sys
+from pathlib import Path
+if sys.argv[1] == "-c":
+    print("7.0")
+    sys.exit()
+script, request = sys.argv[1:]
+job = json.loads(Path(request).read_text())
+Path({seen!r}).write_text(json.dumps([Path(script).name, job]))
+print("a line of its log")
+if {fails}:
+    sys.exit("CUDA out of memory")
+import torch
+from safetensors.torch import load_file, save_file
+from kick.packing import pack_linear
+from kick_compressors.rounding import round_to_nearest
+tokens = load_file(job["tokens"])["tokens"]
+assert tokens.shape == (4, 32), tokens.shape
+tensors = {{}}
+for name, value in load_file(Path(job["model"]) / "model.safetensors").items():
+    if name.endswith("_proj.weight"):
+        found = round_to_nearest(value, {bits}, 16, symmetric=False)
+        packed = pack_linear(found.weight, found.grid, True)
+        tensors |= {{name.removesuffix("weight") + key: part for key, part in packed.items()}}
+    else:
+        tensors[name] = value
+out = Path(job["out"])
+out.mkdir()
+save_file(tensors, out / "model.safetensors")
+config = json.loads((Path(job["model"]) / "config.json").read_text())
+config["quantization_config"] = {{"quant_method": "gptq", "bits": {bits}, "group_size": 16}}
+(out / "config.json").write_text(json.dumps(config))
+(out / "result.json").write_text(json.dumps({{"version": "7.0", "wall": 1.5, "cpu": 1.0, "peak": 1000}}))
+"""
+
+
+def interpreter(folder, fails=False, bits=4):
+    """An executable that answers as a Python with the library would."""
+    (folder / "library.py").write_text(LIBRARY.format(seen=str(folder / "seen.json"), fails=fails, bits=bits))
+    python = folder / "python"
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{folder}/library.py" "$@"\n')
+    python.chmod(0o755)
+    return str(python)
+
+
+def make(model, out, compressor="gptqmodel", level="4", **params):
+    source = find_source(str(model))
+    setting = Setting(compressor=compressor, level=level, params=params)
+    spec = CalibrationSpec(samples=4, sequence_length=32)
+    return compress(Recipe(source, fingerprint(source.path), setting, spec, "float32", "cpu"), out)
+
+
+def test_what_the_library_wrote_becomes_a_checkpoint(tiny_model, tmp_path):
+    made = make(tiny_model, tmp_path / "out", python=interpreter(tmp_path), group_size=16, symmetric=False)
+    script, job = json.loads((tmp_path / "seen.json").read_text())
+    assert script == "run_gptqmodel.py"
+    assert (job["level"], job["group_size"], job["symmetric"], job["method"]) == ("4", 16, False, "gptq")
+    assert not Path(job["model"]).exists()  # the scratch is gone
+    dense, found = (load_model(path, "float32", "cpu") for path in (tiny_model, made.path))
+    expected = round_to_nearest(dense.model.layers[0].mlp.up_proj.weight.data, 4, 16, symmetric=False)
+    assert torch.equal(found.model.layers[0].mlp.up_proj.weight, expected.weight)
+    assert made.record["stages"][0]["facts"] == {
+        "library": "gptqmodel",
+        "version": "7.0",
+        "wall": 1.5,
+        "cpu": 1.0,
+        "peak": 1000,
+    }
+    assert made.record["bits_per_weight"] == pytest.approx(4 + 20 / 16)
+    assert checkpoints.verify(made) == []
+
+
+def test_a_failure_shows_the_end_of_its_log(tiny_model, tmp_path):
+    with pytest.raises(KickError, match=r"gptqmodel 7.0 failed \(exit 1\)") as raised:
+        make(tiny_model, tmp_path / "out", python=interpreter(tmp_path, fails=True))
+    assert raised.value.hint.splitlines() == ["a line of its log", "CUDA out of memory"]
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_bits_than_asked_are_refused(tiny_model, tmp_path):
+    with pytest.raises(KickError, match=r"was asked for 4 bits and gave \[2\]"):
+        make(tiny_model, tmp_path / "out", python=interpreter(tmp_path, bits=2), group_size=16)
+
+
+def test_an_interpreter_without_the_library(tmp_path):
+    with pytest.raises(ConfigError, match="has no gptqmodel") as raised:
+        GPTQModel(GPTQModel.Params(python=sys.executable)).inputs()
+    assert "Make an environment" in raised.value.hint
+    with pytest.raises(ConfigError, match="no interpreter /nowhere/python"):
+        LLMCompressor(LLMCompressor.Params(python="/nowhere/python")).inputs()
+    assert GPTQModel(GPTQModel.Params(python=interpreter(tmp_path))).inputs() == {"gptqmodel": "7.0"}
+
+
+def test_methods_and_levels_must_fit():
+    def method(level, **params):
+        return LLMCompressor(LLMCompressor.Params(python="x", **params)).job(level)
+
+    assert method(Bits(width=4)) == "gptq"
+    assert method(Sparsity(fraction=0.5)) == "sparsegpt"
+    assert method(Sparsity(fraction=0.5), method="wanda") == "wanda"
+    with pytest.raises(LevelError, match=r"level '4' with method wanda"):
+        method(Bits(width=4), method="wanda")
+    with pytest.raises(LevelError, match="not one that GPTQModel packs"):
+        prepare(Setting(compressor="gptqmodel", level="5", params={"python": "x"}))
+
+
+@pytest.mark.parametrize(
+    ("compressor", "level", "sparsity"),
+    [
+        ("llmcompressor", "2:4", 0.5),
+        ("llmcompressor", "0.25", 0.25),
+        ("llmcompressor", "4", None),
+        ("gptqmodel", "4", None),
+    ],
+)
+def test_the_real_library(compressor, level, sparsity, tiny_model, tmp_path):
+    python = os.environ.get(f"KICK_TEST_{compressor.upper()}")
+    if python is None:
+        pytest.skip(f"set KICK_TEST_{compressor.upper()} to an interpreter with {compressor}")
+    made = make(tiny_model, tmp_path / "out", compressor, level, python=python, group_size=16)
+    if sparsity is not None:
+        assert made.record["sparsity"] == pytest.approx(sparsity, abs=0.02)
+    else:
+        assert 4 < made.record["bits_per_weight"] < 7
+    assert REPOSITORY not in made.path.parents
+    assert checkpoints.verify(made) == []
