@@ -78,7 +78,7 @@ class AWQ(Quantizer):
     def solve_group(self, weights: list[Tensor], statistic: Activations, level: Bits) -> list[Tensor | Quantized]:
         """Weights that stand for scale and rounding together, as their errors do; `leave_block` takes them apart."""
         whole = [weight.float() for weight in weights]
-        fold = self._folds[self.group]
+        fold = self._folds.get(self.group)  # none for the head: it is in no block
         if fold is None or len(weights) != len(self.group.linears):
             self._unscaled.append(self._at)
             return [self.round(weight, level) for weight in whole]

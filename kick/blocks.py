@@ -51,10 +51,15 @@ class Block:
 
 @dataclass(frozen=True)
 class Decoder:
-    """`uncovered` names the weights with two or more dimensions inside the blocks that belong to no linear layer."""
+    """`uncovered` names the weights with two or more dimensions inside the blocks that belong to no linear layer.
+
+    `head` gives the logits; it is compressed only where a layer rule asks for it. `head_is_tied`: it is the embedding.
+    """
 
     blocks: tuple[Block, ...]
     uncovered: tuple[str, ...]
+    head: Linear | None = None
+    head_is_tied: bool = False
 
     @property
     def linears(self) -> list[Linear]:
@@ -100,7 +105,16 @@ def find_decoder(model: nn.Module) -> Decoder:
             for key, weight in layer.named_parameters()
             if weight.dim() >= 2 and id(weight) not in covered
         ]
-    return Decoder(tuple(blocks), tuple(uncovered))
+    return Decoder(tuple(blocks), tuple(uncovered), *_find_head(model))
+
+
+def _find_head(model: Any) -> tuple[Linear | None, bool]:
+    """The linear that gives the logits, and whether its weight is that of the embedding."""
+    module = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if not isinstance(module, nn.Linear | Conv1D):
+        return None, False
+    name = next(name for name, other in model.named_modules() if other is module)
+    return Linear(name, module, isinstance(module, Conv1D)), module.weight is model.get_input_embeddings().weight
 
 
 def largest_block_list(model: nn.Module, order: list[nn.Module] | None = None) -> tuple[str, nn.ModuleList]:

@@ -42,6 +42,7 @@ class Structure:
     grids: dict[str, Grid] = field(default_factory=dict)
     stored_bits: dict[str, float] = field(default_factory=dict)
     adapters: dict[str, LowRank] = field(default_factory=dict)
+    head: bool = False  # it is compressed too, and counted with the linears of the blocks
 
     def count(self, name: str, weight: Tensor) -> dict[str, Any]:
         """What `count_weight` finds for the linear called `name`."""
@@ -71,7 +72,7 @@ class Measured:
 
     @property
     def sparsity(self) -> float:
-        """Share of zeros over all linears inside the blocks."""
+        """Share of zeros over all linears inside the blocks, and over the head if it is compressed."""
         weights = sum(layer["weights"] for layer in self.layers.values())
         return sum(layer["zeros"] for layer in self.layers.values()) / weights if weights else 0.0
 
@@ -85,7 +86,7 @@ class Measured:
 
     @property
     def bits_per_weight(self) -> float:
-        """Mean over all linears inside the blocks: packed where they are quantised, as stored where they are not."""
+        """Mean over the same linears: packed where they are quantised, as stored where they are not."""
         weights = sum(layer["weights"] for layer in self.layers.values())
         return sum(layer["weights"] * layer["bits_per_weight"] for layer in self.layers.values()) / weights
 
@@ -109,6 +110,9 @@ def measure(model: nn.Module, decoder: Decoder | None = None, structure: Structu
                 if not bool(weight.isfinite().all())
             ]
     covered = sum(layer["weights"] for layer in layers.values())
+    if structure.head and decoder.head is not None:
+        head = decoder.head
+        layers[head.name] = {**structure.count(head.name, head.weight), "transposed": head.transposed}
     missed = sum(parameters[name].numel() for name in decoder.uncovered)
     return Measured(
         layers=layers,

@@ -188,7 +188,10 @@ class Outcome:
         decoder = find_decoder(model)
         levels = _levels(compressor, step.level, decoder)
         patterns = {name: pattern for name, level in levels.items() if isinstance(pattern := _pruned(level), Pattern)}
-        known = self.structure  # a later pruner leaves a grid or breaks it: the last measurement tells
+        known = self.structure
+        head = decoder.head.name if decoder.head is not None else None
+        known.head |= head in levels or head in compressor.grids or head in compressor.stored_bits
+        # a later pruner leaves a grid or breaks it: the last measurement tells
         known.patterns |= patterns | compressor.patterns
         known.grids |= compressor.grids
         known.adapters |= compressor.adapters
@@ -294,6 +297,8 @@ def _excess(name: str, level: Level, before: checkpoints.Measured, layers: dict[
     """By how much the sparsity of a linear may exceed what was asked."""
     if isinstance(level, Joint):
         return 1.0
+    if name not in before.layers:  # the head, which was not counted before
+        return 0.0
     dead = layers.get(name, {}).get("dead_inputs", 0) / before.layers[name]["shape"][1]
     return before.layers[name]["sparsity"] + dead
 

@@ -17,7 +17,7 @@ from kick.levels import Joint, Knob, Level, Pattern, parse_level
 from kick.policy import OWL, Policy
 from kick.quantization import Grid, Quantized
 from kick.streaming import resident
-from kick.walk import BlockWalk, Listener
+from kick.walk import BlockWalk, Listener, collect_head
 
 __all__ = ["Compressor", "Knob", "LayerwiseCompressor", "Progress", "Statistic"]
 
@@ -116,7 +116,8 @@ class LayerwiseCompressor(Compressor):
 
     With a `statistic`, the blocks are walked in order: a block's statistics come from inputs that the compressed blocks
     before it produced; linears that share an input share one statistic. Without, no model is run at all.
-    Embeddings, norms, biases and the head stay as they are. `policy` says which linear takes which level.
+    Embeddings, norms and biases stay as they are. `policy` says which linear takes which level; the head takes one only
+    where a rule names it.
     """
 
     statistic: ClassVar[type[Statistic] | None] = None
@@ -176,8 +177,21 @@ class LayerwiseCompressor(Compressor):
                 self.leave_block(block)
                 if walk and block is not decoder.blocks[-1]:
                     walk.propagate(block)
+        if decoder.head is not None and levels[decoder.head] is not None:
+            progress(len(decoder.blocks), len(decoder.blocks), decoder.head.name)
+            self._compress_head(model, decoder.head, calibration, levels)
         progress(len(decoder.blocks), len(decoder.blocks), decoder.blocks[-1].name)
         return model
+
+    def _compress_head(
+        self, model: nn.Module, head: Linear, calibration: Calibration | None, levels: dict[Linear, Level | None]
+    ) -> None:
+        """With statistics of what reaches the head through all the compressed blocks."""
+        statistic = None
+        if self.statistic is not None and calibration is not None:
+            statistic = self.statistic(head.weight.shape[1], head.weight.device)
+            collect_head(model, head, calibration.tokens, statistic.see)
+        self._compress_group(Group((head,)), statistic, levels)
 
     def _levels(
         self, model: nn.Module, decoder: Decoder, level: Level | None, calibration: Calibration | None

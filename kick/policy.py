@@ -8,6 +8,7 @@ In a sweep file, for any compressor that works linear by linear:
         - {first: 2, skip: true}           # the first two blocks stay dense
         - {last: 1, level: 0.3}
         - {match: "*.down_proj", level: 0.4}
+        - {match: lm_head, level: 0.2}     # without a rule of its own the head stays dense
       allocation: {rule: owl}              # sparsities by each block's share of outliers
 
 A glob is matched against a linear's full name, its name inside the block, and the last part of its name.
@@ -110,21 +111,29 @@ class Policy(Spec):
             shares = allocate(outliers(self.allocation), sizes, level.fraction, self.allocation.spread)
             by_block = [Sparsity(fraction=share) for share in shares]
         levels = {linear: by_block[index] for index, block in enumerate(decoder.blocks) for linear in block.linears}
+        if decoder.head is not None:
+            levels[decoder.head] = None
         for rule, covered in ruled:
             if not covered:
                 names = ", ".join(linear.name for linear in decoder.blocks[0].linears)
                 raise LevelError(f"the layer rule '{rule.match}' matches no linear.", f"A block holds {names}.")
             levels.update(dict.fromkeys(covered, None if rule.skip else parse(rule.level or "")))
+        if decoder.head is not None and decoder.head_is_tied and levels[decoder.head] is not None:
+            raise LevelError(
+                f"a layer rule gives a level to {decoder.head.name}, whose weight is that of the embeddings.",
+                "Only a head with a weight of its own can be compressed.",
+            )
         return levels
 
     @staticmethod
     def _covered(rule: LayerRule, decoder: "Decoder") -> "list[Linear]":
+        head = decoder.head
         return [
             linear
             for index, block in enumerate(decoder.blocks)
             for linear in block.linears
             if rule.covers(block, index, len(decoder.blocks), linear)
-        ]
+        ] + ([head] if head is not None and rule.match == head.name else [])  # by name alone: '*' means the blocks
 
 
 def allocate(outliers: list[float], sizes: list[int], sparsity: float, spread: float) -> list[float]:

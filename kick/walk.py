@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kick.blocks import Block, Decoder, Group
+from kick.blocks import Block, Decoder, Group, Linear
 from kick.errors import ModelError
 
 Listener = Callable[[Tensor], None]
@@ -97,6 +97,23 @@ class BlockWalk:
         finally:
             for parameter, data in own.items():
                 parameter.data = data
+
+
+@torch.no_grad()
+def collect_head(model: nn.Module, head: Linear, tokens: Tensor, listener: Listener, batch: int = 4) -> None:
+    """Run the whole of `model` over `tokens` [n, s]; `listener` is called with what reaches `head`: [tokens, in]."""
+
+    def hear(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        listener(args[0].reshape(-1, args[0].shape[-1]))
+        raise _Stop  # the logits would cost more memory than all the rest
+
+    handle = head.module.register_forward_pre_hook(hear)
+    try:
+        for rows in tokens.to(next(model.parameters()).device).split(batch):
+            with suppress(_Stop):
+                model(rows, use_cache=False)
+    finally:
+        handle.remove()
 
 
 class _Stop(Exception):  # noqa: N818 (not an error)

@@ -75,7 +75,8 @@ def _resize(foreign: Foreign, model: nn.Module, names: set[str]) -> None:
 def adopt(compressor: Compressor, foreign: Foreign, model: Any) -> None:
     """Tell `compressor` grids, bits and adapters by the linears' names in `model`; adapters get its precision."""
     kind = next(model.parameters()).dtype
-    known = {linear.name for linear in find_decoder(model).linears}
+    decoder = find_decoder(model)
+    known = {linear.name for linear in (*decoder.linears, decoder.head) if linear is not None}
     prefix = getattr(model, "base_model_prefix", "") + "."
 
     def name(given: str) -> str:

@@ -30,6 +30,8 @@ def write(checkpoint: Checkpoint, out: Path, dtype: str) -> Path:
     model: Any = load_model(checkpoint.path, "float32", "cpu")
     decoder = find_decoder(model)
     left_out = [linear.name for linear in decoder.linears if linear.name not in grids]
+    packable = [linear for linear in (*decoder.linears, decoder.head) if linear and linear.name in grids]
+    config["lm_head"] = decoder.head in packable
     if left_out:
         config["dynamic"] = {f"-:^{re.escape(name)}$": {} for name in left_out}
     kept = torch.float16 if dtype == "auto" else getattr(torch, dtype)
@@ -39,11 +41,10 @@ def write(checkpoint: Checkpoint, out: Path, dtype: str) -> Path:
         for name, value in model.state_dict().items()
         if name not in twice
     }
-    for linear in decoder.linears:
-        if linear.name in grids:
-            del tensors[f"{linear.name}.weight"]
-            packed = pack_linear(linear.weight, grids[linear.name], config["checkpoint_format"] == "gptq")
-            tensors |= {f"{linear.name}.{key}": value for key, value in packed.items()}
+    for linear in packable:
+        del tensors[f"{linear.name}.weight"]
+        packed = pack_linear(linear.weight, grids[linear.name], config["checkpoint_format"] == "gptq")
+        tensors |= {f"{linear.name}.{key}": value for key, value in packed.items()}
     with new_directory(out) as partial:
         model.config.dtype = kept
         model.config.save_pretrained(partial)
@@ -90,7 +91,6 @@ def _quantization_config(checkpoint: Checkpoint, grids: dict[str, Grid]) -> dict
         "group_size": group_size,
         "desc_act": any(not _are_neighbours(grid) for grid in grids.values()),
         "sym": symmetric,
-        "lm_head": False,
         # the first format stores zero points minus one: a zero point of 0 runs into its neighbour when readers add it
         # back, and GPTQModel takes no asymmetric file in it but its own
         "checkpoint_format": "gptq" if symmetric else "gptq_v2",

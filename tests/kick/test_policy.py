@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from conftest import make_tiny_llama
+from kick_compressors.external import External
 from kick_compressors.magnitude import Magnitude
 from kick_compressors.wanda import Wanda
 from pydantic import ValidationError
@@ -12,16 +13,16 @@ from test_checkpoint import SMALL, make
 from test_config import MINIMAL, write
 
 from kick.blocks import find_decoder
-from kick.calibration import Calibration
+from kick.calibration import Calibration, CalibrationSpec, draw
 from kick.checkpoint import GRIDS, verify
 from kick.compress import Recipe, compress, prepare
 from kick.compressor import outlier_shares
 from kick.config import load
 from kick.errors import ConfigError, LevelError
 from kick.levels import Sparsity
-from kick.models import find_source, fingerprint
+from kick.models import find_source, fingerprint, load_model, load_skeleton
 from kick.policy import OWL, LayerRule, Policy, allocate
-from kick.settings import parse_setting
+from kick.settings import Setting, parse_setting
 from kick.walk import BlockWalk
 
 
@@ -81,9 +82,55 @@ def test_a_level_that_the_compressor_does_not_take_is_found_before_anything_is_l
         prepare(setting)
 
 
-def test_the_head_is_told_to_be_out_of_reach():
-    with pytest.raises(LevelError, match="lm_head"):
+def test_a_tied_head_is_refused_and_may_be_skipped():
+    with pytest.raises(LevelError, match=r"lm_head, whose weight is that of the embeddings"):
         pruned(Policy(layers=(LayerRule(match="lm_head", level="0.5"),)))
+    assert set(pruned(Policy(layers=(LayerRule(match="lm_head", skip=True),))).values()) == {0.5}
+    assert set(pruned(Policy(layers=(LayerRule(match="*", level="0.25"),))).values()) == {0.25}
+
+
+def test_the_head_is_compressed_where_a_rule_names_it(tokenizer, tmp_path):
+    """By Wanda: |W| times the norm of what reaches the head through the pruned blocks, within each row."""
+    dense = make_tiny_llama(tie_word_embeddings=False)
+    dense.save_pretrained(tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    source = find_source(str(tmp_path / "dense"))
+    rule = LayerRule(match="lm_head", level="0.25")
+    spec = CalibrationSpec(samples=6, sequence_length=32)
+    setting = Setting(compressor="wanda", level="0.5", layers=(rule,))
+    made = compress(Recipe(source, fingerprint(source.path), setting, spec, "float32", "cpu"), tmp_path / "out")
+    found = load_model(made.path, "float32", "cpu")
+    reached = []
+    found.lm_head.register_forward_pre_hook(lambda _, args: reached.append(args[0].reshape(-1, 32)))
+    with torch.no_grad():
+        found(draw(spec, tokenizer).tokens)
+    score = dense.lm_head.weight.abs() * torch.cat(reached).norm(dim=0)
+    removed = score.argsort(dim=1)[:, :8]
+    assert ((found.lm_head.weight == 0).sum(dim=1) == 8).all()
+    assert (found.lm_head.weight.gather(1, removed) == 0).float().mean() > 0.99  # ties of rounding aside
+    assert made.record["layers"]["lm_head"]["sparsity"] == 0.25
+    linears = [linear.weight.numel() for linear in find_decoder(found).linears]
+    head = found.lm_head.weight.numel()
+    assert made.record["sparsity"] == pytest.approx((0.5 * sum(linears) + 0.25 * head) / (sum(linears) + head))
+    assert made.record["coverage"]["share"] == 1.0
+    assert verify(made) == []
+
+
+def test_a_quantised_head_is_exported(tokenizer, tmp_path):
+    from kick.export.gptq import write
+
+    make_tiny_llama(tie_word_embeddings=False, vocab_size=640).save_pretrained(tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    source = find_source(str(tmp_path / "dense"))
+    rule = LayerRule(match="lm_head", level="4")
+    setting = Setting(compressor="awq", level="4", params={"group_size": 16}, layers=(rule,))
+    spec = CalibrationSpec(samples=6, sequence_length=32)
+    made = compress(Recipe(source, fingerprint(source.path), setting, spec, "float32", "cpu"), tmp_path / "out")
+    exported = write(made, tmp_path / "gptq", "auto")
+    assert json.loads((exported / "quantize_config.json").read_text())["lm_head"] is True
+    again = External(External.Params(path=str(exported)))
+    model = again.compress(load_skeleton(tmp_path / "dense", "float32"), None, None)
+    assert torch.equal(model.lm_head.weight, load_model(made.path, "float32", "cpu").lm_head.weight)
 
 
 def test_allocation_by_hand():
