@@ -26,6 +26,7 @@ from kick.blocks import largest_block_list
 from kick.errors import ModelError
 
 INDEX = "model.safetensors.index.json"
+_M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 
 
 class _Storage:
@@ -94,6 +95,7 @@ def open_streamed(path: Path, dtype: str, scratch: Path) -> nn.Module:
 
     if not path.is_dir():
         raise ModelError(f"{path.name} cannot be streamed.", "Streaming reads a directory with safetensors.")
+    _give_tensors_back()
     config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     kind = getattr(torch, dtype)
     with init_empty_weights(include_buffers=False):
@@ -161,8 +163,18 @@ def save_streamed(model: Any, out: Path) -> None:
     (out / INDEX).write_text(json.dumps(index_json, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
+def _give_tensors_back() -> None:
+    """Tensors get memory of their own, which the system has back as soon as they are freed.
+
+    By itself glibc raises the size from which this holds up to 32 MB as it goes, keeps what is smaller in a heap that
+    fragments, and the deeper the model, the higher its peak.
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(_M_MMAP_THRESHOLD, 2**20)
+
+
 def _trim() -> None:
-    """Give freed memory back. glibc keeps pieces below 32 MB for itself, and a deep model would grow by each block."""
+    """Give the rest back too: what lies free between pieces that are still held."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)
 
