@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from pydantic import ValidationError
 from torch import nn
 
@@ -21,7 +22,7 @@ from kick.levels import Joint, Level, Pattern, Sparsity, parse_level
 from kick.meter import Meter, versions
 from kick.models import ModelSource, fetch, is_skeleton, load_model, load_skeleton, load_tokenizer
 from kick.settings import Setting, Stage
-from kick.streaming import open_streamed
+from kick.streaming import open_streamed, resident
 
 
 @dataclass(frozen=True)
@@ -175,6 +176,7 @@ class Outcome:
     stages: list[dict[str, Any]] = field(default_factory=list)
     layers: dict[str, dict[str, Any]] = field(default_factory=dict)
     structure: checkpoints.Structure = field(default_factory=checkpoints.Structure)
+    masks: list[dict[str, np.ndarray]] = field(default_factory=list)  # of each stage: where it left zeros, as bits
 
     def carry_out(self, step: Step, model: nn.Module, calibration: Calibration | None, progress: Progress) -> nn.Module:
         """Run one stage on `model`, and refuse a result that is not what the stage is called."""
@@ -205,11 +207,21 @@ class Outcome:
             "grid_violations": _count(after, compressor.grids, "grid_violations"),
         }
         check_reached(step, levels, before, after, own, compressor.layers)
+        for record, masks in zip(self.stages, self.masks, strict=True):
+            record["mask_violations"] = revived(decoder, masks)
+        pruned = {name for name, level in levels.items() if isinstance(_pruned(level), Sparsity | Pattern)}
+        self.masks.append(zero_masks(decoder, pruned))
         self.warnings += compressor.warnings
         for name, facts in compressor.layers.items():
             self.layers[name] = {**self.layers.get(name, {}), **facts}
         self.stages.append(
-            {**step.stage.model_dump(mode="json"), "sparsity": after.sparsity, **own, "facts": compressor.facts}
+            {
+                **step.stage.model_dump(mode="json"),
+                "sparsity": after.sparsity,
+                **own,
+                "mask_violations": 0,
+                "facts": compressor.facts,
+            }
         )
         return model
 
@@ -218,10 +230,10 @@ class Outcome:
         measured = self.measured
         assert measured is not None
         for step, record in zip(steps, self.stages, strict=True):
-            if measured.sparsity < record["sparsity"]:
+            if count := record["mask_violations"]:
                 self.warnings.append(
-                    f"{step.stage} reached a sparsity of {record['sparsity']:.4f}; after all stages it is "
-                    f"{measured.sparsity:.4f}."
+                    f"{count} weights that {step.stage} had made zero are no longer zero. It reached a sparsity of "
+                    f"{record['sparsity']:.4f}; after all stages it is {measured.sparsity:.4f}."
                 )
         if measured.violations:
             self.warnings.append(f"{measured.violations} groups of the pattern keep more weights than they may.")
@@ -233,6 +245,26 @@ class Outcome:
                 f"({1 - measured.coverage:.1%} of the blocks' weights): {', '.join(measured.uncovered[:4])}"
                 + (", ..." if len(measured.uncovered) > 4 else ".")
             )
+
+
+def zero_masks(decoder: Decoder, names: set[str]) -> dict[str, np.ndarray]:
+    """Where the weights of the linears called `names` are zero, one bit each."""
+    masks: dict[str, np.ndarray] = {}
+    for block in decoder.blocks:
+        if wanted := [linear for linear in block.linears if linear.name in names]:
+            with resident(block.module):
+                masks |= {linear.name: np.packbits((linear.weight == 0).cpu().numpy()) for linear in wanted}
+    return masks
+
+
+def revived(decoder: Decoder, masks: dict[str, np.ndarray]) -> int:
+    """How many weights that `masks` says were zero are not zero now."""
+    now = zero_masks(decoder, set(masks))
+    return sum(
+        int(np.bitwise_count(mask & ~now[name]).sum())
+        for name, mask in masks.items()
+        if name in now and now[name].shape == mask.shape  # else another stage took the linear apart
+    )
 
 
 def _count(measured: checkpoints.Measured, names: Iterable[str], key: str) -> int:

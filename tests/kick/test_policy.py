@@ -205,7 +205,10 @@ def test_broken_chains_are_refused(text):
 
 def chained(tiny_model, out, text, **params):
     setting = parse_setting(text)
-    then = tuple(stage.model_copy(update={"params": params}) for stage in setting.then)
+    quantisers = {"gptq", "rtn", "awq"}  # pruners take no parameters
+    then = tuple(
+        stage.model_copy(update={"params": params if stage.compressor in quantisers else {}}) for stage in setting.then
+    )
     source = find_source(str(tiny_model))
     recipe = Recipe(
         source, fingerprint(source.path), setting.model_copy(update={"then": then}), SMALL, "float32", "cpu"
@@ -231,7 +234,22 @@ def test_a_mask_that_quantisation_destroys_is_reported(tiny_model, tmp_path):
     assert made.record["pattern_violations"] > 0
     assert made.record["stages"][0]["pattern_violations"] == 0
     assert any("groups of the pattern keep more weights" in warning for warning in made.record["warnings"])
-    assert any(warning.startswith("wanda@2:4 reached a sparsity of 0.5000") for warning in made.record["warnings"])
+    assert any("that wanda@2:4 had made zero are no longer zero" in warning for warning in made.record["warnings"])
+
+
+@pytest.mark.parametrize("then", ["gptq@8", "gptq@8 > random@0.5"])
+def test_zeros_that_come_back_are_counted_wherever_they_are(then, tiny_model, tmp_path):
+    """Of an unstructured mask too, and though a later stage may make as many zeros elsewhere."""
+    alone = load_model(make(tiny_model, tmp_path / "alone", "wanda", "0.5").path, "float32", "cpu")
+    made = chained(tiny_model, tmp_path / "out", f"wanda@0.5 > {then}", group_size=16, keep_zeros=False)
+    found = load_model(made.path, "float32", "cpu")
+    pairs = [
+        (a.weight, b.weight) for a, b in zip(find_decoder(alone).linears, find_decoder(found).linears, strict=True)
+    ]
+    expected = sum(int(((before == 0) & (after != 0)).sum()) for before, after in pairs)
+    assert expected > 0
+    assert made.record["stages"][0]["mask_violations"] == expected
+    assert any(warning.startswith(f"{expected} weights that wanda@0.5") for warning in made.record["warnings"])
 
 
 def test_a_changed_grid_is_noticed(tiny_model, tmp_path):
