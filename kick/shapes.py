@@ -43,6 +43,21 @@ def table_of(model: Any) -> dict[str, list[int]]:
     }
 
 
+def padded(model: Any) -> Any:
+    """The same function in the widths that the configuration gives: what is missing is zero, at the end of each tensor.
+
+    Right for Llama-like blocks, where a channel or a group of heads that is zero all over adds nothing.
+    """
+    whole = type(model)(model.config).to(model.dtype).eval()
+    state = {}
+    for name, expected in whole.state_dict().items():
+        given = model.state_dict()[name]
+        missing = [size for long, short in zip(expected.shape, given.shape, strict=True) for size in (long - short, 0)]
+        state[name] = nn.functional.pad(given, missing[::-1])
+    whole.load_state_dict(state)
+    return whole
+
+
 def save_table(directory: Path, table: dict[str, list[int]]) -> None:
     write_json(directory / TABLE, table)
 

@@ -3,10 +3,18 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from kick import adapters, shapes
 from kick.checkpoint import Checkpoint
-from kick.errors import unknown_name
+from kick.errors import CheckpointError, unknown_name
 
 FORMATS = ("hf", "gptq", "gguf")
+
+
+def check_plain(checkpoint: Checkpoint, format: str) -> None:
+    """Raise CheckpointError if there is something in `checkpoint` that `format` has no place for."""
+    for part, what in ((adapters.WEIGHTS, "low-rank adapters"), (shapes.TABLE, "layers of different widths")):
+        if (checkpoint.path / part).is_file():
+            raise CheckpointError(f"{checkpoint.path} has {what}.", f"{format} has no place for them; --format hf has.")
 
 
 def find_format(name: str) -> Callable[[Checkpoint, Path, str], Path]:

@@ -13,6 +13,7 @@ import torch
 from kick import __version__
 from kick.checkpoint import Checkpoint
 from kick.errors import CheckpointError
+from kick.export import check_plain
 from kick.models import load_model, load_tokenizer
 
 _QUANTIZED = {"float16": gguf.GGMLQuantizationType.F16, "q8_0": gguf.GGMLQuantizationType.Q8_0}
@@ -36,6 +37,7 @@ def write(checkpoint: Checkpoint, out: Path, dtype: str) -> Path:
     dtype = "float16" if dtype == "auto" else dtype
     if dtype not in _QUANTIZED:
         raise CheckpointError(f"GGUF export in '{dtype}'.", f"Expected {' or '.join(_QUANTIZED)}.")
+    check_plain(checkpoint, "GGUF")
     model: Any = load_model(checkpoint.path, "float32", "cpu")
     if model.config.model_type != "llama":
         raise CheckpointError(f"GGUF export of a {model.config.model_type} model.", "Llama-architecture models only.")

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from kick.blocks import find_decoder
 from kick.checkpoint import Checkpoint, read_grids
 from kick.errors import CheckpointError
+from kick.export import check_plain
 from kick.files import new_directory, write_json
 from kick.models import load_model, load_tokenizer
 from kick.packing import pack_linear
@@ -25,6 +26,7 @@ def write(checkpoint: Checkpoint, out: Path, dtype: str) -> Path:
     """A directory with packed weights and a `quantization_config`. What is not packed is stored in float16."""
     if dtype == "q8_0":
         raise CheckpointError("--dtype q8_0 with --format gptq.", "It is one of GGUF's.")
+    check_plain(checkpoint, "GPTQ")
     grids = read_grids(checkpoint)
     config = _quantization_config(checkpoint, grids)
     model: Any = load_model(checkpoint.path, "float32", "cpu")

@@ -1,7 +1,9 @@
 """Plain Hugging Face: the checkpoint without kick's own files, in the precision asked for."""
 
 from pathlib import Path
+from typing import Any
 
+from kick import adapters, shapes
 from kick.checkpoint import Checkpoint
 from kick.errors import CheckpointError
 from kick.files import new_directory
@@ -9,11 +11,18 @@ from kick.models import load_model, load_tokenizer
 
 
 def write(checkpoint: Checkpoint, out: Path, dtype: str) -> Path:
-    """A directory that `from_pretrained` loads. dtype: one of torch's names, or auto for the checkpoint's own."""
+    """A directory that `from_pretrained` loads. dtype: one of torch's names, or auto for the checkpoint's own.
+
+    Narrow layers are filled up with zeros; adapters stay apart, in `adapter/`, as peft loads them.
+    """
     if dtype == "q8_0":
         raise CheckpointError("--dtype q8_0 with --format hf.", "It is one of GGUF's.")
-    model = load_model(checkpoint.path, checkpoint.record["dtype"] if dtype == "auto" else dtype, "cpu")
+    model: Any = load_model(checkpoint.path, checkpoint.record["dtype"] if dtype == "auto" else dtype, "cpu")
+    if shapes.read_table(checkpoint.path):
+        model = shapes.padded(model)
     with new_directory(out) as partial:
-        model.save_pretrained(partial)  # type: ignore[operator]
+        model.save_pretrained(partial)
+        if added := adapters.load(checkpoint.path):
+            adapters.save(partial, model, added)
         load_tokenizer(checkpoint.path).save_pretrained(partial)
     return out

@@ -15,7 +15,8 @@ from kick import checkpoint as checkpoints
 from kick.blocks import find_decoder
 from kick.calibration import CalibrationSpec
 from kick.compress import Recipe, compress, prepare
-from kick.errors import KickError, LevelError, ModelError
+from kick.errors import CheckpointError, KickError, LevelError, ModelError
+from kick.export import find_format
 from kick.models import find_source, fingerprint, load_model
 from kick.settings import Setting, Stage
 
@@ -293,6 +294,12 @@ def test_peft_reads_the_adapter_that_kick_writes(tiny_llama, tiny_model, tokeniz
     plain = type(tiny_llama).from_pretrained(made.path)
     both = peft.PeftModel.from_pretrained(plain, made.path / adapters.FOLDER)
     assert torch.allclose(logits(both, tokens), logits(meant, tokens), atol=1e-5)
+    exported = find_format("hf")(made, tmp_path / "plain", "auto")
+    assert torch.equal(
+        logits(load_model(exported, "float32", "cpu"), tokens), logits(load_model(made.path, "float32", "cpu"), tokens)
+    )
+    with pytest.raises(CheckpointError, match="low-rank adapters"):
+        find_format("gguf")(made, tmp_path / "model.gguf", "auto")
 
 
 def test_a_branch_over_a_dense_weight_is_refused(tiny_llama, tiny_model, tokenizer, tmp_path):
@@ -442,6 +449,10 @@ def test_layers_of_different_widths(tiny_llama, tiny_model, tokenizer, tokens, t
     assert checkpoints.verify(made) == []
     with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
         type(tiny_llama).from_pretrained(made.path)
+    plain = type(tiny_llama).from_pretrained(find_format("hf")(made, tmp_path / "plain", "auto"))
+    assert torch.allclose(logits(plain, tokens), logits(zeroed, tokens), atol=1e-5)
+    with pytest.raises(CheckpointError, match="layers of different widths"):
+        find_format("gguf")(made, tmp_path / "model.gguf", "auto")
 
 
 def test_a_plain_model_with_zeros_has_its_violations_counted(tiny_llama, tiny_model, tokenizer, tmp_path):
