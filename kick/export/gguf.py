@@ -17,7 +17,6 @@ from kick.export import check_plain
 from kick.models import load_model, load_tokenizer
 
 _QUANTIZED = {"float16": gguf.GGMLQuantizationType.F16, "q8_0": gguf.GGMLQuantizationType.Q8_0}
-_NORMAL, _CONTROL = gguf.TokenType.NORMAL, gguf.TokenType.CONTROL
 _BLOCK = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
@@ -93,7 +92,16 @@ def _write_vocabulary(writer: gguf.GGUFWriter, tokenizer: Any, size: int) -> Non
     }
     names = {index: token for token, index in tokenizer.get_vocab().items()}
     tokens = [names.get(index, f"[unused{index}]") for index in range(size)]
-    types = [_CONTROL if index in special or index not in names else _NORMAL for index in range(size)]
+    added = tokenizer.added_tokens_decoder
+
+    def kind(index: int) -> gguf.TokenType:
+        if index not in names:
+            return gguf.TokenType.UNUSED
+        if index in special:
+            return gguf.TokenType.CONTROL
+        return gguf.TokenType.USER_DEFINED if index in added else gguf.TokenType.NORMAL
+
+    types = [kind(index) for index in range(size)]
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in described["merges"]]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(_pre_tokenizer(tokenizer))
@@ -108,6 +116,9 @@ def _write_vocabulary(writer: gguf.GGUFWriter, tokenizer: Any, size: int) -> Non
     ):
         if index is not None:
             add(index)
+    plain = tokenizer("a")["input_ids"]  # as this tokenizer does it by itself
+    writer.add_add_bos_token(bool(plain) and plain[0] == tokenizer.bos_token_id)
+    writer.add_add_eos_token(bool(plain) and plain[-1] == tokenizer.eos_token_id)
     if isinstance(tokenizer.chat_template, str):
         writer.add_chat_template(tokenizer.chat_template)
 

@@ -1,5 +1,6 @@
 """Exported checkpoints, read back by readers that are not kick's."""
 
+import copy
 import json
 
 import pytest
@@ -154,6 +155,24 @@ def test_gguf_read_by_transformers(tiny_model, tmp_path, tokens, dtype, toleranc
     assert read("The tide turned at noon.")["input_ids"] == tokenizer("The tide turned at noon.")["input_ids"]
     assert out.stat().st_size > 10_000
     assert [path.name for path in tmp_path.glob(".*")] == []
+
+
+def test_gguf_says_what_each_token_is(tmp_path, tokenizer):
+    from gguf import GGUFReader
+
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_tokens(["zyzzyva"])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>"]})
+    make_tiny_llama(vocab_size=604).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    made = make(tmp_path / "model", tmp_path / "made", "magnitude", "0.5")
+    fields = GGUFReader(find_format("gguf")(made, tmp_path / "model.gguf", "auto")).fields
+    types = fields["tokenizer.ggml.token_type"].contents()
+    vocabulary = tokenizer.get_vocab()
+    # llama.cpp's numbers: 1 normal, 3 control, 4 defined by the user, 5 unused
+    assert [types[vocabulary[token]] for token in ("<s>", "<|end|>", "zyzzyva", "e")] == [3, 3, 4, 1]
+    assert types[602:] == [5, 5]
+    assert fields["tokenizer.ggml.add_bos_token"].contents() is False
 
 
 def test_gguf_of_another_architecture_is_refused(tmp_path, tokenizer):
