@@ -15,11 +15,11 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from kick.errors import DataError
-from kick.lm import generate
 from kick.rows import read_jsonl
-from kick.suite import DataSource, Example, Metric, Sample, Suite
+from kick.suite import DataSource, Example, Sample, Suite
 
 from . import scoring, sources
+from .free_answers import METRICS, answer_freely
 from .prompts import ChatTemplate, few_shot, fit, uses_chat
 
 HUB = "microsoft/freebase_qa"
@@ -29,11 +29,7 @@ _INSTRUCTION = "Answer the question with a name or a few words.\n\n"
 class FactoidQA(Suite):
     name = "factoid_qa"
     description = "short factual questions (FreebaseQA), answered freely"
-    metrics = (
-        Metric("contains", value="contains", unit="share of questions"),
-        Metric("exact_match", value="exact_match", unit="share of questions"),
-        Metric("f1", value="f1"),
-    )
+    metrics = METRICS
 
     class Params(BaseModel):
         model_config = ConfigDict(frozen=True, extra="forbid")
@@ -64,25 +60,7 @@ class FactoidQA(Suite):
             fit(lm, self._builder(lm, chat, example), self.params.shots, self.params.max_new_tokens)
             for example in examples
         ]
-        until = [] if chat else ["\n"]
-        outputs = generate(lm, [prompt.text for prompt in prompts], until, self.params.max_new_tokens)
-        for example, prompt, output in zip(examples, prompts, outputs, strict=True):
-            answers = example.content["answers"]
-            yield Sample(
-                id=example.id,
-                group=example.group,
-                prompt=prompt.text,
-                output=output,
-                scores={
-                    "contains": scoring.contains(output, answers),
-                    "exact_match": scoring.exact_match(output, answers),
-                    "f1": scoring.token_f1(output, answers),
-                },
-                truncated=prompt.truncated,
-                shots=prompt.shots,
-                n_prompt_tokens=prompt.tokens,
-                n_output_tokens=len(lm.tok_encode(output, add_special_tokens=False)),
-            )
+        yield from answer_freely(lm, examples, prompts, chat, self.params.max_new_tokens)
 
     @staticmethod
     def _builder(lm: Any, chat: bool, example: Example) -> Any:

@@ -1,0 +1,40 @@
+"""Short answers written freely: asked in one go, scored by exact match, containment and token F1."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from kick.lm import generate
+from kick.suite import Example, Metric, Sample
+
+from . import scoring
+from .prompts import Prompt
+
+METRICS: tuple[Metric, ...] = (
+    Metric("contains", value="contains", unit="share of questions"),
+    Metric("exact_match", value="exact_match", unit="share of questions"),
+    Metric("f1", value="f1"),
+)
+
+
+def answer_freely(
+    lm: Any, examples: Sequence[Example], prompts: Sequence[Prompt], chat: bool, max_new_tokens: int
+) -> Iterator[Sample]:
+    """One sample for each example, scored against its content's `answers`. Without a chat an answer is one line."""
+    outputs = generate(lm, [prompt.text for prompt in prompts], [] if chat else ["\n"], max_new_tokens)
+    for example, prompt, output in zip(examples, prompts, outputs, strict=True):
+        answers = example.content["answers"]
+        yield Sample(
+            id=example.id,
+            group=example.group,
+            prompt=prompt.text,
+            output=output,
+            scores={
+                "contains": scoring.contains(output, answers),
+                "exact_match": scoring.exact_match(output, answers),
+                "f1": scoring.token_f1(output, answers),
+            },
+            truncated=prompt.truncated,
+            shots=prompt.shots,
+            n_prompt_tokens=prompt.tokens,
+            n_output_tokens=len(lm.tok_encode(output, add_special_tokens=False)),
+        )
