@@ -17,7 +17,12 @@ METRICS: tuple[Metric, ...] = (
 
 
 def answer_freely(
-    lm: Any, examples: Sequence[Example], prompts: Sequence[Prompt], chat: bool, max_new_tokens: int
+    lm: Any,
+    examples: Sequence[Example],
+    prompts: Sequence[Prompt],
+    chat: bool,
+    max_new_tokens: int,
+    rule: scoring.Rule = "triviaqa",
 ) -> Iterator[Sample]:
     """One sample for each example, scored against its content's `answers`. Without a chat an answer is one line."""
     outputs = generate(lm, [prompt.text for prompt in prompts], [] if chat else ["\n"], max_new_tokens)
@@ -29,9 +34,9 @@ def answer_freely(
             prompt=prompt.text,
             output=output,
             scores={
-                "contains": scoring.contains(output, answers),
-                "exact_match": scoring.exact_match(output, answers),
-                "f1": scoring.token_f1(output, answers),
+                "contains": scoring.contains(output, answers, rule),
+                "exact_match": scoring.exact_match(output, answers, rule),
+                "f1": scoring.token_f1(output, answers, rule),
             },
             truncated=prompt.truncated,
             shots=prompt.shots,

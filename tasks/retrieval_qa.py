@@ -94,15 +94,20 @@ class RetrievalQA(Suite):
             fit(lm, _builder(lm, chat, example, shown), 0, self.params.max_new_tokens)
             for example, shown in zip(examples, evidence, strict=True)
         ]
-        samples = answer_freely(lm, examples, prompts, chat, self.params.max_new_tokens)
+        samples = answer_freely(lm, examples, prompts, chat, self.params.max_new_tokens, self._rule)
         for example, shown, sample in zip(examples, evidence, samples, strict=True):
             if self.params.evidence != "none":
                 answers = example.content["answers"]
-                holding = [scoring.contains(str(passage), answers) for passage in _passages(example)]
+                holding = [scoring.contains(str(passage), answers, self._rule) for passage in _passages(example)]
                 sample.scores["answer_in_evidence"] = max(holding[: len(shown)], default=0.0)
                 if self.params.evidence == "retrieved":
                     sample.scores |= {f"recall@{k}": max(holding[:k], default=0.0) for k in _RECALL}
             yield sample
+
+    @property
+    def _rule(self) -> scoring.Rule:
+        """How answers are normalised: each dataset as its own literature does it."""
+        return "triviaqa" if self.params.dataset == "triviaqa" else "squad"
 
     def _evidence(self, lm: Any, example: Example) -> list[Passage]:
         """The passages that fit into the budget, in order, up to the first that does not."""

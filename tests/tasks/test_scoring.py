@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from kick_tasks import scoring
 from kick_tasks.scoring import contains, exact_match, normalize, token_f1
 
 TWAIN = ["Mark Twain", "Samuel Clemens"]
@@ -57,3 +58,35 @@ def test_stored_predictions_score_as_their_authors_scored_them(mirror):
     agree = sum(exact_match(row["pred"] or "", row["golden_answers"]) == row["metric_score"]["em"] for row in rows)
     assert len(rows) == 700
     assert agree >= 698  # they normalise as SQuAD does, which joins what punctuation parts ("U.S." is "us")
+
+
+STORED = {
+    "triviaqa/predictions/tqa_search_r1_base.jsonl": (0.5800, 0.6314, 0.6478),
+    "natural_questions/predictions/nq_search_r1_base.jsonl": (0.3900, 0.4343, 0.4804),
+}
+
+
+@pytest.mark.parametrize("file", STORED)
+def test_scores_that_others_stored(file, mirror):
+    """Search-R1's own, by SQuAD's rule, row by row. Its containment is that of substrings, and an answer that
+    normalises to nothing is contained in everything: where it differs from ours, one of the two is the reason.
+    """
+    rows = [json.loads(line) for line in (mirror / file).read_text(encoding="utf-8").splitlines()]
+    assert len(rows) == 700
+    substrings = []
+    for row in rows:
+        output, answers, stored = row["pred"], row["golden_answers"], row["metric_score"]
+        assert scoring.exact_match(output, answers, "squad") == stored["em"]
+        assert scoring.token_f1(output, answers, "squad") == pytest.approx(stored["f1"], abs=1e-6)
+        squashed = [scoring.normalize(answer, "squad") for answer in answers]
+        substrings.append(float(any(answer in scoring.normalize(output, "squad") for answer in squashed)))
+        assert substrings[-1] == stored["acc"]
+        ours = scoring.contains(output, answers, "squad")
+        if ours != stored["acc"]:
+            given = scoring.normalize(output, "squad")
+            inside = [answer for answer in squashed if answer in given]
+            assert ours == 0.0
+            assert all(answer == "" or f" {answer} " not in f" {given} " for answer in inside)
+    means = [sum(row["metric_score"][key] for row in rows) / 700 for key in ("em", "acc", "f1")]
+    assert means == pytest.approx(STORED[file], abs=1e-4)
+    assert sum(substrings) / 700 == pytest.approx(means[1])
