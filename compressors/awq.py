@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from kick.blocks import Block, Group
-from kick.folding import Fold, find_fold
+from kick.folding import Fold, find_fold, multiply_adapter
 from kick.levels import Bits
 from kick.quantization import Quantized
 from kick.walk import BlockWalk
@@ -91,6 +91,7 @@ class AWQ(Quantizer):
         for scaled in self._scaled:
             for linear, part in zip(scaled.group.linears, scaled.quantized, strict=True):
                 linear.weight.copy_(part.weight)
+                multiply_adapter(linear, scaled.scale)
                 self.grids[linear.name] = part.grid
         for scaled in self._scaled:  # only now: a linear may both be quantised and take the scale of a later group
             taker = scaled.fold.linear

@@ -16,11 +16,12 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import nn
 
-from kick.blocks import find_decoder
+from kick import adapters
+from kick.blocks import Decoder, find_decoder
 from kick.calibration import Calibration
 from kick.checkpoint import pattern_violations
 from kick.compressor import Compressor, Knob, Progress, no_progress
-from kick.errors import ModelError
+from kick.errors import ConfigError, ModelError
 from kick.levels import Level, Pattern, parse_level
 from kick.models import ModelSource, fetch, find_source, fingerprint, load_model
 
@@ -30,6 +31,7 @@ from .formats.files import Foreign
 from .masks import keep_largest
 
 _PATTERNS = tuple(Pattern(keep=keep, of=of) for keep, of in ((1, 4), (1, 2), (2, 4), (4, 8), (8, 16), (16, 32)))
+_NEARLY_ALL = 0.8  # of the pruned linears must keep a pattern for it to be taken as meant
 _STRAY = 0.01  # of the groups may hold more than a pattern allows, and it still counts as meant
 _NO_TENSORS = ("*.masked_bias", "*.attn.bias", "*.position_ids")  # constants that older transformers stored
 
@@ -64,8 +66,7 @@ class External(Compressor):
 
     @cached_property
     def _fingerprint(self) -> str:
-        path = self._source[1]
-        return fingerprint(path) if path.is_file() else files.fingerprint(path, self.params.allow_pickle)
+        return fingerprint(self._source[1], self.params.allow_pickle)
 
     def inputs(self) -> dict[str, str]:
         return {"model": self._fingerprint}
@@ -81,19 +82,22 @@ class External(Compressor):
         _, path = self._source
         dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
         if path.is_file():
+            if self.params.mask or self.params.ignore:
+                raise ConfigError(f"{self.params.path}: mask and ignore with a .gguf file.", "It is read as it is.")
             brought: Any = load_model(path, dtype, "cpu")
             kind = "gguf"
             self.stored_bits = gguf_bits(path, brought)
         else:
             foreign = files.read(path, self.params.allow_pickle)
-            kind = self._make_plain(foreign)
+            kind = self._make_plain(foreign, _head_dim(model.config))
             brought = build(foreign, dtype)
             adopt(self, foreign, brought)
+            self._apply_mask(brought)
         if path.is_file() or _has_tokenizer(path):
             self.tokenizer_path = path
         elif brought.get_input_embeddings().weight.shape[0] != model.get_input_embeddings().weight.shape[0]:
             raise ModelError(f"{path} holds no tokenizer, and its vocabulary is not the dense model's.", "Add one.")
-        self._find_pattern(brought)
+        self._find_pattern(find_decoder(brought))
         self.facts = {
             "path": self.params.path,
             "fingerprint": self._fingerprint,
@@ -108,54 +112,67 @@ class External(Compressor):
     def _weight_files(self, path: Path) -> list[Path]:
         return [path] if path.is_file() else files.weight_files(path, self.params.allow_pickle)
 
-    def _make_plain(self, foreign: Foreign) -> str:
+    def _make_plain(self, foreign: Foreign, dense_head_dim: int | None) -> str:
         """Every step that a foreign checkpoint may need; gives the name of its format."""
         llama.rename_composer(foreign)
         kind = quantized.unpack_all(foreign)
         has_branch = slorb.take_adapters(foreign)
-        llama.fit_configuration(foreign)
+        llama.fit_configuration(foreign, dense_head_dim)
         dropped = foreign.drop((*self.params.ignore, *_NO_TENSORS))
         dropped = [name for name in dropped if any(fnmatchcase(name, glob) for glob in self.params.ignore)]
         if dropped:
             foreign.notes.append(f"{len(dropped)} tensors were left out as asked: {', '.join(dropped[:3])}")
-        if self.params.mask is not None:
-            self._apply_mask(foreign)
-        elif has_branch:
-            _refuse_unmasked(foreign)
         for note in foreign.notes:
             self.warn(f"{self.params.path}: {note}")
         return kind or ("slorb" if has_branch else "hf")
 
-    def _apply_mask(self, foreign: Foreign) -> None:
-        """Keep the largest N of M of each weight with a low-rank branch; if none has one, of each `*_proj`."""
-        pattern = parse_level(self.params.mask, Knob.PATTERN)
-        assert isinstance(pattern, Pattern)
-        names = list(foreign.adapters) or [
-            key.removesuffix(".weight")
-            for key, value in foreign.tensors.items()
-            if key.endswith("_proj.weight") and value.dim() == 2
-        ]
-        if not names:
-            raise ModelError(f"{foreign.path}: no linear to apply {pattern} to.", "Its linears should end in _proj.")
-        for name in names:
-            weight = foreign.tensors[f"{name}.weight"]
-            foreign.tensors[f"{name}.weight"] = weight * keep_largest(weight.float().abs(), pattern, dim="row")
-        foreign.notes.append(f"{pattern} was applied to {len(names)} linears by magnitude")
-
-    def _find_pattern(self, model: nn.Module) -> None:
-        """The pattern to count violations of: the one asked for, else the tightest that pruned linears keep."""
-        pruned = {linear.name: linear for linear in find_decoder(model).linears if _is_pruned(linear.weight)}
-        if self.params.pattern is not None:
-            asked = parse_level(self.params.pattern, Knob.PATTERN)
-            assert isinstance(asked, Pattern)
-            fitting = [linear for linear in find_decoder(model).linears if linear.weight.shape[1] % asked.of == 0]
-            self.patterns = {linear.name: asked for linear in fitting}
+    def _apply_mask(self, model: nn.Module) -> None:
+        """Keep the largest N of M of each weight with a low-rank branch; if none has one, of every linear."""
+        linears = find_decoder(model).linears
+        boosted = [linear for linear in linears if adapters.of(linear.module) is not None]
+        if self.params.mask is None:
+            for linear in boosted:
+                if not _is_pruned(linear.weight):
+                    raise ModelError(
+                        f"{self.params.path}: '{linear.name}' has a low-rank branch, but its weight is dense: its mask "
+                        "was not stored.",
+                        "Say which mask it was trained with, for example mask: '2:4'.",
+                    )
             return
+        pattern = _pattern(self.params.mask)
+        for linear in boosted or linears:
+            linear.weight.mul_(keep_largest(linear.weight.float().abs(), pattern, dim="row"))
+        self.warn(f"{self.params.path}: {pattern} was applied to {len(boosted or linears)} linears by magnitude")
+
+    def _find_pattern(self, decoder: Decoder) -> None:
+        """The pattern to count violations of: the one asked for, of every linear; else the tightest that nearly all
+        pruned linears keep, of those. What is left out or breaks it is told.
+        """
+        if self.params.pattern is not None:
+            asked = _pattern(self.params.pattern)
+            self.patterns = {linear.name: asked for linear in decoder.linears if linear.weight.shape[1] % asked.of == 0}
+            return
+        pruned = [linear for linear in decoder.linears if _is_pruned(linear.weight)]
         for pattern in _PATTERNS:
-            kept = [linear for linear in pruned.values() if keeps(linear.weight, pattern)]
-            if pruned and len(kept) == len(pruned):
-                self.patterns = dict.fromkeys(pruned, pattern)
+            kept = [linear for linear in pruned if keeps(linear.weight, pattern)]
+            if pruned and len(kept) > _NEARLY_ALL * len(pruned):
+                divisible = [linear for linear in pruned if linear.weight.shape[1] % pattern.of == 0]
+                self.patterns = {linear.name: pattern for linear in divisible}
+                if left := [linear.name for linear in decoder.linears if linear.name not in self.patterns]:
+                    self.warn(f"{len(left)} linears are not pruned, and not counted under {pattern}: {left[0]}, ...")
                 return
+
+
+def _pattern(text: str) -> Pattern:
+    pattern = parse_level(text, Knob.PATTERN)
+    assert isinstance(pattern, Pattern)
+    return pattern
+
+
+def _head_dim(config: Any) -> int | None:
+    """Channels of one head of a model with this configuration."""
+    heads = getattr(config, "num_attention_heads", None)
+    return getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else None)
 
 
 def keeps(weight: torch.Tensor, pattern: Pattern) -> bool:
@@ -167,15 +184,6 @@ def keeps(weight: torch.Tensor, pattern: Pattern) -> bool:
 
 def _is_pruned(weight: torch.Tensor) -> bool:
     return float((weight == 0).float().mean()) > 0.05
-
-
-def _refuse_unmasked(foreign: Foreign) -> None:
-    for name in foreign.adapters:
-        if not _is_pruned(foreign.tensors[f"{name}.weight"]):
-            raise ModelError(
-                f"{foreign.path}: '{name}' has a low-rank branch, but its weight is dense: its mask was not stored.",
-                "Say which mask it was trained with, for example mask: '2:4'.",
-            )
 
 
 def shape_of(model: Any) -> dict[str, Any]:

@@ -18,6 +18,8 @@ from pydantic import Field
 from safetensors.torch import save_file
 from torch import nn
 
+from kick.adapters import attached
+from kick.blocks import find_decoder
 from kick.calibration import Calibration
 from kick.compressor import Compressor, Progress, no_progress
 from kick.errors import ConfigError, KickError
@@ -54,14 +56,22 @@ class OwnInterpreter(Compressor):
     def _version(self) -> str:
         """The library's, in its own interpreter, without importing it."""
         code = f"import importlib.metadata as m; print(m.version('{self.library}'))"
-        python = Path(self.params.python).expanduser()
+        python = self._python
         hint = f"Make an environment with {self.library} and give its interpreter as the parameter python."
         if not python.is_file():
             raise ConfigError(f"{self.name}: no interpreter {self.params.python}.", hint)
-        done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False)
+        try:
+            done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False)
+        except OSError as error:
+            raise ConfigError(f"{self.name}: {self.params.python} cannot be run: {error.strerror}.", hint) from error
         if done.returncode:
             raise ConfigError(f"{self.name}: {self.params.python} has no {self.library}.", hint)
         return done.stdout.strip()
+
+    @property
+    def _python(self) -> Path:
+        """Absolute, since it is called from a scratch directory; not resolved, since a venv's is a link."""
+        return Path(self.params.python).expanduser().absolute()
 
     def inputs(self) -> dict[str, str]:
         return {self.library: self._version}
@@ -76,6 +86,8 @@ class OwnInterpreter(Compressor):
     ) -> nn.Module:
         assert level is not None
         assert calibration is not None
+        if attached(model):
+            raise KickError(f"{self.library} cannot be given a model with adapters.", "Quantise it by kick's own.")
         progress(0, 1, f"{self.library} {self._version}")
         with tempfile.TemporaryDirectory(prefix="kick-") as scratch:
             here = Path(scratch)
@@ -98,7 +110,7 @@ class OwnInterpreter(Compressor):
             made = build(foreign, job["dtype"])
         adopt(self, foreign, made)
         if isinstance(level, Bits):
-            self._check_bits(level)
+            self._check_bits(level, foreign.code_bits, len(find_decoder(made).linears))
         for note in foreign.notes:
             self.warn(note)
         return made.to(model.device)
@@ -107,7 +119,7 @@ class OwnInterpreter(Compressor):
         script = package_files("kick_compressors").joinpath(f"workers/run_{self.name}.py")
         environment = {**os.environ, "TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
         environment.pop("PYTHONPATH", None)
-        command = [str(Path(self.params.python).expanduser()), str(script), str(here / "job.json")]
+        command = [str(self._python), str(script), str(here / "job.json")]
         with open(here / "log", "w", encoding="utf-8") as log:
             done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=here, check=False)
         if done.returncode or not (here / "out" / "result.json").is_file():
@@ -117,8 +129,9 @@ class OwnInterpreter(Compressor):
             )
         return json.loads((here / "out" / "result.json").read_text(encoding="utf-8"))
 
-    def _check_bits(self, level: Bits) -> None:
+    def _check_bits(self, level: Bits, found: dict[str, int], linears: int) -> None:
         """The library must have done what it was asked for: some fall back to leaving layers as they are."""
-        found = {grid.bits for grid in self.grids.values()}
-        if found - {level.width} or not (self.grids or self.stored_bits):
-            raise KickError(f"{self.library} was asked for {level} bits and gave {sorted(found) or 'none'}.")
+        if set(found.values()) - {level.width}:
+            raise KickError(f"{self.library} was asked for {level} bits and gave {sorted(set(found.values()))}.")
+        if len(found) < linears:
+            raise KickError(f"{self.library} quantised {len(found)} of {linears} linears and left the rest.")

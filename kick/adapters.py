@@ -22,6 +22,7 @@ from kick.files import read_json
 FOLDER = "adapter"  # in a folder of its own: beside the weights, transformers would take the model for an adapter
 WEIGHTS = f"{FOLDER}/adapter_model.safetensors"
 _CONFIG = f"{FOLDER}/adapter_config.json"
+_HELD = "_kick_adapter"  # what a linear's adapter is called in memory
 _PREFIX = "base_model.model."  # how peft names the model inside its own
 
 
@@ -53,15 +54,24 @@ def attach(model: nn.Module, adapters: dict[str, LowRank]) -> None:
             linear = model.get_submodule(name)
         except AttributeError as error:
             raise CheckpointError(f"an adapter is for '{name}', which the model does not have.") from error
-        linear.register_forward_hook(_adding(adapter))
+        setattr(linear, _HELD, adapter)
+        linear.register_forward_hook(_add)
 
 
-def _adding(adapter: LowRank) -> Any:
-    def add(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        inputs = args[0]  # its device and precision are where the model runs now
-        return output + (inputs @ adapter.down.T.to(inputs)) @ adapter.up.T.to(inputs)
+def of(module: nn.Module) -> LowRank | None:
+    """The adapter attached to `module`."""
+    return getattr(module, _HELD, None)
 
-    return add
+
+def attached(model: nn.Module) -> dict[str, LowRank]:
+    """All that are attached inside `model`, by the names of their linears."""
+    return {name: adapter for name, module in model.named_modules() if (adapter := of(module)) is not None}
+
+
+def _add(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    inputs, adapter = args[0], of(module)  # the inputs' device and precision are where the model runs now
+    assert adapter is not None
+    return output + (inputs @ adapter.down.T.to(inputs)) @ adapter.up.T.to(inputs)
 
 
 def save(directory: Path, model: nn.Module, adapters: dict[str, LowRank]) -> None:
@@ -69,8 +79,8 @@ def save(directory: Path, model: nn.Module, adapters: dict[str, LowRank]) -> Non
     (directory / FOLDER).mkdir()
     tensors = {}
     for name, adapter in adapters.items():
-        tensors[f"{_PREFIX}{name}.lora_A.weight"] = adapter.down.contiguous()
-        tensors[f"{_PREFIX}{name}.lora_B.weight"] = adapter.up.contiguous()
+        tensors[f"{_PREFIX}{name}.lora_A.weight"] = adapter.down.clone()  # linears may share theirs
+        tensors[f"{_PREFIX}{name}.lora_B.weight"] = adapter.up.clone()
     save_file(tensors, directory / WEIGHTS, {"format": "pt"})
     ranks = {name: adapter.rank for name, adapter in adapters.items()}
     config = {
@@ -105,7 +115,7 @@ def load(directory: Path) -> dict[str, LowRank]:
             )
             for name in names
         }
-    except (KeyError, ValueError, OSError, SafetensorError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError, OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read: {error!r}.", "Compress again.") from error
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import ValidationError
 from torch import nn
 
-from kick import __version__, plugins
+from kick import __version__, adapters, plugins
 from kick import checkpoint as checkpoints
 from kick.blocks import Decoder, find_decoder
 from kick.calibration import Calibration, CalibrationSpec, draw
@@ -112,6 +112,8 @@ def compress(
         meter = stack.enter_context(Meter(recipe.device))
         path = start or fetch(recipe.source)
         if steps and steps[0].compressor.brings_a_model:
+            if recipe.stream:
+                raise ConfigError(f"{steps[0].stage} cannot be streamed.", "It brings a whole model.")
             model = load_skeleton(path, recipe.dtype)
         elif recipe.stream and (path.is_dir() or steps):  # a dense .gguf file has to be read as a whole, once
             _check_streamable(steps, recipe.device)
@@ -122,7 +124,8 @@ def compress(
         tokenizer = load_tokenizer(path)
         if not needs_calibration(steps):
             calibration = None
-        done = Outcome(None if is_skeleton(model) else checkpoints.measure(model))
+        known = checkpoints.Structure(adapters=adapters.attached(model))
+        done = Outcome(None if is_skeleton(model) else checkpoints.measure(model, structure=known), structure=known)
         for step in steps:
             if step.compressor.needs_calibration and calibration is None:
                 calibration = draw(recipe.calibration, tokenizer, recipe.dtype, recipe.device)
@@ -196,8 +199,9 @@ class Outcome:
         # a later pruner leaves a grid or breaks it: the last measurement tells
         known.patterns |= patterns | compressor.patterns
         known.grids |= compressor.grids
-        known.adapters |= compressor.adapters
-        for name in compressor.layers:  # no longer what was stored
+        known.adapters = adapters.attached(model)
+        touched = compressor.layers if isinstance(compressor, LayerwiseCompressor) else list(known.stored_bits)
+        for name in touched:  # no longer what was stored
             known.stored_bits.pop(name, None)
         known.stored_bits |= compressor.stored_bits
         after = checkpoints.measure(model, decoder, known)
@@ -209,7 +213,10 @@ class Outcome:
         check_reached(step, levels, before, after, own, compressor.layers)
         for record, masks in zip(self.stages, self.masks, strict=True):
             record["mask_violations"] = revived(decoder, masks)
-        pruned = {name for name, level in levels.items() if isinstance(_pruned(level), Sparsity | Pattern)}
+        if isinstance(compressor, LayerwiseCompressor):
+            pruned = {name for name, level in levels.items() if isinstance(_pruned(level), Sparsity | Pattern)}
+        else:  # free in what it prunes: whatever it left with zeros
+            pruned = {name for name, layer in after.layers.items() if layer["sparsity"] > _STRAY_ZEROS}
         self.masks.append(zero_masks(decoder, pruned))
         self.warnings += compressor.warnings
         for name, facts in compressor.layers.items():
@@ -336,3 +343,4 @@ def _excess(name: str, level: Level, before: checkpoints.Measured, layers: dict[
 
 
 _AT_FAULT = "The compressor is at fault."
+_STRAY_ZEROS = 0.05  # share of a linear's weights; below, they are no mask

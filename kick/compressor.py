@@ -9,7 +9,6 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
-from kick.adapters import LowRank
 from kick.blocks import Block, Decoder, Group, Linear, find_decoder
 from kick.calibration import Calibration
 from kick.errors import KickError, LevelError
@@ -56,7 +55,6 @@ class Compressor(ABC):
         self.grids: dict[str, Grid] = {}  # those of quantised linears
         self.stored_bits: dict[str, float] = {}  # a weight, of quantised linears that no Grid describes
         self.patterns: dict[str, Pattern] = {}  # N:M patterns found on linears, beyond those that the level asks for
-        self.adapters: dict[str, LowRank] = {}  # attached to the model, by the name of their linear
         self.facts: dict[str, Any] = {}  # whatever else the record should say of this stage
         self.tokenizer: Any = None  # of the model to compress
         self.tokenizer_path: Path | None = None  # where a model that was brought has its own

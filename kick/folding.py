@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from kick import adapters
 from kick.blocks import Block, Group, Linear
 
 _TOLERANCE = 0.02  # relative, of the worst token: a wrong fold is off by a tenth and more
@@ -29,6 +30,8 @@ class Fold:
         """Divide what reaches the channels by scale [channels]."""
         if self.linear is not None:
             self.linear.weight.div_(scale[:, None].to(self.linear.weight.dtype))
+            if (adapter := adapters.of(self.linear.module)) is not None:
+                adapter.up.div_(scale[:, None].to(adapter.up))
         else:
             weight: Tensor = self.module.weight.data  # type: ignore[assignment]
             plus = 1.0 if self.kind == "norm_plus_one" else 0.0
@@ -63,16 +66,20 @@ def _same(before: Tensor, after: Tensor) -> bool:
 
 def _tried(group: Group, scale: Tensor, fold: Fold | None, run: Callable[[], Tensor]) -> Tensor:
     """What the block gives with the group's columns multiplied and `fold` divided; then all is as it was."""
-    parameters = [parameter for linear in group.linears for parameter in linear.module.parameters()]
-    if fold is not None:
-        parameters += fold.module.parameters()
+    modules = [linear.module for linear in group.linears] + ([fold.module] if fold is not None else [])
+    parameters = [parameter for module in modules for parameter in module.parameters()]
+    held = [adapter for module in modules if (adapter := adapters.of(module)) is not None]
     kept = [parameter.data.clone() for parameter in parameters]
+    kept_adapters = [(adapter.down.clone(), adapter.up.clone()) for adapter in held]
     multiply_columns(group, scale)
     if fold is not None:
         fold.divide(scale)
     found = run()
     for parameter, own in zip(parameters, kept, strict=True):
         parameter.data.copy_(own)
+    for adapter, (down, up) in zip(held, kept_adapters, strict=True):
+        adapter.down.copy_(down)
+        adapter.up.copy_(up)
     return found
 
 
@@ -80,6 +87,13 @@ def multiply_columns(group: Group, scale: Tensor) -> None:
     """Make up for inputs that were divided by scale [in]."""
     for linear in group.linears:
         linear.weight.mul_(scale.to(linear.weight.dtype))
+        multiply_adapter(linear, scale)
+
+
+def multiply_adapter(linear: Linear, scale: Tensor) -> None:
+    """The same for what an adapter makes of the inputs."""
+    if (adapter := adapters.of(linear.module)) is not None:
+        adapter.down.mul_(scale.to(adapter.down))
 
 
 def _candidates(block: Block, group: Group, channels: int) -> Iterator[Fold]:

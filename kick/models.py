@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from kick.errors import ConfigError, ModelError
-from kick.files import sha256_of
+from kick.files import read_json, sha256_of
 
 if TYPE_CHECKING:
     import torch
@@ -144,15 +144,15 @@ def fetch(source: ModelSource, allow_pickle: bool = False) -> Path:
     return folder
 
 
-def fingerprint(path: Path) -> str:
+def fingerprint(path: Path, allow_pickle: bool = False) -> str:
     """SHA-256 over the model's files (weights, config, tokenizer): the identity of what is asked and compressed."""
     if path.is_file():
         return sha256_of(path)
     total = hashlib.sha256()
-    patterns = (*_WEIGHT_FILES, *_TEXT_FILES)
+    patterns = (*_WEIGHT_FILES, *_TEXT_FILES, "adapter/*", *(PICKLES if allow_pickle else ()))
     files = {file for pattern in patterns for file in path.glob(pattern) if file.name != "kick.json"}
     for file in sorted(files):
-        total.update(f"{file.name} {sha256_of(file)}\n".encode())
+        total.update(f"{file.relative_to(path).as_posix()} {sha256_of(file)}\n".encode())
     return total.hexdigest()
 
 
@@ -209,6 +209,8 @@ def load_model(path: Path, dtype: str, device: str) -> "torch.nn.Module":
     where = {"pretrained_model_name_or_path": path, "use_safetensors": True}
     if path.is_file():
         where = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
+    if path.is_dir():
+        check_config(read_json(path / "config.json"), path)
     table = shapes.read_table(path) if path.is_dir() else {}
     try:
         model, found = AutoModelForCausalLM.from_pretrained(
@@ -259,6 +261,15 @@ def load_skeleton(path: Path, dtype: str) -> "torch.nn.Module":
 
 def is_skeleton(model: "torch.nn.Module") -> bool:
     return next(model.parameters()).device.type == "meta"
+
+
+def check_config(config: dict[str, Any], path: Path) -> None:
+    """Raise ModelError for a configuration that names code to fetch: kernels of the hub are given as owner/name."""
+    for key in ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation"):
+        if isinstance(config.get(key), str) and "/" in config[key]:
+            raise ModelError(
+                f"the configuration of {path.name} names code to fetch: {key} '{config[key]}'.", "Remove that key."
+            )
 
 
 def _forget_quantization(model: Any) -> None:

@@ -34,9 +34,18 @@ class Grid:
         return self.bits + self.groups * (SCALE_BITS + self.bits) / in_features
 
     def codes(self, weight: Tensor) -> Tensor:
-        """The nearest code of each weight [out, in], as float32."""
+        """The code of each weight [out, in], as float32: the nearest, or beside it the one that this weight was.
+
+        A weight kept in few bits, such as bfloat16, may lie nearer to a neighbour of the code that it was rounded from.
+        """
         scale, zero = self.scale[:, self.group_of], self.zero[:, self.group_of]
-        return encode(weight.float(), scale, zero, self.bits)
+        codes = encode(weight.float(), scale, zero, self.bits)
+        if weight.dtype != torch.float32:
+            for step in (-1, 1):
+                off = self.values(codes).to(weight.dtype) != weight
+                beside = (codes + step).clamp(0, 2**self.bits - 1)
+                codes = torch.where(off & (self.values(beside).to(weight.dtype) == weight), beside, codes)
+        return codes
 
     def values(self, codes: Tensor) -> Tensor:
         """What codes [out, in] mean: [out, in] float32."""

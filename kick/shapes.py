@@ -53,6 +53,8 @@ def padded(model: Any) -> Any:
     for name, expected in whole.state_dict().items():
         given = model.state_dict()[name]
         missing = [size for long, short in zip(expected.shape, given.shape, strict=True) for size in (long - short, 0)]
+        if min(missing, default=0) < 0:
+            raise ModelError(f"'{name}' is {list(given.shape)}, wider than the configuration's {list(expected.shape)}.")
         state[name] = nn.functional.pad(given, missing[::-1])
     whole.load_state_dict(state)
     return whole
@@ -66,8 +68,9 @@ def read_table(directory: Path) -> dict[str, list[int]]:
     """The table in `directory`, empty if it has none."""
     path = directory / TABLE
     try:
-        return read_json(path) if path.is_file() else {}
-    except ValueError as error:
+        table = read_json(path) if path.is_file() else {}
+        return {str(name): [int(size) for size in shape] for name, shape in table.items()}
+    except (ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}.", "Compress again.") from error
 
 

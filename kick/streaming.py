@@ -22,6 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from kick import adapters
 from kick.blocks import largest_block_list
 from kick.errors import ModelError
 
@@ -113,6 +114,7 @@ def open_streamed(path: Path, dtype: str, scratch: Path) -> nn.Module:
         block.register_forward_hook(lambda module, args, output: storage.release(module), always_call=True)
         block._kick_storage = storage  # type: ignore[assignment]
     model._kick_storage = storage
+    adapters.attach(model, adapters.load(path))
     if (path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(path)
     return model.eval()

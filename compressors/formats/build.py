@@ -10,6 +10,7 @@ from kick.adapters import LowRank, attach
 from kick.blocks import find_decoder
 from kick.compressor import Compressor
 from kick.errors import ModelError
+from kick.models import check_config
 
 from .files import Foreign
 
@@ -19,6 +20,7 @@ def build(foreign: Foreign, dtype: str) -> nn.Module:
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
+    check_config(foreign.config, foreign.path)
     given = dict(foreign.config)
     kind = given.pop("model_type", None)
     try:
@@ -73,7 +75,7 @@ def _resize(foreign: Foreign, model: nn.Module, names: set[str]) -> None:
 
 
 def adopt(compressor: Compressor, foreign: Foreign, model: Any) -> None:
-    """Tell `compressor` grids, bits and adapters by the linears' names in `model`; adapters get its precision."""
+    """Tell `compressor` grids and bits by the linears' names in `model`, and attach adapters to it in its precision."""
     kind = next(model.parameters()).dtype
     decoder = find_decoder(model)
     known = {linear.name for linear in (*decoder.linears, decoder.head) if linear is not None}
@@ -84,7 +86,7 @@ def adopt(compressor: Compressor, foreign: Foreign, model: Any) -> None:
 
     compressor.grids = {name(key): grid for key, grid in foreign.grids.items() if name(key) in known}
     compressor.stored_bits = {name(key): bits for key, bits in foreign.stored_bits.items() if name(key) in known}
-    compressor.adapters = {
+    adapters = {
         name(key): LowRank(adapter.down.to(kind), adapter.up.to(kind)) for key, adapter in foreign.adapters.items()
     }
-    attach(model, compressor.adapters)
+    attach(model, adapters)

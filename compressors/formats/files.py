@@ -13,13 +13,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from kick import adapters
 from kick.adapters import LowRank
+from kick.checkpoint import GRIDS
 from kick.errors import ModelError
-from kick.files import sha256_of
 from kick.models import PICKLES
-from kick.quantization import Grid
+from kick.quantization import Grid, from_tensors
 
-_TEXTS = ("*.json", "*.txt", "*.jinja", "*.model")
+_NOT_WEIGHTS = ("training_args", "optimizer", "scheduler", "rng_state")  # what trainers leave beside them
 
 
 @dataclass
@@ -34,6 +35,7 @@ class Foreign:
     tensors: dict[str, Tensor]
     grids: dict[str, Grid] = field(default_factory=dict)
     stored_bits: dict[str, float] = field(default_factory=dict)
+    code_bits: dict[str, int] = field(default_factory=dict)  # of every linear that came quantised
     adapters: dict[str, LowRank] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -46,11 +48,13 @@ class Foreign:
 
 
 def weight_files(path: Path, allow_pickle: bool) -> list[Path]:
-    """The files that hold the weights in the directory `path`. Raises ModelError if there are none that may be read."""
-    found = sorted(path.glob("*.safetensors"))
+    """The files that hold the weights in the directory `path`: those that its index names, `model.safetensors`, or what
+    else there is. Raises ModelError if there are none that may be read.
+    """
+    found = _indexed(path, "*.safetensors.index.json") or _one_of(path, ["model.safetensors"], ["*.safetensors"])
     if found:
         return found
-    pickles = sorted(file for glob in PICKLES for file in path.glob(glob) if file.name != "training_args.bin")
+    pickles = _indexed(path, "*.bin.index.json") or _one_of(path, ["pytorch_model.bin"], PICKLES)
     if pickles and not allow_pickle:
         raise ModelError(
             f"{path} holds only pickles, such as {pickles[0].name}, which can run code when they are read.",
@@ -61,6 +65,23 @@ def weight_files(path: Path, allow_pickle: bool) -> list[Path]:
     return pickles
 
 
+def _indexed(path: Path, glob: str) -> list[Path]:
+    """The files named by the index in `path`, if there is one."""
+    for index in sorted(path.glob(glob))[:1]:
+        names = sorted(set(_json(index).get("weight_map", {}).values()))
+        for name in names:
+            if Path(name).name != name or not (path / name).is_file():
+                raise ModelError(f"{index} names '{name}', which is not there.", "The checkpoint is not whole.")
+        return [path / name for name in names]
+    return []
+
+
+def _one_of(path: Path, names: Iterable[str], globs: Iterable[str]) -> list[Path]:
+    found = [path / name for name in names if (path / name).is_file()]
+    others = sorted(file for glob in globs for file in path.glob(glob) if not file.name.startswith(_NOT_WEIGHTS))
+    return found or others
+
+
 def read(path: Path, allow_pickle: bool) -> Foreign:
     """The model in the directory `path`."""
     config = _json(path / "config.json")
@@ -69,14 +90,14 @@ def read(path: Path, allow_pickle: bool) -> Foreign:
         config["quantization_config"] = {"quant_method": "gptq", **_json(separate)}
     tensors: dict[str, Tensor] = {}
     for file in weight_files(path, allow_pickle):
-        tensors |= _safetensors(file) if file.suffix == ".safetensors" else _pickle(file)
-    return Foreign(path, config, tensors)
-
-
-def fingerprint(path: Path, allow_pickle: bool) -> str:
-    """Identity of everything in the directory `path` that `read` may look at."""
-    files = {*weight_files(path, allow_pickle), *(file for glob in _TEXTS for file in path.glob(glob))}
-    return "-".join(sha256_of(file)[:16] for file in sorted(files) if file.name != "kick.json")
+        found = _safetensors(file) if file.suffix == ".safetensors" else _pickle(file)
+        if twice := sorted(tensors.keys() & found.keys()):
+            raise ModelError(f"'{twice[0]}' is in {file.name} and in another file of {path}.", "Remove the wrong one.")
+        tensors |= found
+    model = Foreign(path, config, tensors, adapters=adapters.load(path))
+    if (path / GRIDS).is_file():  # a checkpoint of kick's own
+        model.grids = from_tensors(load_file(path / GRIDS))
+    return model
 
 
 def _json(path: Path) -> dict[str, Any]:

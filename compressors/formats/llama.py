@@ -49,8 +49,11 @@ def rename_composer(model: Foreign) -> None:
     model.notes.append("composer's names were mapped")
 
 
-def fit_configuration(model: Foreign) -> None:
-    """Make the configuration of a Llama-like model say what its tensors are."""
+def fit_configuration(model: Foreign, dense_head_dim: int | None = None) -> None:
+    """Make the configuration of a Llama-like model say what its tensors are; the widest layer, where they differ.
+
+    dense_head_dim: that of the model it was made from, which pruning does not change; used where nothing else tells.
+    """
     dropped = {name: model.tensors[name] for name in model.tensors if name.endswith("rotary_emb.inv_freq")}
     if count := len(model.drop(_ROTARY)):
         model.notes.append(f"{count} leftover rotary buffers were dropped")
@@ -60,7 +63,7 @@ def fit_configuration(model: Foreign) -> None:
     _declare(model, "num_hidden_layers", len(layers))
     _declare(model, "vocab_size", model.tensors["model.embed_tokens.weight"].shape[0])
     _declare(model, "hidden_size", model.tensors["model.embed_tokens.weight"].shape[1])
-    head_dim = _head_dim(model, layers, next(iter(dropped.values()), None))
+    head_dim = _head_dim(model, layers, next(iter(dropped.values()), None), dense_head_dim)
     heads = {q.shape[0] // head_dim for q, *_ in layers.values()}
     key_heads = {k.shape[0] // head_dim for _, k, _ in layers.values()}
     shared = {q.shape[0] / k.shape[0] for q, k, _ in layers.values()}
@@ -75,50 +78,52 @@ def fit_configuration(model: Foreign) -> None:
             f"{model.path}: its layers share a key head among {sorted(map(int, shared))} query heads.",
             "transformers knows one number for all layers.",
         )
-    if len(heads) == 1:
-        _declare(model, "num_attention_heads", heads.pop())
-        _declare(model, "num_key_value_heads", key_heads.pop())
+    _declare(model, "num_attention_heads", max(heads))
+    _declare(model, "num_key_value_heads", max(key_heads))
     widths = {up.shape[0] for *_, up in layers.values() if up is not None}
-    if len(widths) == 1:
-        _declare(model, "intermediate_size", widths.pop())
+    if widths:
+        _declare(model, "intermediate_size", max(widths))
 
 
 def _layers(tensors: dict[str, Tensor]) -> dict[int, tuple[Tensor, Tensor, Tensor | None]]:
-    """The weights of q_proj, k_proj and up_proj of each layer; empty for a model that is not like Llama."""
-    found = {}
-    for name, query in tensors.items():
-        if match := re.fullmatch(r"model\.layers\.(\d+)\.self_attn\.q_proj\.weight", name):
-            prefix = f"model.layers.{match[1]}."
-            key = tensors.get(f"{prefix}self_attn.k_proj.weight")
-            if key is not None:
-                found[int(match[1])] = (query, key, tensors.get(f"{prefix}mlp.up_proj.weight"))
+    """The weights of q_proj, k_proj and up_proj of each layer; empty for a model whose layers are not like Llama's."""
     if "model.embed_tokens.weight" not in tensors:
         return {}
-    if found and sorted(found) != list(range(len(found))):
-        missing = min(set(range(max(found))) - found.keys())
-        raise ModelError(f"layer {missing} of {max(found) + 1} is missing.", "The checkpoint is not whole.")
+    indices = {int(match[1]) for name in tensors if (match := re.match(r"model\.layers\.(\d+)\.", name))}
+    found = {}
+    for index in sorted(indices):
+        prefix = f"model.layers.{index}."
+        query, key, output = (tensors.get(f"{prefix}self_attn.{part}_proj.weight") for part in "qko")
+        if query is None or key is None or output is None or output.shape[1] != query.shape[0]:
+            return {}  # a hybrid, or attention of another kind
+        found[index] = (query, key, tensors.get(f"{prefix}mlp.up_proj.weight"))
+    if missing := sorted(set(range(max(indices, default=-1) + 1)) - indices):
+        raise ModelError(f"layer {missing[0]} of {max(indices) + 1} is missing.", "The checkpoint is not whole.")
     return found
 
 
-def _head_dim(model: Foreign, layers: dict[int, tuple[Tensor, Tensor, Tensor | None]], rotary: Tensor | None) -> int:
-    """From the configuration; where it says nothing, from a leftover rotary buffer or the declared heads."""
-    declared = model.config.get("head_dim")
-    rows = layers[0][0].shape[0]
-    heads = model.config.get("num_attention_heads")
-    if declared:
-        return int(declared)
-    if rotary is not None and model.config.get("model_type") == "llama":  # elsewhere it may turn a part of a head
-        found = 2 * rotary.numel()
-    elif heads and rows % heads == 0:
-        found = rows // heads
+def _head_dim(
+    model: Foreign, layers: dict[int, tuple[Tensor, Tensor, Tensor | None]], rotary: Tensor | None, dense: int | None
+) -> int:
+    """As declared, or as a leftover rotary buffer says, or hidden size by heads if that fits, or the dense model's."""
+    config = model.config
+    if config.get("head_dim"):
+        return int(config["head_dim"])
+    rows, heads, hidden = layers[0][0].shape[0], config.get("num_attention_heads"), config["hidden_size"]
+    if rotary is not None and config.get("model_type") == "llama":  # elsewhere it may turn a part of a head
+        found, why = 2 * rotary.numel(), "by its rotary buffer"
+    elif heads and rows == hidden and rows % heads == 0:
+        found, why = rows // heads, ""
+    elif dense and all(query.shape[0] % dense == 0 for query, *_ in layers.values()):
+        found, why = dense, "as in the dense model"
     else:
         raise ModelError(
-            f"{model.path}: {rows} rows of queries are not {heads} equal heads, and no head_dim is declared.",
+            f"{model.path}: {rows} rows of queries for a hidden size of {hidden} and {heads} heads, and no head_dim.",
             "Add head_dim to its config.json.",
         )
-    model.config["head_dim"] = found
-    if heads and model.config.get("hidden_size", 0) != heads * found:
-        model.notes.append(f"head_dim was missing; by the tensors it is {found}")
+    config["head_dim"] = found
+    if why:
+        model.notes.append(f"head_dim was missing; {why} it is {found}")
     return found
 
 

@@ -33,7 +33,12 @@ def unpack_all(model: Foreign) -> str | None:
         raise ModelError(
             f"{model.path} is quantised by '{method}'.", f"kick reads {', '.join(_METHODS)}. Convert it first."
         )
-    _METHODS[method](model, config)
+    try:
+        _METHODS[method](model, config)
+    except KeyError as error:
+        raise ModelError(
+            f"{model.path} is quantised by '{method}' and lacks {error}.", "The checkpoint is not whole."
+        ) from error
     return method
 
 
@@ -149,6 +154,7 @@ def _scale_up(model: Foreign, name: str) -> None:
         _put(model, name, grid.values(codes.float() + 128), grid, scales)
     else:
         model.tensors[f"{name}.weight"] = (codes.float() - offsets[:, columns]) * scale[:, columns]
+        model.code_bits[name] = 8 * codes.itemsize
         model.stored_bits[name] = _bits(8 * codes.itemsize, scales, codes.numel())
 
 
@@ -177,6 +183,7 @@ def _whole(bits: float, name: str) -> int:
 def _put(model: Foreign, name: str, weight: Tensor, grid: Grid, scales: Tensor) -> None:
     """Keep the weight; and its grid, if the scales are ones that kick can store, else only the bits that it takes."""
     model.tensors[f"{name}.weight"] = weight
+    model.code_bits[name] = grid.bits
     if torch.equal(grid.scale.half().float(), grid.scale):
         model.grids[name] = grid
     else:

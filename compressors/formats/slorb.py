@@ -24,14 +24,17 @@ def take_adapters(model: Foreign) -> bool:
         weight = model.tensors.get(f"{name}.weight")
         if weight is None:
             raise ModelError(f"{model.path} holds '{key}' and no weight beside it.", "The checkpoint is not whole.")
+        shape = tuple(weight.shape)
+        if up.shape[0] != shape[0]:  # GPT-2's Conv1D stores [in, out]
+            shape = shape[::-1]
         if down is None:
-            down = block_ones(up.shape[1], weight.shape[1], name)
-        if down.shape != (up.shape[1], weight.shape[1]) or up.shape[0] != weight.shape[0]:
+            down = block_ones(up.shape[1], shape[1], name)
+        if down.shape != (up.shape[1], shape[1]) or up.shape[0] != shape[0]:
             raise ModelError(
                 f"'{key}' is {list(up.shape)} and its x_proj {list(down.shape)}, for a weight {list(weight.shape)}.",
                 "Expected [out, in / k] and [in / k, in].",
             )
-        model.adapters[name] = LowRank(down, up)
+        model.adapters[name] = LowRank(down.clone(), up.clone())  # one X may serve many linears
     model.drop(["*.x_proj"])  # of linears whose branch was left out
     return bool(model.adapters)
 

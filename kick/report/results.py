@@ -65,7 +65,7 @@ class SettingResult:
             return "bits"
         if isinstance(self.level, Sparsity | Pattern | Joint) or self.record is None or self.dense is None:
             return "sparsity"
-        if _weights(self.record) != _weights(self.dense):
+        if _has_another_shape(self.record, self.dense):
             return "size"
         return "bits" if self.record["bits_per_weight"] < self.dense["bits_per_weight"] else "sparsity"
 
@@ -81,9 +81,13 @@ class SettingResult:
         return f"{label} N:M" if isinstance(self.level, Pattern) else label
 
 
-def _weights(record: dict[str, Any]) -> int:
-    """How many weights the linears in the blocks hold, zeros included, adapters left out."""
-    return sum(layer["weights"] for layer in record["layers"].values())
+def _has_another_shape(record: dict[str, Any], dense: dict[str, Any]) -> bool:
+    """Whether linears are gone, or narrower or wider than dense. A head that is counted too makes no other shape."""
+    own, expected = record["layers"], dense["layers"]
+    more = own.keys() - expected.keys()
+    return len(more) > 1 or any(
+        name not in own or own[name]["weights"] != layer["weights"] for name, layer in expected.items()
+    )
 
 
 @dataclass

@@ -15,9 +15,10 @@ from kick import checkpoint as checkpoints
 from kick.blocks import find_decoder
 from kick.calibration import CalibrationSpec
 from kick.compress import Recipe, compress, prepare
-from kick.errors import CheckpointError, KickError, LevelError, ModelError
+from kick.errors import CheckpointError, ConfigError, KickError, LevelError, ModelError
 from kick.export import find_format
-from kick.models import find_source, fingerprint, load_model
+from kick.models import find_source, fingerprint, load_model, load_skeleton
+from kick.packing import unpack
 from kick.settings import Setting, Stage
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -312,19 +313,73 @@ def test_a_branch_over_a_dense_weight_is_refused(tiny_llama, tiny_model, tokeniz
     assert not (tmp_path / "out").exists()
 
 
-def test_an_adapter_stays_through_later_stages(tiny_llama, tiny_model, tokenizer, tokens, tmp_path):
-    """AST is quantised afterwards, with its zeros kept."""
-    _, tensors = ast_model(tiny_llama)
+def test_an_adapter_takes_the_scales_of_awq(tiny_llama, tiny_model, tokenizer, tokens, tmp_path):
+    """AST is quantised afterwards, with its zeros kept: better than by plain rounding only if scales can be folded."""
+    meant, tensors = ast_model(tiny_llama)
     path = write(tmp_path / "foreign", tiny_llama.config, tensors, tokenizer)
-    then = (Stage(compressor="awq", level="4", params={"group_size": 16}),)
-    made = bring(path, tiny_model, tmp_path / "out", then=then)
-    assert (made.record["pattern_violations"], made.record["grid_violations"]) == (0, 0)
-    assert made.record["sparsity"] >= 0.5
-    found = load_model(made.path, "float32", "cpu")
-    for linear in find_decoder(found).linears:
-        adapter = tensors[f"{linear.name}.SLoRB_Weight"]
-        assert torch.equal(adapters.load(made.path)[linear.name].up, adapter)
-    assert checkpoints.verify(made) == []
+    errors = {}
+    for quantiser in ("rtn", "awq"):
+        then = (Stage(compressor=quantiser, level="3", params={"group_size": 16}),)
+        made = bring(path, tiny_model, tmp_path / quantiser, then=then)
+        assert (made.record["pattern_violations"], made.record["grid_violations"]) == (0, 0)
+        assert made.record["sparsity"] >= 0.5
+        assert checkpoints.verify(made) == []
+        errors[quantiser] = (logits(load_model(made.path, "float32", "cpu"), tokens) - logits(meant, tokens)).norm()
+        assert not any("nothing before 8 groups" in warning for warning in made.record["warnings"])
+    assert errors["awq"] < errors["rtn"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_adapter_stays_when_its_checkpoint_is_compressed_again(
+    stream, tiny_llama, tiny_model, tokenizer, tokens, tmp_path
+):
+    meant, tensors = ast_model(tiny_llama)
+    made = bring(write(tmp_path / "foreign", tiny_llama.config, tensors, tokenizer), tiny_model, tmp_path / "out")
+    source = find_source(str(made.path))
+    for setting in (Setting(compressor="dense"), Setting(compressor="rtn", level="8", params={"group_size": 16})):
+        recipe = Recipe(source, "x", setting, CalibrationSpec(), "float32", "cpu", stream)
+        again = compress(recipe, tmp_path / setting.compressor)
+        expected = logits(meant, tokens)
+        assert (logits(load_model(again.path, "float32", "cpu"), tokens) - expected).norm() < 0.02 * expected.norm()
+        assert again.record["parameters"] == made.record["parameters"]
+        assert checkpoints.verify(again) == []
+    third = bring(made.path, tiny_model, tmp_path / "third")
+    assert torch.allclose(logits(load_model(third.path, "float32", "cpu"), tokens), logits(meant, tokens), atol=1e-5)
+
+
+def test_an_adapter_is_part_of_a_models_identity(tiny_llama, tiny_model, tokenizer, tmp_path):
+    _, tensors = ast_model(tiny_llama)
+    made = bring(write(tmp_path / "foreign", tiny_llama.config, tensors, tokenizer), tiny_model, tmp_path / "out")
+    before = fingerprint(made.path)
+    stored = load_file(made.path / adapters.WEIGHTS)
+    save_file({name: value * 3 for name, value in stored.items()}, made.path / adapters.WEIGHTS)
+    assert fingerprint(made.path) != before
+
+
+def test_one_projection_may_serve_many_linears(tiny_llama, tiny_model, tokenizer, tokens, tmp_path):
+    meant, tensors = ast_model(tiny_llama)
+    shared: dict = {}
+    for name in [name for name in tensors if name.endswith("x_proj")]:
+        tensors[name] = shared.setdefault(tensors[name].shape, tensors[name])
+    path = write(tmp_path / "foreign", tiny_llama.config, {}, tokenizer)
+    (path / "model.safetensors").unlink()
+    torch.save(tensors, path / "pytorch_model.bin")
+    torch.save({"step": 1}, path / "optimizer.pt")  # a trainer's, of no concern
+    made = bring(path, tiny_model, tmp_path / "out", allow_pickle=True)
+    assert torch.allclose(logits(load_model(made.path, "float32", "cpu"), tokens), logits(meant, tokens), atol=1e-5)
+
+
+def test_a_mask_falls_along_the_inputs_of_gpt2(tiny_model, tokenizer, tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=64, vocab_size=600)).eval()
+    path = write(tmp_path / "foreign", model.config, state_of(model), tokenizer)
+    made = bring(path, tiny_model, tmp_path / "out", mask="2:4")
+    assert (made.record["sparsity"], made.record["pattern_violations"]) == (0.5, 0)
+    # GPT-2 stores [in, out]: neighbours along `in` lie one below the other
+    stored = load_model(made.path, "float32", "cpu").transformer.h[0].attn.c_attn.weight.data
+    assert ((stored != 0).reshape(8, 4, 96).sum(dim=1) == 2).all()
 
 
 COMPOSER = {
@@ -391,7 +446,7 @@ def sheared(**changes):
     ("declared", "note"),
     [
         ({"num_key_value_heads": 4}, "num_key_value_heads was declared 4; by the tensors it is 2"),
-        ({"head_dim": None}, "head_dim was missing; by the tensors it is 8"),
+        ({"head_dim": None}, "head_dim was missing; as in the dense model it is 8"),
         ({"intermediate_size": 64}, "intermediate_size was declared 64; by the tensors it is 48"),
         ({"num_hidden_layers": 2}, "num_hidden_layers was declared 2; by the tensors it is 1"),
     ],
@@ -410,6 +465,113 @@ def test_sheared_checkpoints_load_by_what_their_tensors_say(
     assert facts["shape"]["parameters"] == 600 * 16 + 2 * 16 * 32 + 2 * 16 * 16 + 3 * 48 * 16 + 3 * 16
     assert made.record["parameters"] == facts["shape"]["parameters"]
     assert facts["dense_shape"]["parameters"] == sum(p.numel() for p in make_tiny_llama().parameters())
+
+
+def test_pruned_heads_without_a_head_dim_are_read_as_the_dense_models(
+    tiny_llama, tiny_model, tokenizer, tokens, tmp_path
+):
+    """Half the heads of every layer are gone, and four are still declared: two of 8 channels, not four of 4."""
+    zeroed, tensors = copy.deepcopy(tiny_llama), state_of(tiny_llama)
+    for layer in range(2):
+        prefix = f"model.layers.{layer}.self_attn."
+        for part, rows in (("q_proj", 16), ("k_proj", 8), ("v_proj", 8)):
+            tensors[f"{prefix}{part}.weight"] = tensors[f"{prefix}{part}.weight"][:rows]
+        tensors[f"{prefix}o_proj.weight"] = tensors[f"{prefix}o_proj.weight"][:, :16]
+        zeroed.get_parameter(f"{prefix}o_proj.weight").data[:, 16:] = 0
+    path = write(tmp_path / "foreign", tiny_llama.config, tensors, tokenizer, head_dim=None)
+    made = bring(path, tiny_model, tmp_path / "out")
+    assert torch.allclose(logits(load_model(made.path, "float32", "cpu"), tokens), logits(zeroed, tokens), atol=1e-5)
+    assert any("as in the dense model it is 8" in warning for warning in made.record["warnings"])
+
+
+def test_a_layer_wider_than_declared_is_exported_whole(tiny_llama, tiny_model, tokenizer, tokens, tmp_path):
+    tensors = state_of(tiny_llama)
+    for part in ("gate_proj", "up_proj"):
+        tensors[f"model.layers.1.mlp.{part}.weight"] = tensors[f"model.layers.1.mlp.{part}.weight"][:40]
+    tensors["model.layers.1.mlp.down_proj.weight"] = tensors["model.layers.1.mlp.down_proj.weight"][:, :40]
+    path = write(tmp_path / "foreign", tiny_llama.config, tensors, tokenizer, intermediate_size=48)
+    made = bring(path, tiny_model, tmp_path / "out")
+    plain = type(tiny_llama).from_pretrained(find_format("hf")(made, tmp_path / "plain", "auto"))
+    expected = logits(load_model(made.path, "float32", "cpu"), tokens)
+    assert torch.allclose(logits(plain, tokens), expected, atol=1e-5)
+
+
+def test_only_the_files_that_count_are_read(tiny_llama, tiny_model, tokenizer, tokens, tmp_path):
+    path = write(tmp_path / "foreign", tiny_llama.config, state_of(tiny_llama), tokenizer)
+    old = {name: value * 0 for name, value in state_of(tiny_llama).items()}
+    save_file(old, path / "model_old.safetensors")
+    made = bring(path, tiny_model, tmp_path / "out")
+    assert torch.equal(logits(load_model(made.path, "float32", "cpu"), tokens), logits(tiny_llama, tokens))
+    (path / "model.safetensors").rename(path / "part-1.safetensors")
+    with pytest.raises(ModelError, match=r"is in part-1\.safetensors and in another file"):
+        bring(path, tiny_model, tmp_path / "twice")
+
+
+def test_a_hybrid_architecture_is_read_as_it_is(tiny_model, tokenizer, tokens, tmp_path):
+    """Some of its layers have no attention: nothing of a Llama's configuration can be told from it."""
+    from transformers import Lfm2Config, Lfm2ForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    kinds = ["conv", "full_attention"]
+    model = Lfm2ForCausalLM(Lfm2Config(**sizes, num_hidden_layers=2, vocab_size=600, layer_types=kinds)).eval()
+    made = bring(write(tmp_path / "f", model.config, state_of(model), tokenizer), tiny_model, tmp_path / "out")
+    assert torch.allclose(logits(load_model(made.path, "float32", "cpu"), tokens), logits(model, tokens), atol=1e-5)
+
+
+def test_code_that_a_configuration_names_is_not_fetched(tiny_llama, tiny_model, tokenizer, tmp_path):
+    path = write(tmp_path / "f", tiny_llama.config, state_of(tiny_llama), tokenizer, attn_implementation="who/kernel")
+    with pytest.raises(ModelError, match="names code to fetch"):
+        bring(path, tiny_model, tmp_path / "out")
+    with pytest.raises(ModelError, match="names code to fetch"):
+        load_model(path, "float32", "cpu")
+
+
+def test_half_precision_keeps_grids_of_eight_bits(tiny_model, tokenizer, tmp_path):
+    """In bfloat16 a weight may lie nearer to a neighbour of the code that it was rounded from."""
+    bits, pack, more = FORMATS["gptq_v2"]
+    model = make_tiny_llama(num_key_value_heads=4)
+    tensors, _ = quantised(model, bits, 16, False, pack)
+    path = write(tmp_path / "foreign", model.config, tensors, tokenizer, **more)
+    source = find_source(str(tiny_model))
+    setting = Setting(compressor="external", params={"path": str(path)})
+    made = compress(Recipe(source, "x", setting, CalibrationSpec(), "bfloat16", "cpu"), tmp_path / "out")
+    assert made.record["grid_violations"] == 0
+    again = load_file(find_format("gptq")(made, tmp_path / "gptq", "auto") / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj"
+    exact = checkpoints.read_grids(made)[name]
+    meant = unpack(again[f"{name}.qweight"], 8).T
+    kept = load_model(made.path, "bfloat16", "cpu").get_parameter(f"{name}.weight")
+    assert torch.equal(exact.values(meant).bfloat16(), kept)
+
+
+def test_kicks_own_grids_come_along(tiny_model, tmp_path):
+    source = find_source(str(tiny_model))
+    setting = Setting(compressor="rtn", level="4", params={"group_size": 16})
+    rtn = compress(Recipe(source, "x", setting, CalibrationSpec(), "float32", "cpu"), tmp_path / "rtn")
+    assert bring(rtn.path, tiny_model, tmp_path / "out").record["bits_per_weight"] == rtn.record["bits_per_weight"] < 6
+
+
+def test_a_pattern_that_one_linear_breaks_is_still_the_pattern(tiny_llama, tiny_model, tokenizer, tmp_path):
+    tensors = state_of(tiny_llama)
+    odd, dense = "model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight"
+    for name in filter(is_linear, list(tensors)):
+        if name == odd:
+            tensors[name][:, :4] = 0  # an eighth, in whole groups: 7 of 8 groups of each of the 64 rows keep all four
+        elif name != dense:
+            tensors[name][:, 0::4] = tensors[name][:, 1::4] = 0
+    made = bring(write(tmp_path / "f", tiny_llama.config, tensors, tokenizer), tiny_model, tmp_path / "out")
+    assert made.record["stages"][0]["facts"]["pattern"] == "2:4"
+    violations = made.record["layers"][odd.removesuffix(".weight")]["pattern_violations"]
+    assert violations == made.record["pattern_violations"] == 64 * 7
+    assert any("1 linears are not pruned" in warning for warning in made.record["warnings"])
+
+
+def test_gguf_files_take_no_mask(real_model, tiny_model):
+    with pytest.raises(ConfigError, match=r"mask and ignore with a \.gguf file"):
+        External(External.Params(path=str(real_model.path), mask="2:4")).compress(
+            load_skeleton(tiny_model, "float32"), None, None
+        )
 
 
 def test_shapes_that_contradict_each_other_are_named(tiny_llama, tiny_model, tokenizer, tmp_path):

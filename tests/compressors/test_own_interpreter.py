@@ -13,12 +13,13 @@ from kick_compressors.llmcompressor import LLMCompressor
 from kick_compressors.rounding import round_to_nearest
 
 from kick import checkpoint as checkpoints
+from kick.blocks import find_decoder
 from kick.calibration import CalibrationSpec
 from kick.compress import Recipe, compress, prepare
 from kick.errors import ConfigError, KickError, LevelError
 from kick.levels import Bits, Sparsity
 from kick.models import find_source, fingerprint, load_model
-from kick.settings import Setting
+from kick.settings import Setting, Stage
 
 # What a library would do, in a few lines: rounds every linear to the nearest 4 bits and packs it.
 LIBRARY = """
@@ -103,6 +104,42 @@ def test_a_failure_shows_the_end_of_its_log(tiny_model, tmp_path):
 def test_other_bits_than_asked_are_refused(tiny_model, tmp_path):
     with pytest.raises(KickError, match=r"was asked for 4 bits and gave \[2\]"):
         make(tiny_model, tmp_path / "out", python=interpreter(tmp_path, bits=2), group_size=16)
+
+
+def test_zeros_that_a_library_fills_are_counted(tiny_model, tmp_path):
+    """After a stage that tells nothing of linears, as of those that do."""
+    python = interpreter(tmp_path)
+    source = find_source(str(tiny_model))
+    params = {"python": python, "group_size": 16, "symmetric": False}
+    # rounding keeps zeros, so the library is made to shift every weight
+    library = tmp_path / "library.py"
+    library.write_text(library.read_text().replace("round_to_nearest(value,", "round_to_nearest(value + 0.3,"))
+    pruned = make_pruned(tiny_model, tmp_path / "pruned")
+    then = (Stage(compressor="gptqmodel", level="4", params=params),)
+    setting = Setting(compressor="external", params={"path": str(pruned)}, then=then)
+    spec = CalibrationSpec(samples=4, sequence_length=32)
+    made = compress(Recipe(source, "x", setting, spec, "float32", "cpu"), tmp_path / "out")
+    before, after = (load_model(path, "float32", "cpu") for path in (pruned, made.path))
+    pairs = zip(find_decoder(before).linears, find_decoder(after).linears, strict=True)
+    expected = sum(int(((a.weight == 0) & (b.weight != 0)).sum()) for a, b in pairs)
+    assert expected > 1000
+    assert made.record["stages"][0]["mask_violations"] == expected
+    assert any("are no longer zero" in warning for warning in made.record["warnings"])
+
+
+def make_pruned(model, out):
+    source = find_source(str(model))
+    setting = Setting(compressor="magnitude", level="0.5")
+    return compress(Recipe(source, "x", setting, CalibrationSpec(), "float32", "cpu"), out).path
+
+
+def test_a_relative_interpreter_and_one_that_does_not_run(tiny_model, tmp_path, monkeypatch):
+    interpreter(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert make(tiny_model, tmp_path / "out", python="python", group_size=16).record["sparsity"] < 1
+    (tmp_path / "text").write_text("not a program")
+    with pytest.raises(ConfigError, match="cannot be run: Permission denied"):
+        GPTQModel(GPTQModel.Params(python="text")).inputs()
 
 
 def test_an_interpreter_without_the_library(tmp_path):
