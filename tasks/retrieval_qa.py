@@ -72,7 +72,7 @@ class RetrievalQA(Suite):
         if self.params.evidence == "none":
             chosen: list[list[Passage]] = [[] for _ in rows]
         else:
-            everything = [passage for passages in documents for passage in passages]
+            everything = [passage for passages in documents for passage in passages] + _distractors(source)
             if not everything:
                 raise DataError(
                     f"the questions of {source} come without evidence.", "Ask them with evidence=none, closed book."
@@ -145,7 +145,7 @@ def _builder(lm: Any, chat: bool, example: Example, shown: list[Passage]) -> Cal
 
 def _rows(source: DataSource, dataset: Dataset, file: str | None) -> list[dict[str, Any]]:
     if source.kind == "embedded":
-        raise DataError("kick carries no evidence of its own.", "Give --data DIR (a local mirror) or --data hub.")
+        return _embedded()
     if source.kind == "hub":
         name, config = _HUB[dataset]
         found = sources.hub_rows(name, config, split="validation")
@@ -153,6 +153,26 @@ def _rows(source: DataSource, dataset: Dataset, file: str | None) -> list[dict[s
     candidates = (file,) if file else _FILES[dataset]
     path = sources.find(source.directory, *candidates, suite="retrieval_qa")
     return _unique([_read(row, number, dataset, f"line {number} of {path}") for number, row in read_jsonl(path)])
+
+
+_PASSAGES = sources.EMBEDDED / "retrieval_qa" / "passages.jsonl"
+
+
+def _embedded() -> list[dict[str, Any]]:
+    """The factoid questions that kick's own passages answer, each with those that do."""
+    documents: dict[str, list[tuple[str, str]]] = {}
+    for _, passage in read_jsonl(_PASSAGES):
+        for id in passage["answers"]:
+            documents.setdefault(id, []).append((passage["title"], passage["text"]))
+    questions = [row for _, row in read_jsonl(sources.EMBEDDED / "factoid_qa" / "test.jsonl") if row["id"] in documents]
+    return [_checked({**row, "documents": documents[row["id"]]}, row["id"]) for row in questions]
+
+
+def _distractors(source: DataSource) -> list[Passage]:
+    """Passages that answer no question: only the embedded collection has some of its own."""
+    if source.kind != "embedded":
+        return []
+    return [Passage(row["title"], row["text"]) for _, row in read_jsonl(_PASSAGES) if not row["answers"]]
 
 
 def _read(row: dict[str, Any], number: int, dataset: Dataset, where: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from kick_tasks import scoring
 from kick_tasks.passages import Collection, Passage, cut
 from kick_tasks.retrieval_qa import HOLDS, LACKS, RetrievalQA
 from test_suites import ScriptedLM, suite
@@ -116,8 +117,22 @@ def test_rows_that_are_wrong_are_named(tmp_path):
     with pytest.raises(DataError, match="come without evidence"):
         suite(RetrievalQA, dataset="nq_open", file="rows.jsonl").examples(source)
     assert len(suite(RetrievalQA, dataset="nq_open", file="rows.jsonl", evidence="none").examples(source)) == 1
-    with pytest.raises(DataError, match="no evidence of its own"):
-        suite(RetrievalQA).examples(DataSource.parse("embedded"))
+
+
+def test_the_embedded_passages_answer_their_questions_among_distractors():
+    source = DataSource.parse("embedded")
+    given = suite(RetrievalQA).examples(source)
+    assert len(given) >= 90
+    for example in given:
+        texts = [passage["text"] for passage in example.content["passages"]]
+        assert texts
+        assert all(scoring.contains(text, example.content["answers"]) for text in texts), example.id
+    asked = suite(RetrievalQA, evidence="retrieved")
+    samples = list(asked.answer(ScriptedLM(), asked.examples(source)))
+    recall = {k: sum(sample.scores[f"recall@{k}"] for sample in samples) / len(samples) for k in (1, 5)}
+    assert 0.5 < recall[1] < recall[5]  # the retriever misses some: there is something to tell apart
+    held = {passage["text"] for example in asked.examples(source) for passage in example.content["passages"]}
+    assert any("lighthouses" in text for text in held)  # a passage that answers nothing is found too
 
 
 def test_real_rows(mirror):
