@@ -80,10 +80,9 @@ class RetrievalQA(Suite):
             chosen = documents
             if self.params.evidence == "retrieved":
                 chosen = Collection(everything).search([row["question"] for row in rows], _MOST)
+        group = "embedded" if source.kind == "embedded" else self.params.dataset
         return [
-            Example(
-                row.pop("id"), self.params.dataset, {**row, "passages": [passage.to_json() for passage in passages]}
-            )
+            Example(row.pop("id"), group, {**row, "passages": [passage.to_json() for passage in passages]})
             for row, passages in zip(rows, chosen, strict=True)
         ]
 
