@@ -1,28 +1,24 @@
 """From a model source and a setting to a checkpoint on disk: one stage, the same for every compressor."""
 
-from collections.abc import Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 from pydantic import ValidationError
-from torch import nn
 
 from kick import __version__, adapters, plugins
 from kick import checkpoint as checkpoints
-from kick.blocks import Decoder, find_decoder
 from kick.calibration import Calibration, CalibrationSpec, draw
 from kick.compressor import Compressor, LayerwiseCompressor, Progress, no_progress
 from kick.config import explain
-from kick.errors import ConfigError, KickError, LevelError
+from kick.errors import ConfigError, LevelError
 from kick.files import scratch_directory
-from kick.levels import Joint, Level, Pattern, Sparsity, parse_level
+from kick.levels import parse_level
 from kick.meter import Meter, versions
 from kick.models import ModelSource, fetch, is_skeleton, load_model, load_skeleton, load_tokenizer
+from kick.outcome import Outcome, Step
 from kick.settings import Setting, Stage
-from kick.streaming import open_streamed, resident
+from kick.streaming import open_streamed
 
 
 @dataclass(frozen=True)
@@ -36,15 +32,6 @@ class Recipe:
     dtype: str
     device: str
     stream: bool = False  # blocks are read from disk one at a time; the result is the same
-
-
-@dataclass
-class Step:
-    """A stage ready to run: its compressor, parameters checked, and its level."""
-
-    stage: Stage
-    compressor: Compressor
-    level: Level | None
 
 
 def prepare(setting: Setting) -> list[Step]:
@@ -165,182 +152,3 @@ def _check_streamable(steps: list[Step], device: str) -> None:
             raise ConfigError(f"{step.stage} cannot be streamed.", "It does not work linear by linear.")
     if device != "cpu":
         raise ConfigError(f"streaming on '{device}'.", "Streaming runs on the cpu.")
-
-
-@dataclass
-class Outcome:
-    """What the stages of a setting did to a model, as it adds up from stage to stage.
-
-    `measured` is what the last stage left, under the patterns and grids of all.
-    """
-
-    measured: checkpoints.Measured | None  # None before a stage that brings a model of its own
-    warnings: list[str] = field(default_factory=list)
-    stages: list[dict[str, Any]] = field(default_factory=list)
-    layers: dict[str, dict[str, Any]] = field(default_factory=dict)
-    structure: checkpoints.Structure = field(default_factory=checkpoints.Structure)
-    masks: list[dict[str, np.ndarray]] = field(default_factory=list)  # of each stage: where it left zeros, as bits
-
-    def carry_out(self, step: Step, model: nn.Module, calibration: Calibration | None, progress: Progress) -> nn.Module:
-        """Run one stage on `model`, and refuse a result that is not what the stage is called."""
-        compressor = step.compressor
-        try:
-            model = compressor.compress(model, step.level, calibration, progress=progress)
-        except KickError:
-            raise
-        except Exception as error:  # a plugin may raise anything; --debug shows where
-            raise KickError(f"{step.stage} failed: {type(error).__name__}: {error}") from error
-        decoder = find_decoder(model)
-        levels = _levels(compressor, step.level, decoder)
-        patterns = {name: pattern for name, level in levels.items() if isinstance(pattern := _pruned(level), Pattern)}
-        known = self.structure
-        head = decoder.head.name if decoder.head is not None else None
-        known.head |= head in levels or head in compressor.grids or head in compressor.stored_bits
-        # a later pruner leaves a grid or breaks it: the last measurement tells
-        known.patterns |= patterns | compressor.patterns
-        known.grids |= compressor.grids
-        known.adapters = adapters.attached(model)
-        touched = compressor.layers if isinstance(compressor, LayerwiseCompressor) else list(known.stored_bits)
-        for name in touched:  # no longer what was stored
-            known.stored_bits.pop(name, None)
-        known.stored_bits |= compressor.stored_bits
-        after = checkpoints.measure(model, decoder, known)
-        before, self.measured = self.measured or after, after
-        own = {
-            "pattern_violations": _count(after, patterns, "pattern_violations"),
-            "grid_violations": _count(after, compressor.grids, "grid_violations"),
-        }
-        check_reached(step, levels, before, after, own, compressor.layers)
-        for record, masks in zip(self.stages, self.masks, strict=True):
-            record["mask_violations"] = revived(decoder, masks)
-        if isinstance(compressor, LayerwiseCompressor):
-            pruned = {name for name, level in levels.items() if isinstance(_pruned(level), Sparsity | Pattern)}
-        else:  # free in what it prunes: whatever it left with zeros
-            pruned = {name for name, layer in after.layers.items() if layer["sparsity"] > _STRAY_ZEROS}
-        self.masks.append(zero_masks(decoder, pruned))
-        self.warnings += compressor.warnings
-        for name, facts in compressor.layers.items():
-            self.layers[name] = {**self.layers.get(name, {}), **facts}
-        self.stages.append(
-            {
-                **step.stage.model_dump(mode="json"),
-                "sparsity": after.sparsity,
-                **own,
-                "mask_violations": 0,
-                "facts": compressor.facts,
-            }
-        )
-        return model
-
-    def compare(self, steps: list[Step]) -> None:
-        """Warn of what a later stage undid, and of weights that no stage could reach."""
-        measured = self.measured
-        assert measured is not None
-        for step, record in zip(steps, self.stages, strict=True):
-            if count := record["mask_violations"]:
-                self.warnings.append(
-                    f"{count} weights that {step.stage} had made zero are no longer zero. It reached a sparsity of "
-                    f"{record['sparsity']:.4f}; after all stages it is {measured.sparsity:.4f}."
-                )
-        if measured.violations:
-            self.warnings.append(f"{measured.violations} groups of the pattern keep more weights than they may.")
-        if measured.grid_violations:
-            self.warnings.append(f"{measured.grid_violations} weights are no longer on the grid that they were put on.")
-        if steps and measured.uncovered:
-            self.warnings.append(
-                f"{len(measured.uncovered)} weights inside the blocks belong to no linear layer and stay dense "
-                f"({1 - measured.coverage:.1%} of the blocks' weights): {', '.join(measured.uncovered[:4])}"
-                + (", ..." if len(measured.uncovered) > 4 else ".")
-            )
-
-
-def zero_masks(decoder: Decoder, names: set[str]) -> dict[str, np.ndarray]:
-    """Where the weights of the linears called `names` are zero, one bit each."""
-    masks: dict[str, np.ndarray] = {}
-    for block in decoder.blocks:
-        if wanted := [linear for linear in block.linears if linear.name in names]:
-            with resident(block.module):
-                masks |= {linear.name: np.packbits((linear.weight == 0).cpu().numpy()) for linear in wanted}
-    return masks
-
-
-def revived(decoder: Decoder, masks: dict[str, np.ndarray]) -> int:
-    """How many weights that `masks` says were zero are not zero now."""
-    now = zero_masks(decoder, set(masks))
-    return sum(
-        int(np.bitwise_count(mask & ~now[name]).sum())
-        for name, mask in masks.items()
-        if name in now and now[name].shape == mask.shape  # else another stage took the linear apart
-    )
-
-
-def _count(measured: checkpoints.Measured, names: Iterable[str], key: str) -> int:
-    return sum(measured.layers.get(name, {}).get(key, 0) for name in names)
-
-
-def _levels(compressor: Compressor, level: Level | None, decoder: Decoder) -> dict[str, Level]:
-    """The level that each linear was asked to reach; of a compressor that is free in this, nothing but patterns."""
-    if isinstance(compressor, LayerwiseCompressor):
-        return compressor.levels
-    return {linear.name: level for linear in decoder.linears} if isinstance(level, Pattern) else {}
-
-
-def _pruned(level: Level | None) -> Level | None:
-    return level.prune if isinstance(level, Joint) else level
-
-
-def check_reached(
-    step: Step,
-    levels: dict[str, Level],
-    before: checkpoints.Measured,
-    after: checkpoints.Measured,
-    own: dict[str, int],
-    layers: dict[str, dict[str, Any]],
-) -> None:
-    """Refuse to write a checkpoint that is not what it is called.
-
-    Sparsity may differ by the rounding of one row, of each linear whose level is known, else of all together. On top
-    may come zeros that were there before, columns of dead inputs and, at joint levels, weights rounded to zero. `own`:
-    violations of the patterns and grids that this stage itself set; `layers`: what the compressor told of each linear.
-    """
-    stage = step.stage
-    if after.broken:
-        raise KickError(
-            f"{stage}: {after.broken[0]} holds values that are not finite.",
-            "The compressor is at fault, or the source.",
-        )
-    if broken := own["pattern_violations"]:
-        raise KickError(f"{stage}: {broken} groups keep more weights than they may.", _AT_FAULT)
-    if broken := own["grid_violations"]:
-        raise KickError(f"{stage}: {broken} weights are not on their grid.", _AT_FAULT)
-    reached = [
-        (
-            name,
-            asked,
-            after.layers[name]["sparsity"],
-            _excess(name, level, before, layers),
-            min(after.layers[name]["shape"]),
-        )
-        for name, level in levels.items()
-        if isinstance(asked := _pruned(level), Sparsity)
-    ]
-    if not levels and isinstance(asked := _pruned(step.level), Sparsity):
-        shortest = min(min(layer["shape"]) for layer in after.layers.values())
-        reached = [("the model", asked, after.sparsity, before.sparsity, shortest)]
-    for name, asked, found, had, shortest in reached:
-        if not asked.fraction - 1 / shortest <= found <= asked.fraction + 1 / shortest + had:
-            raise KickError(f"{stage}: {name} has a sparsity of {found:.4f} where {asked} was asked.", _AT_FAULT)
-
-
-def _excess(name: str, level: Level, before: checkpoints.Measured, layers: dict[str, dict[str, Any]]) -> float:
-    """By how much the sparsity of a linear may exceed what was asked."""
-    if isinstance(level, Joint):
-        return 1.0
-    if name not in before.layers:  # the head, which was not counted before
-        return 0.0
-    dead = layers.get(name, {}).get("dead_inputs", 0) / before.layers[name]["shape"][1]
-    return before.layers[name]["sparsity"] + dead
-
-
-_AT_FAULT = "The compressor is at fault."
-_STRAY_ZEROS = 0.05  # share of a linear's weights; below, they are no mask

@@ -80,8 +80,9 @@ def test_only_a_change_that_is_meant_is_kept(tiny_model, tmp_path):
 
 
 def test_what_cannot_be_streamed_says_so(tiny_model, tmp_path, tokenizer):
-    from kick.compress import Step, _check_streamable
+    from kick.compress import _check_streamable
     from kick.compressor import Compressor
+    from kick.outcome import Step
 
     class Whole(Compressor):
         def compress(self, model, level, calibration, *, progress=None):
