@@ -6,6 +6,8 @@ PYTHON is an interpreter that has llmcompressor. Each compression runs alone in 
 default precision, kick in float32, and the peer (float32), one after the other. Time and peak resident memory are those
 of the compression alone, without imports, loading and saving. Perplexity is kick's, on the first held-out tokens.
 
+Single draws of the calibration rows differ by about one percent in perplexity, so take several (`--seeds 0 1 2 3`).
+
 Prints a line for each run and the ratios, and writes them to --out as JSON; runs that are already there are not
 repeated. Linux only.
 """
@@ -20,7 +22,9 @@ import subprocess
 import sys
 import time
 from importlib.resources import files as package_files
+from itertools import product
 from pathlib import Path
+from statistics import mean, stdev
 
 import torch
 from kick_compressors.formats import files, quantized
@@ -90,8 +94,9 @@ def product_speed(dtype: torch.dtype, size: int = 1536, seconds: float = 2.0) ->
     return times * 2 * 4096 * size * size / (time.perf_counter() - start)
 
 
-def jobs_of(setting: str, options: argparse.Namespace, work: Path, default: str) -> list[dict]:
-    common = {"setting": setting, "model": str(work / "dense"), "tokens": str(work / "calibration.safetensors")}
+def jobs_of(setting: str, seed: int, options: argparse.Namespace, work: Path, default: str) -> list[dict]:
+    tokens = work / f"calibration-{seed}.safetensors"
+    common = {"setting": setting, "seed": seed, "model": str(work / "dense"), "tokens": str(tokens)}
     precisions = (default,) if options.default_precision_only else (default, "float32")
     jobs = [{**common, "by": "kick", "precision": precision} for precision in dict.fromkeys(precisions)]
     if options.peer:
@@ -99,7 +104,8 @@ def jobs_of(setting: str, options: argparse.Namespace, work: Path, default: str)
         peer = {"method": name, "level": level, "dtype": "float32", "batch": BATCH["llm-compressor"]}
         peer |= {"act_order": False, "damping": 0.01}
         jobs.append({**common, **GRID, **peer, "by": "llm-compressor", "precision": "float32"})
-    return [{**job, "out": str(work / f"{setting}-{job['by']}-{job['precision']}".replace(":", "of"))} for job in jobs]
+    name = f"{setting}-{seed}".replace(":", "of")
+    return [{**job, "out": str(work / f"{name}-{job['by']}-{job['precision']}")} for job in jobs]
 
 
 def carry_out(job: dict, options: argparse.Namespace) -> dict:
@@ -128,7 +134,7 @@ def main() -> None:
     parser.add_argument("--only", action="append", help="a setting; may be repeated")
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--length", type=int, default=1024)
-    parser.add_argument("--seed", type=int, default=0, help="of the calibration rows; use another --out for each")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="draws of the calibration rows")
     parser.add_argument("--default-precision-only", action="store_true", help="leave kick's float32 run out")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark-compress"))
     parser.add_argument("--job", help=argparse.SUPPRESS)
@@ -142,8 +148,8 @@ def main() -> None:
     default = draw(CalibrationSpec(samples=1, sequence_length=8), tokenizer).precision
     held_out = load_file(work / "held-out.safetensors")["tokens"]
     found = json.loads((work / "results.json").read_text()) if (work / "results.json").is_file() else {}
-    for setting in options.only or SETTINGS:
-        for job in jobs_of(setting, options, work, default):
+    for setting, seed in product(options.only or SETTINGS, options.seeds):
+        for job in jobs_of(setting, seed, options, work, default):
             key = Path(job["out"]).name
             if key not in found:
                 found[key] = {**job, **carry_out(job, options), "perplexity": perplexity(Path(job["out"]), held_out)}
@@ -160,9 +166,9 @@ def prepare_inputs(options: argparse.Namespace, work: Path) -> object:
     if not (work / "dense" / "config.json").is_file():
         models.load_model(path, "float32", "cpu").save_pretrained(work / "dense")
         tokenizer.save_pretrained(work / "dense")
-    for name, text, samples in (("calibration", options.text, options.samples), ("held-out", options.held_out, 16)):
+    inputs = [(f"calibration-{seed}", options.text, options.samples, seed) for seed in options.seeds]
+    for name, text, samples, seed in [*inputs, ("held-out", options.held_out, 16, 0)]:
         if not (work / f"{name}.safetensors").is_file():
-            seed = options.seed if name == "calibration" else 0
             spec = CalibrationSpec(source=text, samples=samples, sequence_length=options.length, seed=seed)
             save_file({"tokens": draw(spec, tokenizer).tokens}, work / f"{name}.safetensors")
     return tokenizer
@@ -170,8 +176,8 @@ def prepare_inputs(options: argparse.Namespace, work: Path) -> object:
 
 def show(run: dict) -> None:
     print(
-        f"{run['setting']:14} {run['by']:15} {run['precision']:9} wall {run['wall']:6.1f} s  cpu {run['cpu']:6.1f} s  "
-        f"peak {run['peak'] / 2**30:.2f} GiB  perplexity {run['perplexity']:.3f}",
+        f"{run['setting']:14} draw {run['seed']} {run['by']:15} {run['precision']:9} wall {run['wall']:6.1f} s  "
+        f"cpu {run['cpu']:6.1f} s  peak {run['peak'] / 2**30:.2f} GiB  perplexity {run['perplexity']:.3f}",
         flush=True,
     )
 
@@ -183,18 +189,25 @@ def bound(work: Path, options: argparse.Namespace, default: str, found: dict) ->
     print(f"\n{platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads")
     for precision, speed in speeds.items():
         print(f"one pass: {flops / 1e12:.2f} TFLOP at {speed / 1e9:.0f} GFLOP/s ({precision}) = {flops / speed:.0f} s")
+    peers = {(run["setting"], run["seed"]): run for run in found.values() if run["by"] != "kick"}
+    own: dict[tuple[str, str], list[dict]] = {}
     for run in found.values():
-        if run["by"] != "kick":
-            continue
-        peer = next((r for r in found.values() if r["by"] != "kick" and r["setting"] == run["setting"]), None)
-        beside = (
-            f"{peer['wall'] / run['wall']:.2f} times as fast, {run['peak'] / peer['peak']:.2f} of the memory, "
-            f"perplexity {run['perplexity'] / peer['perplexity'] - 1:+.2%}, "
-            if peer
-            else ""
-        )
-        share = flops / speeds[run["precision"]] / run["wall"]
-        print(f"{run['setting']} in {run['precision']}: {beside}one pass is {share:.0%} of its time")
+        if run["by"] == "kick":
+            own.setdefault((run["setting"], run["precision"]), []).append(run)
+    for (setting, precision), runs in own.items():
+        share = flops / speeds[precision] / mean([run["wall"] for run in runs])
+        pairs = [(run, peers[setting, run["seed"]]) for run in runs if (setting, run["seed"]) in peers]
+        print(f"{setting} in {precision}: {beside(pairs)}one pass is {share:.0%} of its time")
+
+
+def beside(pairs: list[tuple[dict, dict]]) -> str:
+    """Mean ratios over draws of the calibration rows; perplexity with its standard error."""
+    if not pairs:
+        return ""
+    faster, memory = (mean([a[key] / b[key] for a, b in pairs]) for key in ("wall", "peak"))
+    worse = [a["perplexity"] / b["perplexity"] - 1 for a, b in pairs]
+    error = f" (standard error {stdev(worse) / len(worse) ** 0.5:.2%}, {len(worse)} draws)" if len(worse) > 1 else ""
+    return f"{1 / faster:.2f} times as fast, {memory:.2f} of the memory, perplexity {mean(worse):+.2%}{error}, "
 
 
 if __name__ == "__main__":
