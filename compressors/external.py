@@ -25,7 +25,7 @@ from kick.errors import ConfigError, ModelError
 from kick.levels import Level, Pattern, parse_level
 from kick.models import ModelSource, fetch, find_source, fingerprint, load_model
 
-from .formats import files, llama, quantized, slorb
+from .formats import files, gpt2, llama, quantized, slorb
 from .formats.build import adopt, build
 from .formats.files import Foreign
 from .masks import keep_largest
@@ -117,6 +117,7 @@ class External(Compressor):
         llama.rename_composer(foreign)
         kind = quantized.unpack_all(foreign)
         has_branch = slorb.take_adapters(foreign)
+        gpt2.turn_around(foreign)
         llama.fit_configuration(foreign, dense_head_dim)
         dropped = foreign.drop((*self.params.ignore, *_NO_TENSORS))
         dropped = [name for name in dropped if any(fnmatchcase(name, glob) for glob in self.params.ignore)]

@@ -235,13 +235,14 @@ def test_a_sparse_bitmask(tiny_llama, tiny_model, tokenizer, tokens, tmp_path):
 class Boosted(nn.Module):
     """AST's linear, from its equation: y = (W * mask) x + S (X x)."""
 
-    def __init__(self, weight, mask, up, down):
+    def __init__(self, weight, mask, up, down, bias=None):
         super().__init__()
         self.parts = weight, mask, up, down
+        self.bias = 0.0 if bias is None else bias
 
     def forward(self, x):
         weight, mask, up, down = self.parts
-        return x @ (weight * mask).T + (x @ down.T) @ up.T
+        return x @ (weight * mask).T + (x @ down.T) @ up.T + self.bias
 
 
 def ast_model(model, k=16):
@@ -258,7 +259,7 @@ def ast_model(model, k=16):
             down[column // k, column] = 1.0
         up = torch.randn(weight.shape[0], rank, generator=generator) * 0.05
         owner, _, last = linear.name.rpartition(".")
-        setattr(meant.get_submodule(owner), last, Boosted(weight, mask, up, down))
+        setattr(meant.get_submodule(owner), last, Boosted(weight, mask, up, down, linear.module.bias))
         tensors[f"{linear.name}.weight"] = weight * mask
         tensors |= {f"{linear.name}.SLoRB_Weight": up, f"{linear.name}.x_proj": down}
     return meant, tensors
@@ -367,6 +368,35 @@ def test_one_projection_may_serve_many_linears(tiny_llama, tiny_model, tokenizer
     torch.save({"step": 1}, path / "optimizer.pt")  # a trainer's, of no concern
     made = bring(path, tiny_model, tmp_path / "out", allow_pickle=True)
     assert torch.allclose(logits(load_model(made.path, "float32", "cpu"), tokens), logits(meant, tokens), atol=1e-5)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_gpt2_as_ast_trains_it(bias, tiny_model, tokenizer, tokens, tmp_path):
+    """nanoGPT's files: a compiled model's names, linears [out, in], a dense weight whose mask was not stored."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=64, vocab_size=600, initializer_range=0.2)
+    model = GPT2LMHeadModel(config).eval()
+    if not bias:
+        for name, parameter in model.named_parameters():
+            if name.endswith(".bias"):
+                parameter.data.zero_()
+    linears = {linear.name: linear.weight.clone() for linear in find_decoder(model).linears}  # [out, in]
+    meant, branches = ast_model(model)
+    tensors = {}
+    for name, value in state_of(model).items():
+        own = name.removesuffix(".weight")
+        if bias or not name.endswith(".bias"):
+            tensors[f"_orig_mod.{name}"] = linears.get(own, value)
+    for name, value in branches.items():
+        if name.endswith(("SLoRB_Weight", "x_proj")):
+            tensors[f"_orig_mod.{name}"] = value
+    tensors["_orig_mod.lm_head.weight"] = state_of(model)["transformer.wte.weight"].clone()
+    path = write(tmp_path / "foreign", config, tensors, tokenizer)
+    made = bring(path, tiny_model, tmp_path / "out", mask="2:4")
+    assert torch.allclose(logits(load_model(made.path, "float32", "cpu"), tokens), logits(meant, tokens), atol=1e-4)
+    assert (made.record["sparsity"], made.record["pattern_violations"]) == (0.5, 0)
 
 
 def test_a_mask_falls_along_the_inputs_of_gpt2(tiny_model, tokenizer, tmp_path):
