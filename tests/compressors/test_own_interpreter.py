@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPOSITORY
+from conftest import REPOSITORY, make_tiny_llama
 from kick_compressors.gptqmodel import GPTQModel
 from kick_compressors.llmcompressor import LLMCompressor
 from kick_compressors.rounding import round_to_nearest
@@ -125,6 +125,29 @@ def test_zeros_that_a_library_fills_are_counted(tiny_model, tmp_path):
     assert expected > 1000
     assert made.record["stages"][0]["mask_violations"] == expected
     assert any("are no longer zero" in warning for warning in made.record["warnings"])
+
+
+def test_bits_as_stored_end_with_the_weights_that_had_them(tiny_model, tokenizer, tmp_path):
+    """A float8 checkpoint that a library then quantises is no longer one of 8 bits."""
+    from test_external import is_linear, state_of, write
+
+    model = make_tiny_llama()
+    tensors = state_of(model)
+    for name in filter(is_linear, list(tensors)):
+        scale = (tensors[name].abs().max() / 448).reshape(1)
+        tensors |= {name: (tensors[name] / scale).to(torch.float8_e4m3fn), f"{name}_scale": scale}
+    config = {"quant_method": "compressed-tensors", "format": "float-quantized"}
+    path = write(tmp_path / "float8", model.config, tensors, tokenizer, quantization_config=config)
+    setting = Setting(compressor="external", params={"path": str(path)})
+    spec = CalibrationSpec(samples=4, sequence_length=32)
+    source = find_source(str(tiny_model))
+    first = compress(Recipe(source, "x", setting, spec, "float32", "cpu"), tmp_path / "first")
+    assert 8 < first.record["bits_per_weight"] < 8.1
+    params = {"python": interpreter(tmp_path), "group_size": 16}
+    then = (Stage(compressor="gptqmodel", level="4", params=params),)
+    chained = setting.model_copy(update={"then": then})
+    second = compress(Recipe(source, "x", chained, spec, "float32", "cpu"), tmp_path / "second")
+    assert second.record["bits_per_weight"] == 4 + 20 / 16
 
 
 def make_pruned(model, out):

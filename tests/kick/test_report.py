@@ -304,3 +304,12 @@ def test_a_setting_is_drawn_where_it_is_smaller_than_dense(level, measured, axis
     result = setting_result(level, **measured)
     assert result.axis == axis
     assert result.parameters_removed == pytest.approx(1 - measured.get("parameters", 1_000) / 1_000)
+
+
+def test_a_head_that_is_counted_makes_no_other_shape():
+    """A quantised head stands in the record beside the blocks' linears; dense does not count it."""
+    result = setting_result("", bits=4.5)
+    result.record["layers"]["lm_head"] = {"weights": 500}
+    assert result.axis == "bits"
+    result.record["layers"]["another.block"] = {"weights": 100}
+    assert result.axis == "size"
