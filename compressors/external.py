@@ -7,7 +7,6 @@ branch, Sheared LLaMA's under composer's names, and pruned models whose layers d
 unpacked to what they mean; sparsity, patterns, bits and shape are counted on them, whatever the checkpoint claims.
 """
 
-from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,10 @@ from torch import nn
 from kick import adapters
 from kick.blocks import Decoder, find_decoder
 from kick.calibration import Calibration
-from kick.checkpoint import pattern_violations
+from kick.checkpoint import STRAY_ZEROS, pattern_violations
 from kick.compressor import Compressor, Knob, Progress, no_progress
 from kick.errors import ConfigError, ModelError
-from kick.levels import Level, Pattern, parse_level
+from kick.levels import Level, Pattern, parse_pattern
 from kick.models import ModelSource, fetch, find_source, fingerprint, load_model
 
 from .formats import files, gpt2, llama, quantized, slorb
@@ -56,7 +55,7 @@ class External(Compressor):
         @classmethod
         def _is_pattern(cls, text: str | None) -> str | None:
             if text is not None:
-                parse_level(text, Knob.PATTERN)
+                parse_pattern(text)
             return text
 
     @cached_property
@@ -119,8 +118,8 @@ class External(Compressor):
         has_branch = slorb.take_adapters(foreign)
         gpt2.turn_around(foreign)
         llama.fit_configuration(foreign, dense_head_dim)
-        dropped = foreign.drop((*self.params.ignore, *_NO_TENSORS))
-        dropped = [name for name in dropped if any(fnmatchcase(name, glob) for glob in self.params.ignore)]
+        dropped = foreign.drop(self.params.ignore)
+        foreign.drop(_NO_TENSORS)
         if dropped:
             foreign.notes.append(f"{len(dropped)} tensors were left out as asked: {', '.join(dropped[:3])}")
         for note in foreign.notes:
@@ -140,7 +139,7 @@ class External(Compressor):
                         "Say which mask it was trained with, for example mask: '2:4'.",
                     )
             return
-        pattern = _pattern(self.params.mask)
+        pattern = parse_pattern(self.params.mask)
         for linear in boosted or linears:
             linear.weight.mul_(keep_largest(linear.weight.float().abs(), pattern, dim="row"))
         self.warn(f"{self.params.path}: {pattern} was applied to {len(boosted or linears)} linears by magnitude")
@@ -150,7 +149,7 @@ class External(Compressor):
         pruned linears keep, of those. What is left out or breaks it is told.
         """
         if self.params.pattern is not None:
-            asked = _pattern(self.params.pattern)
+            asked = parse_pattern(self.params.pattern)
             self.patterns = {linear.name: asked for linear in decoder.linears if linear.weight.shape[1] % asked.of == 0}
             return
         pruned = [linear for linear in decoder.linears if _is_pruned(linear.weight)]
@@ -162,12 +161,6 @@ class External(Compressor):
                 if left := [linear.name for linear in decoder.linears if linear.name not in self.patterns]:
                     self.warn(f"{len(left)} linears are not pruned, and not counted under {pattern}: {left[0]}, ...")
                 return
-
-
-def _pattern(text: str) -> Pattern:
-    pattern = parse_level(text, Knob.PATTERN)
-    assert isinstance(pattern, Pattern)
-    return pattern
 
 
 def _head_dim(config: Any) -> int | None:
@@ -184,7 +177,7 @@ def keeps(weight: torch.Tensor, pattern: Pattern) -> bool:
 
 
 def _is_pruned(weight: torch.Tensor) -> bool:
-    return float((weight == 0).float().mean()) > 0.05
+    return float((weight == 0).float().mean()) > STRAY_ZEROS
 
 
 def shape_of(model: Any) -> dict[str, Any]:

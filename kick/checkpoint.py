@@ -21,7 +21,7 @@ from kick.adapters import LowRank
 from kick.blocks import Decoder, find_decoder
 from kick.errors import CheckpointError
 from kick.files import new_directory, read_json, sha256_of, write_json
-from kick.levels import ANY_KNOB, Knob, Level, Pattern, parse_level
+from kick.levels import ANY_KNOB, Level, Pattern, parse_level, parse_pattern
 from kick.quantization import Grid
 from kick.settings import Setting
 from kick.streaming import resident, save_streamed, storage_of
@@ -29,6 +29,7 @@ from kick.streaming import resident, save_streamed, storage_of
 RECORD = "kick.json"
 GRIDS = "quantization/grids.safetensors"  # in a folder of its own: some loaders read every file beside the weights
 FORMAT = 1
+STRAY_ZEROS = 0.05  # share of a linear's weights; fewer zeros are no mask
 
 
 @dataclass
@@ -276,9 +277,7 @@ def verify(checkpoint: Checkpoint) -> list[str]:
     )
     for name, layer in record["layers"].items():
         if "pattern" in layer:
-            pattern = parse_level(layer["pattern"], Knob.PATTERN)
-            assert isinstance(pattern, Pattern)
-            structure.patterns[name] = pattern
+            structure.patterns[name] = parse_pattern(layer["pattern"])
     found = set()
     for name, weight in _weights(checkpoint):
         found.add(name)

@@ -132,6 +132,13 @@ def parse_level(text: str, knob: Knob) -> Level | None:
     raise LevelError(f"level '{text}' is not one that this compressor takes.", wanted)
 
 
+def parse_pattern(text: str) -> Pattern:
+    """The pattern written as `text`, where nothing else will do. Raises LevelError."""
+    pattern = parse_level(text, Knob.PATTERN)
+    assert isinstance(pattern, Pattern)
+    return pattern
+
+
 def _pattern(keep: int, of: int) -> Pattern:
     if not 0 < keep < of:
         raise LevelError(

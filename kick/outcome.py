@@ -76,7 +76,7 @@ class Outcome:
         if isinstance(compressor, LayerwiseCompressor):
             pruned = {name for name, level in levels.items() if isinstance(_pruned(level), Sparsity | Pattern)}
         else:  # free in what it prunes: whatever it left with zeros
-            pruned = {name for name, layer in after.layers.items() if layer["sparsity"] > _STRAY_ZEROS}
+            pruned = {name for name, layer in after.layers.items() if layer["sparsity"] > checkpoints.STRAY_ZEROS}
         self.masks.append(zero_masks(decoder, pruned))
         self.warnings += compressor.warnings
         for name, facts in compressor.layers.items():
@@ -203,4 +203,3 @@ def _excess(name: str, level: Level, before: checkpoints.Measured, layers: dict[
 
 
 _AT_FAULT = "The compressor is at fault."
-_STRAY_ZEROS = 0.05  # share of a linear's weights; below, they are no mask

@@ -19,11 +19,10 @@ from kick.rows import read_jsonl
 from kick.suite import DataSource, Example, Sample, Suite
 
 from . import scoring, sources
-from .free_answers import METRICS, answer_freely
+from .free_answers import INSTRUCTION, METRICS, answer_freely
 from .prompts import ChatTemplate, few_shot, fit, uses_chat
 
 HUB = "microsoft/freebase_qa"
-_INSTRUCTION = "Answer the question with a name or a few words.\n\n"
 
 
 class FactoidQA(Suite):
@@ -66,7 +65,7 @@ class FactoidQA(Suite):
     def _builder(lm: Any, chat: bool, example: Example) -> Any:
         shots = [(f"Question: {question}\nAnswer:", answer) for question, answer in example.content["shots"]]
         question = f"Question: {example.content['question']}\nAnswer:"
-        return lambda count: few_shot(lm, chat, "" if count else _INSTRUCTION, shots[:count], question)
+        return lambda count: few_shot(lm, chat, "" if count else INSTRUCTION, shots[:count], question)
 
 
 def _rows(source: DataSource, split: str) -> list[dict[str, Any]]:

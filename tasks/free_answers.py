@@ -9,6 +9,7 @@ from kick.suite import Example, Metric, Sample
 from . import scoring
 from .prompts import Prompt
 
+INSTRUCTION = "Answer the question with a name or a few words.\n\n"
 METRICS: tuple[Metric, ...] = (
     Metric("contains", value="contains", unit="share of questions"),
     Metric("exact_match", value="exact_match", unit="share of questions"),

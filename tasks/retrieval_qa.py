@@ -17,14 +17,13 @@ from kick.rows import read_jsonl
 from kick.suite import OVERALL, DataSource, Example, Metric, Sample, Suite
 
 from . import scoring, sources
-from .free_answers import METRICS, answer_freely
+from .free_answers import INSTRUCTION, METRICS, answer_freely
 from .passages import Collection, Passage, cut
 from .prompts import ChatTemplate, few_shot, fit, uses_chat
 
 Dataset = Literal["triviaqa", "nq_open"]
 Evidence = Literal["none", "given", "retrieved"]
 
-_INSTRUCTION = "Answer the question with a name or a few words.\n\n"
 _RECALL = (1, 5, 20)
 _MOST = max(_RECALL)  # passages that are kept of each question
 HOLDS, LACKS = "evidence holds the answer", "evidence lacks the answer"
@@ -136,7 +135,7 @@ def _passages(example: Example) -> list[Passage]:
 def _builder(lm: Any, chat: bool, example: Example, shown: list[Passage]) -> Callable[[int], str]:
     evidence = "".join(f"{passage}\n" for passage in shown)
     question = f"{evidence}\nQuestion: " if shown else "Question: "
-    return lambda _: few_shot(lm, chat, _INSTRUCTION, [], f"{question}{example.content['question']}\nAnswer:")
+    return lambda _: few_shot(lm, chat, INSTRUCTION, [], f"{question}{example.content['question']}\nAnswer:")
 
 
 # Rows: id, question, answers, documents [(title, text)]
