@@ -120,6 +120,21 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--fresh", action="store_true", help="throw away what the folder holds and start again")
     _precision(evaluate)
 
+    judge = command("judge", "have a judge grade the answers of a run, then report again")
+    judge.add_argument("run", type=Path, metavar="RUN")
+    judge.add_argument("--judge", required=True, metavar="MODEL", help="the judge's name at its endpoint")
+    judge.add_argument("--base-url", metavar="URL", help="an endpoint with the OpenAI chat protocol (default: OpenAI)")
+    judge.add_argument("--budget", type=float, metavar="USD", help="never spend more on this run; needs --price")
+    judge.add_argument("--price", metavar="IN,OUT", help="USD per million prompt and reply tokens, e.g. 2.5,10")
+    judge.add_argument(
+        "--param",
+        action="append",
+        default=[],
+        metavar="K=V",
+        help="another key of the judge section (timeout=60, repeats=20), or SUITE.K=V",
+    )
+    judge.add_argument("--dry-run", action="store_true", help="say what would be asked, and what it would cost")
+
     report = command("report", "make tables, figures and report.html of a run again")
     report.add_argument("run", type=Path, metavar="RUN")
     report.add_argument("--out", type=Path, metavar="DIR", help="write there instead of into the run")

@@ -16,6 +16,7 @@ from kick.config import LMSpec, SuiteSpec, SweepConfig
 from kick.errors import CheckpointError, ConfigError, KickError
 from kick.export import find_format
 from kick.files import check_writable, to_json
+from kick.judge.spec import JudgeSpec
 from kick.lm import LMS
 from kick.progress import duration, progress
 from kick.settings import Setting, parse_setting
@@ -70,9 +71,12 @@ def _run(config: SweepConfig, out: Path, options: Namespace, as_is: bool = False
             summary = run(plan, store, watching, debug=options.debug)
         finally:
             watching.close()
-        from kick.report import tables, write_report
+    unjudged = 0
+    if config.judge is not None:
+        unjudged = sum(_judge(out, config.judge).failed.values())
+    from kick.report import tables, write_report
 
-        results = write_report(out)
+    results = write_report(out)
     document = {
         "run": str(out),
         "report": str(out / "report.html"),
@@ -80,6 +84,7 @@ def _run(config: SweepConfig, out: Path, options: Namespace, as_is: bool = False
         "already_done": summary.already,
         "done": summary.done,
         "failed": summary.failed,
+        "unjudged": unjudged,
         "leaderboard": tables.leaderboard(results),
     }
     text = tables.leaderboard_markdown(results) + f"\nReport: {out / 'report.html'}"
@@ -87,8 +92,10 @@ def _run(config: SweepConfig, out: Path, options: Namespace, as_is: bool = False
         text += (
             f"\n{len(summary.failed)} of {summary.evaluations} evaluations failed; the same command tries them again."
         )
+    if unjudged:
+        text += f"\n{unjudged} questions have no answer of the judge; the same command asks them again."
     _print(options, text, document)
-    return 1 if summary.failed else 0
+    return 1 if summary.failed or unjudged else 0
 
 
 def compress(options: Namespace) -> int:
@@ -114,6 +121,69 @@ def compress(options: Namespace) -> int:
     finally:
         watching.close()
     return _print(options, _describe_checkpoint(made), made.record)
+
+
+def judge(options: Namespace) -> int:
+    spec = _judge_spec(options)
+    if options.dry_run:
+        from kick.judge.run import estimate_cost
+
+        spec.check()
+        cost = estimate_cost(options.run, spec)
+        usd = "unknown without --price" if cost["estimated_usd"] is None else f"about {cost['estimated_usd']:.2f} USD"
+        tokens = f"{cost['estimated_prompt_tokens']:,} + {cost['estimated_output_tokens']:,} tokens"
+        text = (
+            f"{cost['to_ask']} of {cost['questions']} questions for {spec.model}: {cost['cached']} answered before, "
+            f"{cost['settled_by_rule']} need no judge\n{tokens}, {usd}"
+        )
+        return _print(options, text, cost)
+    outcome = _judge(options.run, spec)
+    from kick.report import tables, write_report
+
+    results = write_report(options.run)
+    failed = sum(outcome.failed.values())
+    text = (
+        f"{tables.leaderboard_markdown(results)}\n{outcome.asked} questions asked of {spec.model}, {outcome.cached} "
+        f"answered before, {failed} without an answer"
+        + "".join(f"\n  {count} {reason}" for reason, count in sorted(outcome.failed.items()))
+        + (f"\n{outcome.stopped}; the same command with a larger budget goes on." if outcome.stopped else "")
+        + f"\nReport: {options.run / 'report.html'}"
+    )
+    _print(options, text, outcome.record)
+    return 1 if failed else 0
+
+
+def _judge_spec(options: Namespace) -> JudgeSpec:
+    given: dict[str, Any] = {"model": options.judge}
+    suites: dict[str, dict[str, Any]] = {}
+    for key, value in map(_key_value, options.param):
+        owner, dot, name = key.rpartition(".")
+        if dot and owner != "query":
+            suites.setdefault(owner, {})[name] = value
+        elif dot:
+            given.setdefault("query", {})[name] = value
+        else:
+            given[key] = value
+    if options.base_url:
+        given["base_url"] = options.base_url
+    if options.budget is not None:
+        given["budget_usd"] = options.budget
+    if options.price:
+        try:
+            given["price_in"], given["price_out"] = map(float, options.price.split(","))
+        except ValueError as error:
+            raise ConfigError(f"--price {options.price} is not two numbers.", "For example --price 2.5,10.") from error
+    return configs.parse_part(JudgeSpec, {**given, "suites": suites}, "--param")
+
+
+def _judge(run: Path, spec: JudgeSpec) -> Any:
+    from kick.judge.run import judge_run
+
+    watching = progress()
+    try:
+        return judge_run(run, spec, watching)
+    finally:
+        watching.close()
 
 
 def report(options: Namespace) -> int:
@@ -307,7 +377,7 @@ def _split_params(given: Iterable[str], suites: Iterable[str]) -> tuple[dict[str
 
 def _accepted(suites: list[str], params: dict[str, Any]) -> list[dict[str, Any]]:
     """A parameter goes to every suite that knows it; one that no suite knows goes to the first, which refuses it."""
-    known = [plugins.suite(name).Params.model_fields for name in suites]
+    known = [plugins.suite_of(name)[0].Params.model_fields for name in suites]
     nobodys = {key for key in params if not any(key in fields for fields in known)}
     return [
         {key: value for key, value in params.items() if key in fields or (index == 0 and key in nobodys)}

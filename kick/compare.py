@@ -43,14 +43,15 @@ class Comparison:
     """What a setting kept of the dense score, over the samples that both answered.
 
     `retained` is setting / dense, or dense / setting where lower is better. `lost` and `won` count answers that went
-    from right to wrong and from wrong to right (None where answers are not right or wrong).
+    from right to wrong and from wrong to right (None where answers are not right or wrong). Descriptive metrics have no
+    verdict.
     """
 
     n: int
     dense: float
     retained: float
     interval: Interval
-    verdict: statistics.Verdict
+    verdict: statistics.Verdict | None
     p_value: float
     lost: int | None
     won: int | None
@@ -97,7 +98,7 @@ def compare(dense: Score, other: Score, signal: bool) -> Comparison:
             float("nan"),
             float("nan"),
             nothing,
-            "undecided" if signal else "no signal",
+            None if metric.descriptive else "undecided" if signal else "no signal",
             float("nan"),
             None,
             None,
@@ -118,7 +119,7 @@ def compare(dense: Score, other: Score, signal: bool) -> Comparison:
         with np.errstate(divide="ignore", invalid="ignore"):
             differences = value / per - dense_value / dense_per
         p_value = statistics.sign_flip(np.nan_to_num(differences))
-    outcome = statistics.verdict(interval, signal)
+    outcome = None if metric.descriptive else statistics.verdict(interval, signal)
     needed = statistics.n_to_decide(n, retained, interval) if outcome == "undecided" else None
     return Comparison(n, dense_point, retained, interval, outcome, p_value, lost, won, needed)
 

@@ -5,15 +5,16 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import Field, ValidationError, field_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from kick.calibration import CalibrationSpec
 from kick.errors import ConfigError
+from kick.judge.spec import JudgeSpec
 from kick.levels import Spec
 from kick.policy import Policy
 from kick.settings import DENSE, Setting, Stage, parse_setting
 
-S = TypeVar("S", bound=Spec)
+S = TypeVar("S", bound=BaseModel)
 
 
 def check_label(label: str) -> str:
@@ -106,6 +107,7 @@ class SweepConfig(Spec):
     data: str = Field(default="hub", description="embedded, hub, or a folder that mirrors the public files")
     calibration: CalibrationSpec = CalibrationSpec()
     lm: LMSpec = LMSpec()
+    judge: JudgeSpec | None = Field(default=None, description="grades answers at the end; see also `kick judge`")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str = "auto"
     stream: bool = Field(default=False, description="compress block by block from disk, for models larger than memory")
@@ -238,7 +240,13 @@ def _explain(error: ValidationError, where: str) -> tuple[str, str]:
 
 
 def _fields_at(location: tuple[Any, ...]) -> list[str]:
-    names: dict[str, type[Spec]] = {"settings": Grid, "suites": SuiteSpec, "calibration": CalibrationSpec, "lm": LMSpec}
+    names: dict[str, type[Spec]] = {
+        "settings": Grid,
+        "suites": SuiteSpec,
+        "calibration": CalibrationSpec,
+        "lm": LMSpec,
+        "judge": JudgeSpec,
+    }
     model = names.get(str(location[0]), SweepConfig) if location else SweepConfig
     return list(model.model_fields)
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from kick.errors import KickError, unknown_name
+from kick.errors import ConfigError, KickError, unknown_name
 
 if TYPE_CHECKING:
     from kick.compressor import Compressor
@@ -77,6 +77,18 @@ def suite(name: str) -> "type[Suite]":
     from kick.suite import Suite
 
     return _load_checked(SUITES, name, Suite)
+
+
+def suite_of(name: str) -> "tuple[type[Suite], dict[str, str]]":
+    """The suite that `name` names, and the parameter that stands in the name: `lm_eval:arc_easy`."""
+    plain, colon, value = name.partition(":")
+    kind = suite(plain)
+    if bool(colon) != bool(kind.argument):
+        raise ConfigError(
+            f"the suite '{name}' {'takes nothing after a colon' if colon else f'names no {kind.argument}'}.",
+            f"For example {plain}:{kind.argument.upper()}." if kind.argument else f"Its name is '{plain}'.",
+        )
+    return kind, {kind.argument: value} if colon else {}
 
 
 def _load_checked(group: str, name: str, base: type) -> Any:

@@ -5,7 +5,7 @@ one model; a metric says how samples add up. Statistics, files and comparison ar
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -13,6 +13,8 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
+from kick.errors import ConfigError
+from kick.judge.questions import Judgment, Question
 from kick.settings import digest
 
 OVERALL = "overall"
@@ -75,6 +77,7 @@ class Metric:
     """How samples add up: transform(sum of scores[value] / sum of scores[per]); per=None counts each sample as one.
 
     `chance` is what guessing gives; a dense model not clearly above it says nothing on this metric.
+    `descriptive` metrics (a length, a speed) describe answers: no verdict is given on them, and they enter no mean.
     """
 
     name: str
@@ -84,6 +87,7 @@ class Metric:
     higher_is_better: bool = True
     chance: float | None = None
     unit: str = ""
+    descriptive: bool = False
 
     def combine(self, value: Any, per: Any) -> Any:
         """The metric from sums over samples (numbers or arrays)."""
@@ -120,16 +124,26 @@ class Suite(ABC):
     """Asks a model questions and scores the answers.
 
     A subclass names itself, declares its parameters in `Params` and its metrics (the first is the primary one), makes
-    examples out of rows, and answers them.
+    examples out of rows, and answers them. One whose answers a judge can grade has `judged_metrics` besides, which come
+    first where there are judgments. `needs_dense`: it compares with the dense model while it asks (`answer_beside`).
+    `argument`: the parameter that may stand in its name, as in `lm_eval:arc_easy`.
     """
 
     name: ClassVar[str]
     metrics: tuple[Metric, ...]
+    judged_metrics: tuple[Metric, ...] = ()
     needs_judge: ClassVar[bool] = False
+    needs_dense: ClassVar[bool] = False
+    argument: ClassVar[str] = ""
     description: ClassVar[str] = ""
 
     class Params(BaseModel):
         """What can be asked differently: validated, and part of the evaluation's identity."""
+
+        model_config = ConfigDict(frozen=True, extra="forbid")
+
+    class Judging(BaseModel):
+        """What a judge can be asked differently. No part of an evaluation: judging again never generates again."""
 
         model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -152,6 +166,28 @@ class Suite(ABC):
     def answer(self, lm: Any, examples: Sequence[Example]) -> Iterator[Sample]:
         """Ask `lm` (lm-eval's LM interface) each example; one sample each, in order, as answers come."""
 
+    def answer_beside(self, lm: Any, dense: Any, examples: Sequence[Example]) -> Iterator[Sample]:
+        """As `answer`, with the dense model's LM at hand (`lm` itself where dense is asked). For `needs_dense`."""
+        return self.answer(lm, examples)
+
+    def sample_ids(self, example: Example) -> list[str]:
+        """The ids of the samples that `answer` yields for `example`, in order: one, unless the suite says otherwise."""
+        return [example.id]
+
+    def record(self, lm: Any) -> dict[str, Any]:
+        """What was decided when `lm` was known, such as whether its chat template was used."""
+        return {}
+
+    def judge_questions(
+        self,
+        judging: Any,
+        examples: Mapping[str, Example],
+        samples: Sequence[Sample],
+        dense: Mapping[str, Sample],
+    ) -> Iterator[Question]:
+        """What to ask a judge about `samples`. examples and dense: by id; `judging`: an instance of `Judging`."""
+        raise ConfigError(f"the suite '{self.name}' has nothing for a judge.", "Judged are mt_bench and summarization.")
+
     def batches(self, examples: Sequence[Example], size: int) -> list[list[Example]]:
         """What is asked in one go: `examples` in order, cut into pieces of at most `size`.
 
@@ -167,17 +203,33 @@ class Suite(ABC):
         """The groups that a sample counts in."""
         return [OVERALL, sample.group]
 
-    def score(self, samples: Sequence[Sample], judgments: Sequence[Any] = ()) -> list[Score]:
+    def score(self, samples: Sequence[Sample], judgments: Sequence[Judgment] = ()) -> list[Score]:
         """Every metric over every group, overall first. Truncated and failed samples are counted and left out."""
-        members: dict[str, list[Sample]] = {OVERALL: []}
+        return [
+            score_group(metric, group, inside)
+            for group, inside in self.members(samples).items()
+            for metric in self.metrics
+            if any(metric.value in s.scores for s in inside) or not any(s.scores for s in inside)
+        ]
+
+    def members(self, samples: Sequence[Sample]) -> dict[str, list[Sample]]:
+        """The samples of each group, overall first."""
+        found: dict[str, list[Sample]] = {OVERALL: []}
         for sample in samples:
             for group in self.groups_of(sample):
-                members.setdefault(group, []).append(sample)
-        return [_score(metric, group, inside) for group, inside in members.items() for metric in self.metrics]
+                found.setdefault(group, []).append(sample)
+        return found
+
+    def primary(self, judged: bool) -> Metric:
+        """The metric that verdicts are about, with or without judgments."""
+        return (*self.judged_metrics, *self.metrics)[0] if judged else self.metrics[0]
 
 
-def _score(metric: Metric, group: str, samples: list[Sample]) -> Score:
-    scored = sorted((s for s in samples if s.error is None and not s.truncated), key=lambda sample: sample.id)
+def score_group(metric: Metric, group: str, samples: Sequence[Sample]) -> Score:
+    """One metric over the samples that could be scored and, where some lack it (not every part applies), have it."""
+    scored = sorted(
+        (s for s in samples if s.error is None and not s.truncated and metric.value in s.scores), key=lambda s: s.id
+    )
     return Score(
         metric=metric,
         group=group,

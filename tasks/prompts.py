@@ -54,3 +54,11 @@ def few_shot(lm: Any, chat: bool, instruction: str, shots: Sequence[tuple[str, s
     turns.append({"role": "user", "content": question})
     turns[0] = {**turns[0], "content": instruction + turns[0]["content"]}
     return lm.apply_chat_template(turns)
+
+
+def converse(lm: Any, chat: bool, history: Sequence[dict[str, str]]) -> str:
+    """A conversation that ends where the assistant is to speak; without a chat template, plain speakers' names."""
+    if chat:
+        return lm.apply_chat_template(list(history))
+    names = {"user": "User", "assistant": "Assistant"}
+    return "".join(f"{names[turn['role']]}: {turn['content']}\n" for turn in history) + "Assistant:"

@@ -36,6 +36,16 @@ def read_csv(path: Path, columns: int) -> Iterator[tuple[int, list[str]]]:
             raise DataError(f"{path} cannot be read: {error}.", "Expected a csv file in UTF-8.") from error
 
 
+def hub_file(name: str, path: str, repo_type: str = "dataset") -> Path:
+    """One file of a repository on the hub. Raises DataError if it cannot be had."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(name, path, repo_type=repo_type))
+    except Exception as error:  # the hub's library raises many kinds; each means that the file cannot be had
+        raise DataError(f"{path} of '{name}' cannot be read from the hub: {_first_line(error)}", _OFFLINE) from error
+
+
 def hub_rows(name: str, config: str | None = None, split: str = "test", **options: Any) -> Iterable[dict[str, Any]]:
     """Rows of a dataset on the Hugging Face hub. Raises DataError if it cannot be had."""
     from datasets import load_dataset
@@ -43,8 +53,11 @@ def hub_rows(name: str, config: str | None = None, split: str = "test", **option
     try:
         return load_dataset(name, config, split=split, **options)
     except Exception as error:  # datasets raises many kinds; each means that the rows cannot be had
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DataError(
-            f"the dataset '{name}' cannot be read from the hub: {reason}",
-            "Without a network, give --data DIR (a local mirror) or --data embedded (kick's own small sets).",
-        ) from error
+        raise DataError(f"the dataset '{name}' cannot be read from the hub: {_first_line(error)}", _OFFLINE) from error
+
+
+_OFFLINE = "Without a network, give --data DIR (a local mirror) or --data embedded (kick's own small sets)."
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

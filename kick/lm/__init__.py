@@ -5,10 +5,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kick.errors import unknown_name
+from kick.errors import KickError, unknown_name
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
+    from torch import Tensor
 
 LMS = {"fast": "kick.lm.fast:FastLM"}
 
@@ -35,11 +36,28 @@ def rolling_loglikelihoods(lm: "LM", texts: Sequence[str]) -> list[float]:
     return lm.loglikelihood_rolling([_request("loglikelihood_rolling", (text,)) for text in texts], disable_tqdm=True)
 
 
-def generate(lm: "LM", prompts: Sequence[str], until: Sequence[str], max_new_tokens: int) -> list[str]:
-    """For each prompt: the greedy completion, which ends before any of the strings `until`."""
+def generate(
+    lm: "LM", prompts: Sequence[str], until: Sequence[str], max_new_tokens: int, min_new_tokens: int = 0
+) -> list[str]:
+    """For each prompt: the greedy completion, which ends before any of the strings `until`.
+
+    min_new_tokens: an end-of-text token before that does not end it.
+    """
     options = {"until": list(until), "max_gen_toks": max_new_tokens, "do_sample": False, "temperature": 0.0}
+    if min_new_tokens:
+        options["min_new_tokens"] = min_new_tokens
     requests = [_request("generate_until", (prompt, options)) for prompt in prompts]
     return lm.generate_until(requests, disable_tqdm=True)
+
+
+def next_token_logprobs(lm: Any, text: str) -> "Tensor":
+    """Log-probabilities [tokens, vocabulary] (float32) of the whole vocabulary at each token of `text`.
+
+    Raises KickError if this LM does not give them: servers and most engines show a few tokens only.
+    """
+    if not hasattr(lm, "next_token_logprobs"):
+        raise KickError(f"{type(lm).__name__} does not give whole distributions.", "Use the LM 'fast'.")
+    return lm.next_token_logprobs(text)
 
 
 def _request(kind: Any, arguments: tuple) -> Any:

@@ -39,10 +39,11 @@ class FastLM(TemplateLM):
     request by itself and `record()` says why.
     """
 
-    def __init__(self, model: Any, tokenizer: Any) -> None:
+    def __init__(self, model: Any, tokenizer: Any, path: Path | None = None) -> None:
         super().__init__()
         self.model = model
         self.tokenizer = tokenizer
+        self.path = path
         self._device = model.device
         self._encode = lru_cache(maxsize=_REMEMBERED_TEXTS)(self._encode_uncached)  # a prompt is met once an option
         self._prefix: tuple[tuple[int, ...], DynamicCache] | None = None
@@ -50,7 +51,7 @@ class FastLM(TemplateLM):
 
     @classmethod
     def from_checkpoint(cls, path: Path, dtype: str, device: str) -> "FastLM":
-        return cls(load_model(path, dtype, device), load_tokenizer(path))
+        return cls(load_model(path, dtype, device), load_tokenizer(path), path)
 
     def record(self) -> dict[str, Any]:
         """What belongs into the record of an evaluation."""
@@ -215,6 +216,15 @@ class FastLM(TemplateLM):
             results[index] = (float(values.sum()), bool(greedy.all()))
         return results
 
+    @torch.inference_mode()
+    def next_token_logprobs(self, text: str) -> Tensor:
+        """Log-probabilities [tokens, vocabulary] (float32) at each token of `text`, the first after a prefix token."""
+        tokens = [self.prefix_token_id, *self.tok_encode(text, add_special_tokens=False)]
+        if len(tokens) - 1 > self.max_length:
+            raise KickError(f"a text of {len(tokens) - 1} tokens in a context of {self.max_length}.", "Cut it smaller.")
+        logits = self.model(input_ids=torch.tensor([tokens[:-1]], device=self.device), use_cache=False).logits[0]
+        return logits.float().log_softmax(dim=-1)
+
     # Generation
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
@@ -233,7 +243,9 @@ class FastLM(TemplateLM):
         return [results[index] for index in range(len(requests))]
 
     @torch.inference_mode()
-    def _generate(self, contexts: list[list[int]], until: tuple[str, ...], max_new_tokens: int) -> list[str]:
+    def _generate(
+        self, contexts: list[list[int]], until: tuple[str, ...], max_new_tokens: int, min_new_tokens: int
+    ) -> list[str]:
         room = self.max_length - max_new_tokens
         if room < 1:
             raise KickError(
@@ -273,7 +285,7 @@ class FastLM(TemplateLM):
             best = logits.argmax(dim=-1)
             going = []
             for row, (index, token) in enumerate(zip(alive, best.tolist(), strict=True)):
-                ended, texts[index] = self._extend(made[index], token, until, max_new_tokens)
+                ended, texts[index] = self._extend(made[index], token, until, max_new_tokens, min_new_tokens)
                 if not ended:
                     going.append(row)
             if not going:
@@ -286,9 +298,9 @@ class FastLM(TemplateLM):
             mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
             inputs, places = best[:, None], places[:, -1:] + 1
 
-    def _extend(self, made: list[int], token: int, until: tuple[str, ...], limit: int) -> tuple[bool, str]:
+    def _extend(self, made: list[int], token: int, until: tuple[str, ...], limit: int, least: int) -> tuple[bool, str]:
         """Add a token to a completion: (has it ended, its text up to the first stop string)."""
-        if token in self._end_tokens():
+        if token in self._end_tokens() and len(made) >= least:
             return True, self._text(made)
         made.append(token)
         text = self._text(made)
@@ -352,10 +364,11 @@ def fork(cache: DynamicCache) -> DynamicCache:
     return grown
 
 
-def _options(request: Any) -> tuple[tuple[str, ...], int]:
-    """(stop strings, new tokens) of a generation request. Raises KickError for anything but greedy decoding."""
+def _options(request: Any) -> tuple[tuple[str, ...], int, int]:
+    """(stop strings, most and least new tokens) of a request. Raises KickError for anything but greedy decoding."""
     options = dict(request.args[1])
     until = options.get("until") or []
     if options.get("do_sample") or (options.get("temperature") or 0) > 0:
         raise KickError("the LM 'fast' decodes greedily; sampling was asked for.", "Set temperature to 0.")
-    return tuple([until] if isinstance(until, str) else until), int(options.get("max_gen_toks", 256))
+    stops = tuple([until] if isinstance(until, str) else until)
+    return stops, int(options.get("max_gen_toks", 256)), int(options.get("min_new_tokens", 0))

@@ -97,7 +97,7 @@ _AXES: dict[Axis, str] = {
 
 
 def _score_against(axis: Axis, results: Results, suite: str) -> tuple[Figure, str, str, str]:
-    metric = results.suites[suite].metrics[0]
+    metric = results.metric(suite)
     dense = results.estimate(DENSE, suite)
     assert dense is not None
     figure, axes = plt.subplots()

@@ -35,6 +35,7 @@ def page(results: Results, drawn: list[Drawn]) -> str:
         mean_cell=tables.mean_cell,
         comparisons=_comparisons(results),
         figures=[(figure, Markup(_inline(figure))) for figure in drawn],
+        judge=results.judge,
         answers=_answers(results),
         failures=[e for e in results.evaluations.values() if e.reason is not None],
         warnings=[(r.name, w) for r in results.settings if r.record for w in r.record["warnings"]],
@@ -65,7 +66,9 @@ def _frontier(results: Results) -> list[dict[str, Any]]:
         cells = []
         for suite in results.suites:
             dense = results.estimate(DENSE, suite)
-            if dense is None or not dense.signal:
+            if results.metric(suite).descriptive:
+                cells.append("–")
+            elif dense is None or not dense.signal:
                 cells.append("no signal")
             else:
                 cells.append(_frontier_cell(results.verdicts(family, suite)))
@@ -101,7 +104,7 @@ def _comparisons(results: Results) -> list[_Row]:
     for result in results.compressed:
         for suite in results.suites:
             estimate, pair = results.estimate(result.name, suite), results.comparison(result.name, suite)
-            if estimate is not None and pair is not None:
+            if estimate is not None and pair is not None and pair.verdict is not None:
                 found.append((result.name, suite, estimate, pair))
     adjusted = statistics.holm([pair.p_value for *_, pair in found])
     return [
@@ -138,8 +141,12 @@ def _answers(results: Results) -> list[dict[str, Any]]:
                 {
                     "id": id,
                     "prompt": _shorten(dense[id].prompt),
-                    "answers": [(DENSE, _answer(dense[id], key))]
-                    + [(name, _answer(samples[id], key)) for name, samples in others.items() if id in samples],
+                    "answers": [(DENSE, _answer(dense[id], key, results.get(DENSE, suite).grades))]
+                    + [
+                        (name, _answer(samples[id], key, results.get(name, suite).grades))
+                        for name, samples in others.items()
+                        if id in samples
+                    ],
                 }
                 for id in dict.fromkeys(picked)
             ]
@@ -147,8 +154,9 @@ def _answers(results: Results) -> list[dict[str, Any]]:
     return sections
 
 
-def _answer(sample: Sample, key: str) -> dict[str, Any]:
-    return {"text": _shorten(sample.output or ""), "score": sample.scores.get(key), "truncated": sample.truncated}
+def _answer(sample: Sample, key: str, grades: dict[str, float]) -> dict[str, Any]:
+    score = grades.get(sample.id, sample.scores.get(key))
+    return {"text": _shorten(sample.output or ""), "score": score, "truncated": sample.truncated}
 
 
 def _shorten(text: str) -> str:

@@ -14,12 +14,13 @@ from kick.compare import Comparison, Estimate
 from kick.config import SuiteSpec
 from kick.errors import RunError
 from kick.files import read_json
+from kick.judge.questions import mean_ratings
 from kick.levels import Bits, Joint, Pattern, Sparsity
 from kick.settings import DENSE, Setting
 from kick.statistics import Interval
-from kick.suite import OVERALL, Sample, Score, Suite
+from kick.suite import OVERALL, Metric, Sample, Score, Suite
 from kick.sweep.plan import make_suite
-from kick.sweep.store import FORMAT, RUN, EvaluationStore, Store
+from kick.sweep.store import FORMAT, JUDGE, RUN, EvaluationStore, Store
 
 Axis = Literal["sparsity", "bits", "size"]
 Key = tuple[str, str]
@@ -102,6 +103,8 @@ class Evaluation:
     comparisons: dict[Key, Comparison] = field(default_factory=dict)
     reason: str | None = None
     lm: dict[str, Any] = field(default_factory=dict)
+    suite_record: dict[str, Any] = field(default_factory=dict)  # what was decided when the model was known
+    grades: dict[str, float] = field(default_factory=dict)  # the judge's mean rating of each sample
 
 
 @dataclass
@@ -113,14 +116,27 @@ class Results:
     settings: list[SettingResult]
     suites: dict[str, Suite]
     evaluations: dict[tuple[str, str], Evaluation]
+    judge: dict[str, Any] | None = None  # judge.json
     _means: dict[str, tuple[float, Interval] | None] = field(default_factory=dict, repr=False)
 
     def get(self, setting: str, suite: str) -> Evaluation:
         missing = Evaluation(setting, suite, reason="not part of this run")
         return self.evaluations.get((setting, suite), missing)
 
+    def metric(self, suite: str) -> Metric:
+        """What a suite's verdicts are about: the judge's score where there is one."""
+        found = self.suites[suite].primary(suite in self.judged)
+        dense = self.get(DENSE, suite).scores.get((found.name, OVERALL))
+        return dense.metric if dense else found  # what guessing gives may be known from the questions alone
+
     def primary(self, suite: str) -> Key:
-        return self.suites[suite].metric, OVERALL
+        return self.metric(suite).name, OVERALL
+
+    @cached_property
+    def judged(self) -> set[str]:
+        """Suites whose dense answers were graded by a judge."""
+        names = {metric.name for suite in self.suites.values() for metric in suite.judged_metrics}
+        return {suite for suite in self.suites if any(key[0] in names for key in self.get(DENSE, suite).scores)}
 
     def estimate(self, setting: str, suite: str) -> Estimate | None:
         """The primary metric over all questions."""
@@ -146,8 +162,11 @@ class Results:
         """Suites that enter means: those that ask for an answer (more is better) and on which dense shows a signal."""
         return [
             name
-            for name, suite in self.suites.items()
-            if suite.metrics[0].higher_is_better and (found := self.estimate(DENSE, name)) is not None and found.signal
+            for name in self.suites
+            if self.metric(name).higher_is_better
+            and not self.metric(name).descriptive
+            and (found := self.estimate(DENSE, name)) is not None
+            and found.signal
         ]
 
     def mean_retained(self, setting: str) -> tuple[float, Interval] | None:
@@ -188,7 +207,7 @@ class Results:
             if result.family == family and isinstance(level, Sparsity | Bits):
                 found = self.comparison(result.name, suite)
                 amount = level.fraction if isinstance(level, Sparsity) else -float(level.width)
-                levels.append((amount, found.verdict if found else "undecided"))  # failed: nothing is known
+                levels.append((amount, (found and found.verdict) or "undecided"))  # failed: nothing is known
         return sorted(levels)
 
 
@@ -209,6 +228,8 @@ def read_results(path: Path) -> Results:
     store = Store(path)
     settings = [Setting(**{k: v for k, v in row.items() if k != "name"}) for row in run["settings"]]
     suites = {spec.name: make_suite(spec) for spec in (SuiteSpec(**row) for row in run["config"]["suites"])}
+    for name, suite in suites.items():
+        suite.metrics = tuple(Metric(**row) for row in run["suites"][name]["metrics"])
     evaluations = {}
     for setting in settings:
         for name, suite in suites.items():
@@ -221,7 +242,8 @@ def read_results(path: Path) -> Results:
             evaluation.comparisons = dict(_compare(dense, evaluation))
     dense_record = store.record(DENSE)
     results = [SettingResult(setting, store.record(setting.name), dense_record) for setting in settings]
-    return Results(path, run, results, suites, evaluations)
+    judge = read_json(path / JUDGE) if (path / JUDGE).is_file() else None
+    return Results(path, run, results, suites, evaluations, judge)
 
 
 def _read_evaluation(store: EvaluationStore, setting: str, name: str, suite: Suite) -> Evaluation:
@@ -231,12 +253,22 @@ def _read_evaluation(store: EvaluationStore, setting: str, name: str, suite: Sui
     if not store.is_complete(result["key"]):
         return Evaluation(setting, name, reason="its samples are not the ones that were scored; run the sweep again")
     samples = store.samples()
-    scores = {(score.metric.name, score.group): score for score in suite.score(samples)}
+    judgments = store.judgments()
+    scores = {(score.metric.name, score.group): score for score in suite.score(samples, judgments)}
     for sample in samples:
         if setting != DENSE:
             sample.prompt, sample.choices = "", None  # dense has the same prompts; a long run would not fit into memory
     estimates = {key: compare.estimate(score) for key, score in scores.items()}
-    return Evaluation(setting, name, samples, scores, estimates, lm=result.get("lm", {}))
+    return Evaluation(
+        setting,
+        name,
+        samples,
+        scores,
+        estimates,
+        lm=result.get("lm", {}),
+        suite_record=result.get("suite", {}),
+        grades=mean_ratings(judgments),
+    )
 
 
 def _compare(dense: Evaluation, other: Evaluation) -> Iterator[tuple[Key, Comparison]]:

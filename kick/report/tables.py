@@ -91,7 +91,7 @@ def _leader(results: Results, result: SettingResult) -> dict[str, Any]:
             suite: found.score if found else None,
             f"{suite}_ci_low": found.interval.low if found else None,
             f"{suite}_ci_high": found.interval.high if found else None,
-            f"{suite}_verdict": pair.verdict if pair else "",
+            f"{suite}_verdict": (pair and pair.verdict) or "",
             f"{suite}_n": found.n if found else 0,
             f"{suite}_left_out": found.truncated + found.failed if found else 0,
         }
@@ -106,7 +106,7 @@ def leaderboard_csv(results: Results) -> str:
 def leaderboard_markdown(results: Results) -> str:
     """The leaderboard for reading: scores with half-widths of their intervals, verdicts in words."""
     header = ["setting", "sparsity", "bits", "M parameters", "MB", "mean retained"]
-    header += [f"{name} ({suite.metric})" for name, suite in results.suites.items()]
+    header += [f"{name} ({results.metric(name).name})" for name in results.suites]
     lines = [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
     for row in leaderboard(results):
         cells = [row["setting"], percent(row["sparsity"]), bits(row["bits_per_weight"])]
@@ -148,9 +148,9 @@ def score_cell(row: dict[str, Any], suite: str) -> str:
     return f"{interval} (n {row[suite + '_n']}{left_out}) {row[suite + '_verdict']}".rstrip()
 
 
-def number(value: float | None, digits: int = 3) -> str:
+def number(value: Any, digits: int = 3) -> str:
     """Large numbers with fewer digits: 0.412, 63.7, 1,250."""
-    if value is None or math.isnan(value):
+    if not isinstance(value, int | float) or math.isnan(value):
         return "–"
     if abs(value) >= 1000:
         return f"{value:,.0f}"
@@ -159,8 +159,8 @@ def number(value: float | None, digits: int = 3) -> str:
     return f"{value:.{digits}f}"
 
 
-def percent(value: float | None) -> str:
-    return "–" if value is None or math.isnan(value) else f"{100 * value:.0f} %"
+def percent(value: Any) -> str:
+    return "–" if not isinstance(value, int | float) or math.isnan(value) else f"{100 * value:.0f} %"
 
 
 def _csv(columns: Iterable[str], rows: Iterable[dict[str, Any]]) -> str:

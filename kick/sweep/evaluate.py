@@ -12,20 +12,24 @@ from kick.sweep.store import EvaluationStore
 
 
 def evaluate(
-    lm: Any, planned: PlannedSuite, store: EvaluationStore, key: str, batch_size: int, clock: Clock
+    lm: Any, dense: Any, planned: PlannedSuite, store: EvaluationStore, key: str, batch_size: int, clock: Clock
 ) -> dict[str, Any]:
     """Ask what is not on disk yet, then write scores.json. Safe to kill and call again.
 
     Batches are the same whatever was done before, so that an interrupted evaluation ends with the same samples.
+    `dense` is the dense model's LM for a suite that compares with it while asking, else None.
     """
-    batches = planned.suite.batches(planned.examples, batch_size)
-    done = store.resume(batches)
+    suite = planned.suite
+    batches = suite.batches(planned.examples, batch_size)
+    ids = [[id for example in batch for id in suite.sample_ids(example)] for batch in batches]
+    done = store.resume(ids)
     before = sum(map(len, batches[:done]))
     clock.skip(before)
     start = time.perf_counter()
     with store.appending() as appender:
         for batch in batches[done:]:
-            for sample in planned.suite.answer(lm, batch):
+            answers = suite.answer_beside(lm, dense, batch) if suite.needs_dense else suite.answer(lm, batch)
+            for sample in answers:
                 appender.add(sample)
             appender.sync()
             clock.advance(len(batch))
@@ -39,11 +43,12 @@ def evaluate(
         "truncated": sum(sample.truncated for sample in samples),
         "failed": sum(sample.error is not None for sample in samples),
         "shots": _shots(samples),
-        "asked_now": len(samples) - before,
+        "asked_now": len(planned.examples) - before,
         "seconds": round(seconds, 3),
         "lm": lm.record() if hasattr(lm, "record") else {"name": type(lm).__name__},
+        "suite": suite.record(lm),
         "batch_size": batch_size,
-        "scores": [estimate(score).as_row() for score in planned.suite.score(samples)],
+        "scores": [estimate(score).as_row() for score in suite.score(samples)],
     }
     store.finish(result)
     return result

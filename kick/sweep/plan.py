@@ -103,12 +103,21 @@ def make_plan(config: SweepConfig, as_is: bool = False) -> Plan:
     settings = config.all_settings()
     inputs = {setting.name: [step.compressor.inputs() for step in prepare(setting)] for setting in settings}
     find_lm(config.lm.name)
+    if config.judge is not None:  # what would stop the judge at the end is said at the beginning
+        config.judge.check()
+        config.judge.key()
     source = models.find_source(config.model)
     given = None
     if as_is and source.path is not None and (source.path / checkpoints.RECORD).is_file():
         given = checkpoints.read(source.path)
         settings = [Setting(**given.record["setting"])]
     suites = [plan_suite(spec, config.data) for spec in config.suites]
+    for planned in suites:
+        if planned.suite.needs_dense and not any(setting.is_dense for setting in settings):
+            raise ConfigError(
+                f"the suite '{planned.name}' compares with the dense model, which a checkpoint by itself is not.",
+                "Ask it in a sweep, where `dense` is always run.",
+            )
     device, dtype = models.choose(config.device, config.dtype)
     path = models.fetch(source)
     calibration = None
@@ -131,9 +140,9 @@ def make_plan(config: SweepConfig, as_is: bool = False) -> Plan:
 
 def make_suite(spec: SuiteSpec) -> Suite:
     """The suite of `spec`, its parameters checked."""
-    kind = plugins.suite(spec.suite)
+    kind, argument = plugins.suite_of(spec.suite)
     try:
-        return kind(kind.Params(**spec.params))
+        return kind(kind.Params(**argument, **spec.params))
     except ValidationError as error:
         allowed = ", ".join(kind.Params.model_fields) or "none"
         raise ConfigError(f"suite '{spec.name}': {explain(error)}", f"Its parameters: {allowed}.") from error
@@ -149,7 +158,7 @@ def plan_suite(spec: SuiteSpec, default_data: str) -> PlannedSuite:
     examples = subset(everything, spec.limit, spec.limit_per_group, spec.seed)
     identity = {
         "suite": spec.suite,
-        "plugin": _plugin_version(plugins.SUITES, spec.suite),
+        "plugin": _plugin_version(plugins.SUITES, spec.suite.partition(":")[0]),
         "params": suite.params.model_dump(mode="json"),
         "questions": len(examples),
         "data": data_fingerprint(examples),

@@ -5,6 +5,7 @@ import traceback
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from kick import checkpoint as checkpoints
 from kick.checkpoint import Checkpoint
@@ -64,11 +65,13 @@ def run(plan: Plan, store: Store, progress: Progress, debug: bool = False) -> Su
             clock.start(f"{setting.name}: {suite.name}", suite.name, len(suite.examples))
             try:
                 evaluation = store.evaluation(setting.name, suite.name)
-                evaluate(lm, suite, evaluation, plan.key(setting, suite), plan.config.lm.batch_size, clock)
+                dense = workshop.dense_lm(setting, lm) if suite.suite.needs_dense else None
+                evaluate(lm, dense, suite, evaluation, plan.key(setting, suite), plan.config.lm.batch_size, clock)
                 summary.done += 1
             except Exception as error:  # likewise for a suite
                 failed(setting, suite, error)
             clock.stop()
+        workshop.forget_dense()
         del lm
         gc.collect()
         workshop.finished_with(setting)
@@ -100,6 +103,7 @@ class Workshop:
         self.plan, self.store, self.clock = plan, store, clock
         self.checkpoints: dict[str, Checkpoint] = {}
         self.without_dense: Exception | None = None
+        self._dense: Any = None
 
     def checkpoint(self, setting: Setting) -> Checkpoint:
         """The setting's checkpoint: the one on disk if it is whole, else made anew."""
@@ -115,6 +119,19 @@ class Workshop:
             self.checkpoints[setting.name] = found
             self.store.keep_record(setting.name, found.record)
         return self.checkpoints[setting.name]
+
+    def dense_lm(self, setting: Setting, lm: Any) -> Any:
+        """The dense model's LM, for suites that ask it beside `setting`: `lm` itself where that is dense."""
+        if setting.is_dense:
+            return lm
+        if self._dense is None:
+            path = self.checkpoint(self.plan.settings[0]).path  # dense is always first
+            self._dense = load_lm(self.plan.config.lm.name, path, self.plan.dtype, self.plan.device)
+        return self._dense
+
+    def forget_dense(self) -> None:
+        """Two models are in memory only while both are asked."""
+        self._dense = None
 
     def _given(self) -> Checkpoint | None:
         given = self.plan.given

@@ -4,6 +4,7 @@ run.json                                    resolved configuration, identity, ve
 evaluations/SETTING/kick.json               the record of the setting's checkpoint
 evaluations/SETTING/SUITE/samples.jsonl     one line a sample, appended as answers come
                           scores.json       written last: with status "complete" the evaluation is done
+                          judgments.jsonl   what a judge said of the samples (kick.judge.run)
 checkpoints/SETTING/                        weights, while they are needed
 """
 
@@ -13,17 +14,20 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TextIO
 
 from kick import meter
 from kick.errors import RunError
-from kick.files import check_writable, read_json, safe_name, sha256_of, to_json, write_bytes, write_json
-from kick.suite import Example, Sample
+from kick.files import check_writable, read_json, safe_name, sha256_of, to_json, write_bytes, write_json, write_text
+from kick.judge.questions import Judgment
+from kick.suite import Sample
 from kick.sweep.plan import Plan
 
 RUN = "run.json"
+JUDGE, JUDGE_CACHE = "judge.json", "judge-cache.jsonl"
 FORMAT = 1
 
 
@@ -44,11 +48,11 @@ class Store:
         """
         check_usable(root, plan, fresh)
         root.mkdir(parents=True, exist_ok=True)
-        with _lock(root):
+        with lock(root):
             if fresh:
                 for part in ("evaluations", "checkpoints", "figures"):
                     shutil.rmtree(root / part, ignore_errors=True)
-                for part in (RUN, "scores.csv", "leaderboard.csv", "leaderboard.md", "report.html"):
+                for part in (RUN, JUDGE, JUDGE_CACHE, "scores.csv", "leaderboard.csv", "leaderboard.md", "report.html"):
                     (root / part).unlink(missing_ok=True)
             store = Store(root)
             store._begin(plan)
@@ -64,7 +68,12 @@ class Store:
             "fingerprint": plan.fingerprint,
         }
         suites = {
-            suite.name: {"source": suite.source, **suite.identity, "groups": len({e.group for e in suite.examples})}
+            suite.name: {
+                "source": suite.source,
+                **suite.identity,
+                "groups": len({e.group for e in suite.examples}),
+                "metrics": [asdict(metric) for metric in suite.suite.metrics],
+            }
             for suite in plan.suites
         }
         write_json(
@@ -121,6 +130,7 @@ class EvaluationStore:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.samples_path = path / "samples.jsonl"
+        self.judgments_path = path / "judgments.jsonl"
         self.scores_path = path / "scores.json"
 
     def result(self) -> dict[str, Any] | None:
@@ -146,8 +156,26 @@ class EvaluationStore:
                     ) from error
         return found
 
-    def resume(self, batches: Sequence[Sequence[Example]]) -> int:
+    def judgments(self) -> list[Judgment]:
+        """What a judge said of the samples on disk; none if they were judged before they were asked again."""
+        expected = (self.result() or {}).get("judgments_sha256")
+        if expected is None or not self.judgments_path.is_file() or sha256_of(self.judgments_path) != expected:
+            return []
+        with open(self.judgments_path, encoding="utf-8", newline="\n") as file:
+            return [Judgment.from_json(json.loads(line)) for line in file]
+
+    def keep_judgments(self, judgments: Sequence[Judgment], scores: list[dict[str, Any]]) -> None:
+        """Replace the judgments, and in scores.json the scores, which now count them."""
+        lines = (to_json(judgment.to_json(), indent=None) + "\n" for judgment in judgments)
+        write_text(self.judgments_path, "".join(lines))
+        result = self.result()
+        assert result is not None
+        self.finish({**result, "judgments_sha256": sha256_of(self.judgments_path), "scores": scores})
+
+    def resume(self, batches: Sequence[Sequence[str]]) -> int:
         """Cut samples.jsonl to its whole batches from the first on; gives how many there are.
+
+        batches: the ids of the samples of each.
 
         A line cut short by a crash, a damaged line and an incomplete batch are taken away: they are asked again.
         """
@@ -156,9 +184,9 @@ class EvaluationStore:
         data = self.samples_path.read_bytes()
         position = whole = done = 0
         for batch in batches:
-            for example in batch:
+            for id in batch:
                 end = data.find(b"\n", position)
-                if end < 0 or _id_of(data[position:end]) != example.id:
+                if end < 0 or _id_of(data[position:end]) != id:
                     break
                 position = end + 1
             else:
@@ -251,7 +279,7 @@ def _differences(held: Any, wanted: Any, place: str = "") -> Iterator[str]:
 
 
 @contextmanager
-def _lock(root: Path) -> Iterator[None]:
+def lock(root: Path) -> Iterator[None]:
     """Held by the process, not by a file's existence: a killed run leaves no stale lock."""
     with open(root / ".lock", "a+", encoding="utf-8") as file:
         try:

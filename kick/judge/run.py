@@ -1,0 +1,295 @@
+"""Judge a run: every question about every answer that is on disk, each asked once however often this is called.
+
+judge-cache.jsonl                            one line a question that was asked, by content; appended as replies come
+judge.json                                   which judge, what it cost, how far it can be trusted
+evaluations/SETTING/SUITE/judgments.jsonl    what was said of that evaluation's samples; its scores.json counts it
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kick.compare import estimate
+from kick.config import SuiteSpec, SweepConfig, parse_part
+from kick.errors import ConfigError, RunError
+from kick.files import read_json, write_json
+from kick.judge import calibration
+from kick.judge.budget import Budget, BudgetSpent
+from kick.judge.cache import Cache
+from kick.judge.client import Judge, Verdict, most_tokens
+from kick.judge.questions import Answer, Judgment, Question
+from kick.judge.spec import JudgeSpec
+from kick.progress import Progress
+from kick.rows import read_jsonl
+from kick.settings import DENSE, Setting, digest
+from kick.suite import Sample
+from kick.sweep.plan import PlannedSuite, make_suite, plan_suite
+from kick.sweep.store import JUDGE, JUDGE_CACHE, RUN, EvaluationStore, Store, lock
+
+NOT_ASKED = "not asked: the budget is spent"
+RULE = "kick: by rule"  # the judge of what needs none, such as an empty answer
+_OUTPUT_TOKENS = 200  # a usual reply, for estimates
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question about one evaluation's sample. `key` is its content: equal ones are asked once."""
+
+    setting: str
+    suite: str
+    question: Question
+    key: str
+
+
+@dataclass
+class Evaluation:
+    """An evaluation whose samples can be judged."""
+
+    setting: str
+    planned: PlannedSuite
+    store: EvaluationStore
+    samples: list[Sample]
+    questions: list[Asked] = field(default_factory=list)
+
+
+@dataclass
+class Outcome:
+    """What a call found and did; the record is what judge.json holds."""
+
+    questions: int
+    cached: int
+    asked: int
+    failed: dict[str, int]
+    stopped: str | None
+    record: dict[str, Any]
+
+
+def judge_run(root: Path, spec: JudgeSpec, progress: Progress) -> Outcome:
+    """Ask what was not asked before, then write judgments, scores and the record. Safe to kill and call again."""
+    spec.check()
+    with lock(root):
+        evaluations = find_evaluations(root, spec)
+        cache = Cache(root / JUDGE_CACHE, spec)
+        budget = Budget(spec.budget_usd, spec.budget_tokens, spec.price_in, spec.price_out, *cache.used())
+        judge = Judge(spec, budget)
+        everything = {asked.key: asked for evaluation in evaluations for asked in evaluation.questions}
+        missing = _missing(everything.values(), cache)
+        cached = sum(cache.answer(key) is not None for key in everything)
+        done, stopped = 0, None
+        with cache.appending():
+            try:
+                for asked, verdict in ask_all(judge, missing, spec.concurrency):
+                    cache.add(asked.key, verdict)
+                    done += 1
+                    progress.step(f"judge: {asked.suite}", done, len(missing), None)
+            except BudgetSpent:
+                stopped = f"the budget is spent after {done} of {len(missing)} questions"
+        for evaluation in evaluations:
+            judgments = [_judgment(asked, cache, spec) for asked in evaluation.questions]
+            scores = evaluation.planned.suite.score(evaluation.samples, judgments)
+            evaluation.store.keep_judgments(judgments, [estimate(score).as_row() for score in scores])
+        now = {
+            "asked": done,
+            "cached": cached,
+            "stopped": stopped,
+            "retried_requests": judge.retries,
+            "not_understood_by_the_endpoint": sorted(judge.missing),
+        }
+        record = {**_record(spec, cache, evaluations), "last_call": now}
+        write_json(root / JUDGE, record)
+        return Outcome(len(everything), cached, done, record["failed"], stopped, record)
+
+
+def estimate_cost(root: Path, spec: JudgeSpec) -> dict[str, Any]:
+    """What judging `root` would ask and cost; prompts at four characters a token, replies at a usual length."""
+    evaluations = find_evaluations(root, spec)
+    cache = Cache(root / JUDGE_CACHE, spec)
+    everything = {asked.key: asked for evaluation in evaluations for asked in evaluation.questions}
+    missing = _missing(everything.values(), cache)
+    prompt = sum(most_tokens(asked.question.messages(), {}) for asked in missing) // 4
+    output = _OUTPUT_TOKENS * len(missing)
+    return {
+        "judge": spec.model,
+        "questions": len(everything),
+        "settled_by_rule": sum(asked.question.settled is not None for asked in everything.values()),
+        "cached": sum(cache.answer(key) is not None for key in everything),
+        "to_ask": len(missing),
+        "by_suite": {
+            evaluation.planned.name: sum(asked.suite == evaluation.planned.name for asked in missing)
+            for evaluation in evaluations
+        },
+        "estimated_prompt_tokens": prompt,
+        "estimated_output_tokens": output,
+        "estimated_usd": spec.usd(prompt, output),
+    }
+
+
+def find_evaluations(root: Path, spec: JudgeSpec) -> list[Evaluation]:
+    """Every complete evaluation of a suite that can be judged, with its questions. Raises RunError if there is none."""
+    if not (root / RUN).is_file():
+        raise RunError(f"{root} is not a run: it holds no {RUN}.", "Expected a folder that `kick sweep` wrote.")
+    run = read_json(root / RUN)
+    config = SweepConfig(**{key: value for key, value in run["config"].items() if key != "judge"})
+    settings = [Setting(**{key: value for key, value in row.items() if key != "name"}) for row in run["settings"]]
+    judged = [suite for suite in config.suites if make_suite(suite).judged_metrics]
+    unknown = set(spec.suites) - {suite.name for suite in judged}
+    if unknown or not judged:
+        named = f"no suite '{min(unknown)}'" if unknown else "no suite"
+        raise ConfigError(
+            f"{root} holds {named} that a judge can grade.",
+            "Graded are " + (", ".join(suite.name for suite in judged) or "mt_bench and summarization") + ".",
+        )
+    store, found = Store(root), []
+    for suite in judged:
+        planned = _plan_again(suite, config.data, run["suites"][suite.name])
+        for setting in settings:
+            own = store.evaluation(setting.name, suite.name)
+            result = own.result()
+            if result and result["status"] == "complete" and own.is_complete(result["key"]):
+                found.append(Evaluation(setting.name, planned, own, own.samples()))
+    if not found:
+        raise RunError(f"{root} holds no finished evaluation of {judged[0].name}.", "Run the sweep first.")
+    for evaluation in found:
+        evaluation.questions = _questions(evaluation, found, spec)
+    _repeat_some(found, spec)
+    return found
+
+
+def _plan_again(suite: SuiteSpec, data: str, recorded: dict[str, Any]) -> PlannedSuite:
+    """The suite with its questions, which must be the ones that were answered."""
+    planned = plan_suite(suite, data)
+    if planned.identity["data"] != recorded["data"]:
+        raise RunError(
+            f"the questions of '{suite.name}' are not the ones that this run answered.",
+            f"They were read from {recorded['source']}; has it changed?",
+        )
+    return planned
+
+
+def _questions(evaluation: Evaluation, everything: list[Evaluation], spec: JudgeSpec) -> list[Asked]:
+    planned = evaluation.planned
+    judging = parse_part(planned.suite.Judging, spec.suites.get(planned.name, {}), f"judge.suites.{planned.name}")
+    dense = next((e for e in everything if e.setting == DENSE and e.planned.name == planned.name), None)
+    examples = {id: example for example in planned.examples for id in planned.suite.sample_ids(example)}
+    samples = {sample.id: sample for sample in dense.samples} if dense else {}
+    questions = planned.suite.judge_questions(judging, examples, evaluation.samples, samples)
+    return [Asked(evaluation.setting, planned.name, question, _key(question, spec)) for question in questions]
+
+
+def _repeat_some(evaluations: list[Evaluation], spec: JudgeSpec) -> None:
+    """Add `repeats` questions of each suite, drawn with a fixed seed, a second time."""
+    rng = np.random.default_rng(0)
+    for suite in dict.fromkeys(evaluation.planned.name for evaluation in evaluations):
+        own = [evaluation for evaluation in evaluations if evaluation.planned.name == suite]
+        pool = [(e, asked) for e in own for asked in e.questions if asked.question.settled is None]
+        for index in sorted(rng.permutation(len(pool))[: spec.repeats]):
+            evaluation, asked = pool[index]
+            again = replace(asked.question, id=f"{asked.question.id}#1", repeat=1)
+            evaluation.questions.append(Asked(asked.setting, suite, again, _key(again, spec)))
+
+
+def _key(question: Question, spec: JudgeSpec) -> str:
+    """The content of a question: the judge, how it is asked, what it is shown, and which repetition this is."""
+    return digest([spec.identity(), question.messages(), question.form.schema(), question.repeat])
+
+
+def ask_all(judge: Judge, questions: Sequence[Asked], concurrency: int) -> Iterator[tuple[Asked, Verdict]]:
+    """Verdicts as they come, at most `concurrency` questions under way.
+
+    Raises BudgetSpent after the verdicts of all requests that were under way when the budget ran out.
+    """
+    waiting = iter(questions)
+    spent = None
+    with ThreadPoolExecutor(concurrency) as pool:
+        under_way: dict[Future[Verdict], Asked] = {}
+        try:
+            while True:
+                if spent is None:
+                    for asked in islice(waiting, concurrency - len(under_way)):
+                        under_way[pool.submit(judge.ask, asked.question)] = asked
+                if not under_way:
+                    break
+                done, _ = wait(under_way, return_when=FIRST_COMPLETED)
+                for future in done:
+                    asked = under_way.pop(future)
+                    try:
+                        yield asked, future.result()
+                    except BudgetSpent as error:
+                        spent = error
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+    if spent is not None:
+        raise spent
+
+
+def _missing(questions: Iterable[Asked], cache: Cache) -> list[Asked]:
+    return [a for a in questions if a.question.settled is None and cache.answer(a.key) is None]
+
+
+def _judgment(asked: Asked, cache: Cache, spec: JudgeSpec) -> Judgment:
+    question = asked.question
+    verdict = cache.get(asked.key) or Verdict(judge=spec.model, failed=NOT_ASKED)
+    if question.settled is not None:
+        verdict = Verdict(judge=RULE, answer=question.settled)
+    return Judgment(
+        id=question.id,
+        sample=question.sample,
+        kind=question.kind,
+        order=question.order,
+        repeat=question.repeat,
+        key=asked.key,
+        **asdict(verdict),
+    )
+
+
+def _record(spec: JudgeSpec, cache: Cache, evaluations: list[Evaluation]) -> dict[str, Any]:
+    judgments: dict[str, list[Judgment]] = {}
+    words: dict[str, dict[str, int]] = {}
+    for evaluation in evaluations:
+        name = evaluation.planned.name
+        judgments.setdefault(name, []).extend(
+            replace(each, id=f"{evaluation.setting}/{each.id}", sample=f"{evaluation.setting}/{each.sample}")
+            for each in evaluation.store.judgments()
+        )
+        lengths = {f"{evaluation.setting}/{s.id}": len((s.output or "").split()) for s in evaluation.samples}
+        words.setdefault(name, {}).update(lengths)
+    verdicts = _reference_verdicts(spec)
+    everything = [judgment for found in judgments.values() for judgment in found]
+    failed = Counter(judgment.failed.partition(":")[0] for judgment in everything if judgment.failed is not None)
+    prompt_tokens, output_tokens = cache.used()
+    return {
+        "judge": spec.model_dump(mode="json"),
+        "identity": spec.identity(),
+        "versions": sorted({verdict.judge for verdict in cache.of_this_judge()}),
+        "prompts": sorted({asked.question.template for e in evaluations for asked in e.questions}),
+        "judgments": len(everything),
+        "by_rule": sum(judgment.judge == RULE for judgment in everything),
+        "failed": dict(failed),
+        "prompt_tokens": prompt_tokens,
+        "output_tokens": output_tokens,
+        "usd": spec.usd(prompt_tokens, output_tokens),
+        "calibration": {
+            name: calibration.table(found, words[name], verdicts.get(name, {})) for name, found in judgments.items()
+        },
+    }
+
+
+def _reference_verdicts(spec: JudgeSpec) -> dict[str, dict[str, Answer]]:
+    """suite -> "SETTING/QUESTION" -> answer, from the file of the spec."""
+    found: dict[str, dict[str, Answer]] = {}
+    if spec.verdicts is not None:
+        for number, row in read_jsonl(Path(spec.verdicts)):
+            try:
+                found.setdefault(row["suite"], {})[f"{row['setting']}/{row['id']}"] = dict(row["answer"])
+            except (KeyError, TypeError, ValueError) as error:
+                raise ConfigError(
+                    f"line {number} of {spec.verdicts} is no verdict: {error!r}.",
+                    'Expected {"suite": ..., "setting": ..., "id": ..., "answer": {...}}, as in judgments.jsonl.',
+                ) from error
+    return found

@@ -1,0 +1,346 @@
+"""Any task or group of lm-eval as a suite, question by question, with paired statistics.
+
+    kick evaluate MODEL --suite lm_eval:arc_easy,lm_eval:hellaswag --data DIR --out RUN
+
+lm-eval makes the prompts and scores the answers; kick asks, keeps every sample, and compares. With a folder as data,
+its datasets are read from local files (`NAME/CONFIG/SPLIT.jsonl` and the like), nothing from the hub. What a metric of
+lm-eval adds up otherwise than question by question (BLEU over a corpus, F1 of a classifier) has no paired test and is
+left out; the record names it.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from kick.errors import ConfigError, DataError, unknown_name
+from kick.judge.questions import Judgment
+from kick.rows import read_jsonl
+from kick.settings import digest
+from kick.suite import DataSource, Example, Metric, Sample, Score, Suite
+
+FEWSHOT_SEED = 1234  # lm-eval's own
+_SPLITS = ("train", "validation", "test")
+
+
+class LMEval(Suite):
+    name = "lm_eval"
+    argument = "task"
+    description = "any task or group of lm-eval, as lm_eval:TASK"
+    metrics: tuple[Metric, ...] = ()
+
+    class Params(BaseModel):
+        model_config = ConfigDict(frozen=True, extra="forbid")
+
+        task: str = Field(description="a task or group of lm-eval; stands after the colon")
+        shots: int | None = Field(default=None, ge=0, description="solved questions in front; None: what the task says")
+        metric: str | None = Field(default=None, description="the primary one; None: the task's first")
+        chat_template: Literal["on", "off"] = "off"
+        include_path: str | None = Field(default=None, description="a folder with more task files")
+
+    def __init__(self, params: BaseModel | None = None) -> None:
+        super().__init__(params)
+        self._tasks: dict[str, Any] = {}
+        self._left_out: set[str] = set()
+
+    # Questions
+
+    def examples(self, source: DataSource) -> list[Example]:
+        """Prompts are made here, in the order of the documents: few-shot examples are drawn in that order."""
+        self._tasks = self._load(source)
+        self.metrics = self._metrics()
+        found = []
+        for name, task in self._tasks.items():
+            for number, doc in enumerate(task.eval_docs):
+                instances = self._instances(task, doc, number)
+                content = {
+                    "task": name,
+                    "number": number,
+                    "requests": [[each.request_type, _plain(each.arguments)] for each in instances],
+                    "doc": digest(_plain(doc)),
+                }
+                found.append(Example(f"{name}-{number}", name, content))
+        return found
+
+    def _load(self, source: DataSource) -> dict[str, Any]:
+        if source.kind == "embedded":
+            raise DataError("lm-eval's tasks do not come with kick.", "Set data to hub or to a folder of local files.")
+        manager = _manager(self.params.include_path)
+        if self.params.task not in manager.all_tasks:
+            raise unknown_name(
+                "lm-eval task", self.params.task, _near(self.params.task, manager), "And thousands more."
+            )
+        try:
+            if source.kind == "directory":
+                with local_datasets(source.directory):
+                    tasks = manager.load(self.params.task)["tasks"]
+            else:
+                tasks = manager.load(self.params.task)["tasks"]
+        except DataError:
+            raise
+        except Exception as error:  # whatever a task's code or a dataset does wrong
+            raise DataError(
+                f"lm-eval cannot load '{self.params.task}' from {source}: {_first_line(error)}", "--debug shows where."
+            ) from error
+        for name, task in tasks.items():
+            if task.OUTPUT_TYPE not in ("loglikelihood", "loglikelihood_rolling", "multiple_choice", "generate_until"):
+                raise ConfigError(f"'{name}' asks for {task.OUTPUT_TYPE}, which kick does not answer.")
+            if self.params.shots is not None:
+                task.set_config("num_fewshot", self.params.shots)
+            task.set_fewshot_seed(FEWSHOT_SEED)
+        return tasks
+
+    def _instances(self, task: Any, doc: Any, number: int) -> list[Any]:
+        """lm-eval's requests for one document. With a chat template, contexts are messages as JSON for now."""
+        chat = self.params.chat_template == "on"
+        options = {"apply_chat_template": chat, "chat_template": _messages_as_json if chat else None}
+        context = task.fewshot_context(
+            doc,
+            num_fewshot=task.config.num_fewshot or 0,
+            fewshot_as_multiturn=chat,
+            gen_prefix=task.doc_to_prefix(doc),
+            **options,
+        )
+        metadata = (task.task_name, number, 1)
+        made = task.construct_requests(doc=doc, ctx=context, metadata=metadata, **options)
+        return made if isinstance(made, list) else [made]
+
+    def record(self, lm: Any) -> dict[str, Any]:
+        versions = {name: getattr(task, "VERSION", None) for name, task in self._tasks.items()}
+        return {"task_versions": versions, "not_by_question": sorted(self._left_out)}
+
+    def length(self, example: Example) -> int:
+        return sum(len(str(arguments)) for _, arguments in example.content["requests"])
+
+    # Answers
+
+    def answer(self, lm: Any, examples: Sequence[Example]) -> Iterator[Sample]:
+        from lm_eval.api.instance import Instance
+
+        instances: list[list[Any]] = []
+        by_kind: dict[str, list[Any]] = {}
+        for example in examples:
+            doc = self._tasks[example.content["task"]].eval_docs[example.content["number"]]
+            own = []
+            for index, (kind, arguments) in enumerate(example.content["requests"]):
+                shown = (self._rendered(lm, arguments[0]), *arguments[1:])
+                metadata = (example.content["task"], example.content["number"], 1)
+                own.append(Instance(kind, doc, shown, index, metadata=metadata))
+                by_kind.setdefault(kind, []).append(own[-1])
+            instances.append(own)
+        for kind, requests in by_kind.items():
+            for instance, response in zip(requests, getattr(lm, kind)(requests, disable_tqdm=True), strict=True):
+                instance.resps.append(response)
+        for example, own in zip(examples, instances, strict=True):
+            yield self._sample(lm, example, own)
+
+    def _rendered(self, lm: Any, context: str) -> str:
+        if self.params.chat_template == "off":
+            return context
+        messages, add_generation_prompt = json.loads(context)
+        return lm.apply_chat_template(messages, add_generation_prompt=add_generation_prompt)
+
+    def _sample(self, lm: Any, example: Example, instances: list[Any]) -> Sample:
+        task = self._tasks[example.content["task"]]
+        for each in task._filters:
+            each.apply(instances)
+        several = len(task._filters) > 1
+        scores: dict[str, float] = {}
+        for filter in task._filters:
+            responses = [instance.filtered_resps[filter.name] for instance in instances]
+            for metric, value in task.process_results(instances[0].doc, responses).items():
+                name = f"{metric},{filter.name}" if several else metric
+                scores |= _numbers(name, value, _kind_of(task, metric))
+        generated = instances[0].request_type == "generate_until"
+        ranked = task.OUTPUT_TYPE == "multiple_choice"
+        if ranked:
+            scores["chance"] = 1.0 / len(task.doc_to_choice(instances[0].doc))
+        tokens = len(lm.tok_encode(instances[0].args[0]))
+        room = instances[0].args[1].get("max_gen_toks", 256) if generated else 0
+        return Sample(
+            id=example.id,
+            group=example.group,
+            prompt=instances[0].args[0],
+            output=instances[0].resps[0] if generated else None,
+            choices=[{"text": i.args[1], "loglikelihood": i.resps[0][0]} for i in instances] if ranked else None,
+            scores=scores,
+            truncated=instances[0].request_type != "loglikelihood_rolling" and tokens + room > lm.max_length,
+            shots=task.config.num_fewshot or 0,
+            n_prompt_tokens=tokens,
+            n_output_tokens=len(lm.tok_encode(instances[0].resps[0], add_special_tokens=False)) if generated else 0,
+        )
+
+    # Scores
+
+    def score(self, samples: Sequence[Sample], judgments: Sequence[Judgment] = ()) -> list[Score]:
+        """As every suite; what guessing gives is counted over the questions, whose options differ in number."""
+        chances = [sample.scores["chance"] for sample in samples if "chance" in sample.scores]
+        chance = float(np.mean(chances)) if chances else None
+        scores = super().score(samples)
+        return [
+            replace(score, metric=replace(score.metric, chance=chance))
+            if chance is not None and score.metric.name.partition(",")[0] in ("acc", "acc_norm", "acc_bytes")
+            else score
+            for score in scores
+        ]
+
+    def _metrics(self) -> tuple[Metric, ...]:
+        """The metrics of all tasks that are added up question by question, the primary one first."""
+        found: dict[str, Metric] = {}
+        for task in self._tasks.values():
+            several = len(task._filters) > 1
+            for metric in task.aggregation():
+                kind = _kind_of(task, metric)
+                for filter in task._filters:
+                    name = f"{metric},{filter.name}" if several else metric
+                    if kind is None:
+                        self._left_out.add(name)
+                    else:
+                        found.setdefault(name, _metric(name, kind, task.higher_is_better().get(metric, True)))
+        wanted = self.params.metric or next(iter(found), "")
+        if wanted not in found:
+            left_out = f" Not by question: {', '.join(sorted(self._left_out))}." if self._left_out else ""
+            raise ConfigError(
+                f"'{self.params.task}' has no metric '{wanted}' that is counted question by question.",
+                f"Known: {', '.join(found) or 'none'}.{left_out}",
+            )
+        return (found.pop(wanted), *found.values())
+
+
+Kind = Literal["mean", "perplexity", "weighted_perplexity", "bits_per_byte"]
+
+
+def _kind_of(task: Any, metric: str) -> Kind | None:
+    """How lm-eval adds up `metric`, if question by question."""
+    from lm_eval.api import metrics
+
+    known: dict[Any, Kind] = {
+        metrics.mean: "mean",
+        metrics.nanmean: "mean",
+        metrics.perplexity: "perplexity",
+        metrics.weighted_perplexity: "weighted_perplexity",
+        metrics.bits_per_byte: "bits_per_byte",
+    }
+    return known.get(task.aggregation().get(metric))
+
+
+def _metric(name: str, kind: Kind, higher_is_better: bool) -> Metric:
+    per = f"{name} per" if kind in ("weighted_perplexity", "bits_per_byte") else None
+    share = kind == "mean" and name.partition(",")[0] in ("acc", "acc_norm", "acc_bytes", "exact_match", "em")
+    return Metric(
+        name,
+        value=name,
+        per=per,
+        transform="exp" if kind in ("perplexity", "weighted_perplexity") else "mean",
+        higher_is_better=higher_is_better,
+        unit="share of questions" if share else "",
+    )
+
+
+def _numbers(name: str, value: Any, kind: Kind | None) -> dict[str, float]:
+    """What a sample keeps of a result of lm-eval's: a number, or the two that a ratio adds up."""
+    if kind is None:
+        return {}
+    if kind in ("weighted_perplexity", "bits_per_byte"):
+        loglikelihood, weight = value
+        return {
+            name: -loglikelihood / (math.log(2) if kind == "bits_per_byte" else 1.0),
+            f"{name} per": float(weight),
+        }
+    return {name: -float(value) if kind == "perplexity" else float(value)}
+
+
+@cache
+def _manager(include_path: str | None) -> Any:
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=include_path)
+
+
+def _near(name: str, manager: Any) -> list[str]:
+    """A few of lm-eval's thousands of names."""
+    from difflib import get_close_matches
+
+    return get_close_matches(name, manager.all_tasks, n=8, cutoff=0.5) or ["arc_easy", "hellaswag", "piqa"]
+
+
+def _messages_as_json(messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+    return json.dumps([messages, add_generation_prompt], ensure_ascii=False)
+
+
+def _plain(value: Any) -> Any:
+    """As JSON: tuples become lists, and what JSON cannot hold its text."""
+    return json.loads(json.dumps(value, default=str, ensure_ascii=False))
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
+
+
+# Local files in place of the hub
+
+
+@contextmanager
+def local_datasets(root: Path | None) -> Iterator[None]:
+    """While it lasts, `datasets.load_dataset` reads local files.
+
+    lm-eval has no other place for this that holds for groups, inherited configurations and Python tasks alike.
+    """
+    import datasets
+
+    assert root is not None
+    original: Callable[..., Any] = datasets.load_dataset
+    datasets.load_dataset = lambda path, name=None, **options: read_local(root, path, name)
+    try:
+        yield
+    finally:
+        datasets.load_dataset = original
+
+
+def read_local(root: Path, path: str, config: str | None) -> Any:
+    """The splits of the dataset `owner/NAME` that lie under `root` in NAME/CONFIG/, NAME/ or CONFIG/."""
+    import datasets
+
+    if not root.is_dir():
+        raise DataError(f"no data folder {root}.", "--data takes a folder, 'embedded' or 'hub'.")
+    name = path.rpartition("/")[2]
+    wanted = [Path(name) / config, Path(name), Path(config)] if config else [Path(name)]
+    folders = [base / place for place in wanted for base in (root, *sorted(p for p in root.iterdir() if p.is_dir()))]
+    for folder in folders:
+        splits = _splits(folder) if folder.is_dir() else {}
+        if splits:
+            return datasets.DatasetDict({split: _read(file) for split, file in splits.items()})
+    raise DataError(
+        f"{root} holds no files of the dataset '{path}'" + (f", configuration '{config}'." if config else "."),
+        f"Expected {wanted[0]}/SPLIT.jsonl (or .parquet), SPLIT being {', '.join(_SPLITS)}.",
+    )
+
+
+def _splits(folder: Path) -> Mapping[str, Path]:
+    """Files whose names have a split among their words: test.jsonl, winogrande_xl.validation.jsonl."""
+    found: dict[str, Path] = {}
+    for file in sorted(folder.iterdir()):
+        if file.name.endswith((".jsonl", ".jsonl.gz", ".parquet")):
+            words = file.name.replace("-", ".").replace("_", ".").split(".")
+            for split in _SPLITS:
+                if split in words:
+                    found.setdefault(split, file)
+    return found
+
+
+def _read(file: Path) -> Any:
+    import datasets
+
+    if file.suffix == ".parquet":
+        import pyarrow.parquet
+
+        return datasets.Dataset(pyarrow.parquet.read_table(file))
+    return datasets.Dataset.from_list([row for _, row in read_jsonl(file)])

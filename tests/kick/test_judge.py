@@ -1,0 +1,407 @@
+"""Judging a run at a scripted endpoint: what is asked, counted and paid, and what happens when it fails."""
+
+import json
+import shutil
+from collections import Counter
+
+import pytest
+from conftest import make_tiny_llama
+from judge_server import CUT, NOT_JSON, REFUSAL, JudgeServer, slow, status
+
+from kick import cli
+from kick.judge.client import Judge
+from kick.judge.run import judge_run
+from kick.judge.spec import JudgeSpec
+from kick.progress import Silent
+
+SWEEP = """
+model: {model}
+data: embedded
+settings: [magnitude@0.5]
+suites:
+  - {{suite: mt_bench, params: {{max_new_tokens: 6}}, limit: 3}}
+  - {{suite: summarization, params: {{max_new_tokens: 6}}, limit_per_group: 1}}
+"""
+
+
+@pytest.fixture(scope="module")
+def roomy_model(tmp_path_factory, tokenizer):
+    """A tiny model whose context holds the long stories."""
+    path = tmp_path_factory.mktemp("models") / "roomy"
+    make_tiny_llama(max_position_embeddings=8192).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def answered(tmp_path_factory, roomy_model):
+    """A run with the answers of a dense and a pruned tiny model."""
+    folder = tmp_path_factory.mktemp("judge")
+    (folder / "sweep.yaml").write_text(SWEEP.format(model=roomy_model))
+    assert cli.main(["sweep", str(folder / "sweep.yaml"), "--out", str(folder / "run")]) == 0
+    return folder / "run"
+
+
+@pytest.fixture
+def run(answered, tmp_path):
+    shutil.copytree(answered, tmp_path / "run")
+    return tmp_path / "run"
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch):
+    waits = []
+    original = Judge.__init__
+    monkeypatch.setattr(Judge, "__init__", lambda self, spec, budget: original(self, spec, budget, waits.append))
+    return waits
+
+
+def good(prompt, attempt=1):
+    """A fair judge: a pair is a tie, a rating is 6."""
+    if "assistant B" in prompt:
+        return '{"winner": "tie"}'
+    if "Summary to grade" in prompt:
+        return 'Fine. {"coherence": 6, "consistency": 6, "fluency": 6, "relevance": 6}'
+    return '{"rating": 6}'
+
+
+def spec(server, **changes):
+    return JudgeSpec(model="scripted", base_url=server.url, **{"timeout": 5, "concurrency": 4, **changes})
+
+
+def judgments(run, setting, suite):
+    path = run / "evaluations" / setting / suite / "judgments.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def rows(run, suite, metric, group="overall"):
+    return {
+        row["setting"]: row
+        for row in json.loads(cli_json(run))
+        if (row["suite"], row["metric"], row["group"]) == (suite, metric, group)
+    }
+
+
+def cli_json(run):
+    import csv
+
+    cli.main(["report", str(run)])
+    with open(run / "scores.csv") as file:
+        return json.dumps(list(csv.DictReader(file)))
+
+
+def test_every_answer_is_graded_and_reported(run):
+    with JudgeServer(good) as server:
+        outcome = judge_run(run, spec(server), Silent())
+    # 3 conversations x 2 turns: dense 6 ratings; pruned 6 ratings and 6 pairs in both orders; 3 summaries each
+    assert outcome.asked + outcome.record["by_rule"] == outcome.record["judgments"] == 6 + 12 + 6 + 12 + 3 + 3
+    assert outcome.failed == {}
+    found = rows(run, "mt_bench", "rating")
+    asked = [j for j in judgments(run, "magnitude@0.5", "mt_bench") if j["kind"] == "single"]
+    expected = sum(j["answer"]["rating"] for j in asked) / len(asked)
+    assert float(found["magnitude@0.5"]["score"]) == pytest.approx(expected)
+    assert float(rows(run, "mt_bench", "win_rate")["dense"]["score"]) == 0.5  # its own answers: ties without asking
+    assert float(rows(run, "summarization", "quality", "large")["dense"]["score"]) == 6.0
+    assert "scripted-2026-01 (fp_1)" in (run / "report.html").read_text()
+    scores = json.loads((run / "evaluations/dense/mt_bench/scores.json").read_text())
+    assert {"rating", "win_rate"} <= {row["metric"] for row in scores["scores"]}
+
+
+def test_dense_is_never_compared_with_itself_and_empty_answers_need_no_judge(run):
+    path = run / "evaluations/magnitude@0.5/mt_bench/samples.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    dense = (run / "evaluations/dense/mt_bench/samples.jsonl").read_text().splitlines()
+    lines[0]["output"], lines[1]["output"] = "", json.loads(dense[1])["output"]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    rescore(run, "magnitude@0.5", "mt_bench")
+    with JudgeServer(good) as server:
+        judge_run(run, spec(server), Silent())
+    by_id = {j["id"]: j for j in judgments(run, "magnitude@0.5", "mt_bench")}
+    empty, equal = lines[0]["id"], lines[1]["id"]
+    assert by_id[f"{empty} single"]["answer"] == {"rating": 1.0}
+    assert [by_id[f"{empty} pair {order}"]["answer"]["winner"] for order in ("ab", "ba")] == ["B", "A"]  # it loses
+    assert by_id[f"{equal} pair ab"]["answer"] == {"winner": "tie"}
+    assert by_id[f"{equal} pair ab"]["asks"] == 0
+    assert not any("assistant B" in prompt for prompt in server.asked if prompt.count(lines[1]["output"]) > 2)
+
+
+def rescore(run, setting, suite):
+    """Make the changed samples the ones that were scored."""
+    from kick.files import sha256_of
+
+    folder = run / "evaluations" / setting / suite
+    scores = json.loads((folder / "scores.json").read_text())
+    (folder / "scores.json").write_text(json.dumps({**scores, "samples_sha256": sha256_of(folder / "samples.jsonl")}))
+
+
+def test_a_judge_that_prefers_what_it_sees_first_sees_only_ties(run):
+    with JudgeServer(lambda prompt, _: '{"winner": "A"}' if "assistant B" in prompt else good(prompt)) as server:
+        outcome = judge_run(run, spec(server), Silent())
+    assert float(rows(run, "mt_bench", "win_rate")["magnitude@0.5"]["score"]) == 0.5
+    table = outcome.record["calibration"]["mt_bench"]
+    assert table["swap_disagreement"] == 1.0
+    assert table["first_shown_wins_when_they_disagree"] == 1.0
+
+
+def test_judging_again_asks_nothing(run):
+    with JudgeServer(good) as server:
+        judge_run(run, spec(server), Silent())
+        before = sum(server.asked.values())
+        first = (run / "evaluations/dense/mt_bench/judgments.jsonl").read_bytes()
+        outcome = judge_run(run, spec(server), Silent())
+        assert sum(server.asked.values()) == before
+    assert (outcome.asked, outcome.cached) == (0, before)
+    assert (run / "evaluations/dense/mt_bench/judgments.jsonl").read_bytes() == first
+
+
+def test_another_judge_is_asked_anew(run):
+    with JudgeServer(good) as server:
+        judge_run(run, spec(server), Silent())
+        before = sum(server.asked.values())
+        judge_run(run, spec(server, temperature=0.5), Silent())
+        assert sum(server.asked.values()) == 2 * before
+
+
+def test_faults_that_pass_are_retried_and_nothing_answered_is_asked_again(run, no_waiting):
+    faults = [status(429, retry_after="7"), status(500), CUT, NOT_JSON, slow(1.0, '{"rating": 6}')]
+
+    def script(prompt, attempt):
+        fault = faults[sum(map(ord, prompt)) % len(faults)]
+        return fault if attempt == 1 else good(prompt)
+
+    with JudgeServer(script) as server:
+        outcome = judge_run(run, spec(server, timeout=0.4), Silent())
+        assert set(server.answered.values()) == {1}
+        assert all(count == 2 for count in server.asked.values())
+    assert outcome.failed == {}
+    assert outcome.record["last_call"]["retried_requests"] == len(server.asked)
+    assert 7.0 in no_waiting  # as long as the endpoint asked for
+    assert all(wait <= 60 for wait in no_waiting)
+
+
+def test_what_never_succeeds_is_counted_and_never_a_number(run):
+    def script(prompt, attempt):
+        if "assistant B" in prompt:
+            return REFUSAL
+        if "Summary to grade" in prompt:
+            return '{"coherence": 6, "consistency": 11, "fluency": 6, "relevance": 6}'  # out of range
+        return status(503)
+
+    with JudgeServer(script) as server:
+        outcome = judge_run(run, spec(server, retries=1, asks=3), Silent())
+    reasons = Counter()
+    for setting in ("dense", "magnitude@0.5"):
+        for suite in ("mt_bench", "summarization"):
+            reasons.update(j["failed"] for j in judgments(run, setting, suite))
+            for judgment in judgments(run, setting, suite):
+                assert (judgment["answer"] is None) == (judgment["failed"] is not None)
+    assert reasons["HTTP 503, 2 times"] > 0
+    assert reasons["refused: I will not judge that."] > 0
+    assert reasons["unreadable, asked 3 times"] > 0
+    assert sum(outcome.failed.values()) == sum(count for reason, count in reasons.items() if reason)
+    found = rows(run, "summarization", "quality")["dense"]
+    assert (int(found["n"]), int(found["failed"]), found["score"]) == (0, 3, "")
+
+
+def test_failed_questions_are_asked_again_by_the_same_command(run):
+    with JudgeServer(lambda prompt, _: "no idea") as server:
+        assert sum(judge_run(run, spec(server, asks=1), Silent()).failed.values()) > 0
+        server.script = good
+        assert judge_run(run, spec(server, asks=1), Silent()).failed == {}
+
+
+def test_an_unreadable_reply_is_shown_to_the_judge_again(run):
+    with JudgeServer(lambda prompt, attempt: "I think it is good" if attempt == 1 else good(prompt)) as server:
+        judge_run(run, spec(server), Silent())
+    second = next(body for body in server.bodies if len(body["messages"]) == 4)
+    assert second["messages"][2] == {"role": "assistant", "content": "I think it is good"}
+    assert "could not be read" in second["messages"][3]["content"]
+
+
+def test_an_endpoint_without_schemas_is_asked_plainly_and_that_is_said(run):
+    with JudgeServer(good, understands_schemas=False) as server:
+        outcome = judge_run(run, spec(server), Silent())
+    assert outcome.failed == {}
+    assert outcome.record["last_call"]["not_understood_by_the_endpoint"] == ["structured output"]
+
+
+def test_the_budget_holds_to_the_cent(run):
+    """20 USD per million prompt tokens and 50 per million of reply: a request of 1000 + 200 costs 0.03 USD."""
+    prices = {"price_in": 20.0, "price_out": 50.0}
+    with JudgeServer(good, usage=(1000, 200)) as server:
+        budget = 0.40
+        outcome = judge_run(run, spec(server, budget_usd=budget, max_tokens=200, **prices), Silent())
+        asked = sum(server.asked.values())
+        assert outcome.record["usd"] == pytest.approx(0.03 * asked)
+        assert 0 < outcome.record["usd"] <= budget
+        assert outcome.stopped.startswith(f"the budget is spent after {asked} of ")
+        unasked = outcome.record["judgments"] - outcome.record["by_rule"] - asked
+        assert outcome.failed == {"not asked": unasked}
+        again = judge_run(run, spec(server, budget_usd=budget, max_tokens=200, **prices), Silent())
+        assert again.record["usd"] <= budget  # what was spent before counts
+        whole = judge_run(run, spec(server, budget_usd=100, max_tokens=200, **prices), Silent())
+        assert whole.failed == {}
+        assert set(server.asked.values()) == {1}
+    assert whole.record["usd"] == pytest.approx(0.03 * sum(server.asked.values()))
+
+
+def test_a_budget_in_tokens(run):
+    with JudgeServer(good, usage=(1000, 200)) as server:
+        outcome = judge_run(run, spec(server, budget_tokens=20_000, max_tokens=200), Silent())
+    used = outcome.record["prompt_tokens"] + outcome.record["output_tokens"]
+    assert 0 < used <= 20_000
+    assert outcome.stopped
+
+
+def test_requests_whose_fate_is_unknown_count_at_their_worst(run):
+    with JudgeServer(lambda prompt, attempt: CUT if attempt == 1 else good(prompt), usage=(10, 10)) as server:
+        outcome = judge_run(run, spec(server, budget_tokens=10**7, max_tokens=500), Silent())
+    assert outcome.record["output_tokens"] == len(server.asked) * (500 + 10)
+
+
+def test_the_key_comes_from_the_environment_and_appears_nowhere(run, monkeypatch, capfd):
+    monkeypatch.setenv("MY_JUDGE_KEY", "sk-very-secret-123")
+    with JudgeServer(lambda prompt, attempt: status(500, "sk-very-secret-123") if attempt == 1 else good(prompt)) as s:
+        code = cli.main(
+            ["judge", str(run), "--judge", "scripted", "--base-url", s.url, "--param", "key_env=MY_JUDGE_KEY"]
+        )
+    assert code == 0
+    assert s.keys == {"Bearer sk-very-secret-123"}
+    printed = capfd.readouterr()
+    assert "sk-very" not in printed.out + printed.err
+    assert not any(b"sk-very" in file.read_bytes() for file in run.rglob("*") if file.is_file())
+
+
+def test_a_killed_run_goes_on_where_it_was(run):
+    with JudgeServer(good) as server:
+        judge_run(run, spec(server), Silent())
+        cache = run / "judge-cache.jsonl"
+        lines = cache.read_bytes().split(b"\n")
+        cache.write_bytes(b"\n".join(lines[:5]) + b"\n" + lines[5][:40])  # as after a kill: half a line at the end
+        before = Counter(server.asked)
+        outcome = judge_run(run, spec(server), Silent())
+        assert outcome.cached == 5
+        assert sum((server.asked - before).values()) == len(before) - 5
+        assert judge_run(run, spec(server), Silent()).asked == 0
+
+
+def test_no_more_questions_under_way_than_asked_for(run):
+    with JudgeServer(lambda prompt, _: slow(0.05, good(prompt))) as server:
+        judge_run(run, spec(server, concurrency=3), Silent())
+    assert server.most_under_way == 3
+
+
+def test_repeats_tell_whether_the_judge_agrees_with_itself(run):
+    with JudgeServer(
+        lambda prompt, attempt: (
+            good(prompt)
+            if attempt == 1
+            else '{"rating": 8, "winner": "A", "coherence": 8, "consistency": 6, "fluency": 6, "relevance": 6}'
+        )
+    ) as server:
+        outcome = judge_run(run, spec(server, repeats=2, concurrency=1), Silent())
+    table = outcome.record["calibration"]["summarization"]
+    assert table["asked_again"] == 2
+    assert table["same_answer"] == 0.0
+    assert table["mean_rating_change"] == pytest.approx(0.5)  # one of four criteria moved by two
+    assert float(rows(run, "summarization", "coherence")["dense"]["score"]) == 6.0  # repeats enter no score
+
+
+def test_reference_verdicts(run, tmp_path):
+    with JudgeServer(good) as server:
+        judge_run(run, spec(server), Silent())
+        first = next(j for j in judgments(run, "dense", "mt_bench") if j["asks"])
+        row = {"suite": "mt_bench", "setting": "dense", "id": first["id"], "answer": {"rating": 9}}
+        (tmp_path / "people.jsonl").write_text(json.dumps(row) + "\n")
+        outcome = judge_run(run, spec(server, verdicts=str(tmp_path / "people.jsonl")), Silent())
+    table = outcome.record["calibration"]["mt_bench"]
+    assert (table["with_reference_verdict"], table["mean_distance_from_reference"]) == (1, 3.0)
+
+
+def test_the_other_protocol_rates_both_summaries_in_both_orders(run):
+    def script(prompt, attempt):
+        if "Summary B" not in prompt:
+            return good(prompt)
+        return '{"coherence": [8, 6], "consistency": [8, 6], "fluency": [8, 6], "relevance": [8, 6]}'
+
+    with JudgeServer(script) as server:
+        judge_run(run, spec(server, suites={"summarization": {"protocol": "both"}}), Silent())
+    asked = judgments(run, "dense", "summarization")
+    assert Counter(j["order"] for j in asked) == {"ab": 3, "ba": 3}
+    assert float(rows(run, "summarization", "quality")["dense"]["score"]) == 7.0  # 8 when shown first, else 6
+
+
+def test_the_highlights_go_to_the_judge_and_never_to_the_model(run):
+    with JudgeServer(good) as server:
+        judge_run(run, spec(server), Silent())
+    from importlib.resources import files
+
+    stories = files("kick_tasks").joinpath("data/summarization/stories.jsonl").read_text().splitlines()
+    highlights = {row["id"]: row["highlights"] for row in map(json.loads, stories)}
+    samples = [
+        json.loads(line) for line in (run / "evaluations/dense/summarization/samples.jsonl").read_text().splitlines()
+    ]
+    for sample in samples:
+        assert highlights[sample["id"]] not in sample["prompt"]
+        assert any(highlights[sample["id"]] in prompt for prompt in server.asked)
+
+
+def test_an_estimate_asks_nothing(run, capsys):
+    with JudgeServer(good) as server:
+        arguments = ["judge", str(run), "--judge", "scripted", "--base-url", server.url, "--price", "2,8", "--dry-run"]
+        assert cli.main([*arguments, "--json"]) == 0
+        assert not server.asked
+    cost = json.loads(capsys.readouterr().out)
+    assert cost["to_ask"] == cost["questions"] - cost["settled_by_rule"]
+    expected = (cost["estimated_prompt_tokens"] * 2 + cost["estimated_output_tokens"] * 8) / 1e6
+    assert cost["estimated_usd"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--judge", "gpt-x"], "OPENAI_API_KEY is not set"),
+        (["--judge", "m", "--base-url", "http://127.0.0.1:9/v1", "--budget", "1"], "without its prices"),
+        (["--judge", "m", "--base-url", "http://127.0.0.1:9/v1", "--param", "nonsense=1"], "unknown key 'nonsense'"),
+        (["--judge", "m", "--base-url", "http://127.0.0.1:9/v1", "--param", "mmlu.x=1"], "no suite 'mmlu'"),
+        (["--judge", "m", "--base-url", "http://127.0.0.1:9/v1", "--param", "mt_bench.x=1"], "unknown key 'x'"),
+        (["--judge", "m", "--base-url", "http://127.0.0.1:9/v1", "--price", "cheap"], "not two numbers"),
+    ],
+)
+def test_what_cannot_be_judged_is_said_at_once(run, capsys, monkeypatch, options, message):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    assert cli.main(["judge", str(run), *options]) == 2
+    assert message in capsys.readouterr().err
+    assert not (run / "judge.json").exists()
+
+
+@pytest.mark.parametrize(("code", "message"), [(401, "does not accept the key"), (404, "knows no model 'scripted'")])
+def test_an_endpoint_that_can_never_answer_ends_it(run, capsys, code, message):
+    with JudgeServer(lambda prompt, _: status(code, "sorry")) as server:
+        assert cli.main(["judge", str(run), "--judge", "scripted", "--base-url", server.url]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_judge_in_the_sweep_file(tmp_path, roomy_model, capsys):
+    with JudgeServer(good) as server:
+        text = SWEEP.format(model=roomy_model) + f"judge: {{model: scripted, base_url: '{server.url}'}}\n"
+        (tmp_path / "sweep.yaml").write_text(text)
+        assert cli.main(["sweep", str(tmp_path / "sweep.yaml"), "--out", str(tmp_path / "run"), "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["unjudged"] == 0
+    assert (tmp_path / "run/judge.json").is_file()
+    assert cli.main(["sweep", str(tmp_path / "sweep.yaml"), "--out", str(tmp_path / "run")]) == 0  # all from the cache
+
+
+def test_answers_given_anew_are_judged_anew(run):
+    with JudgeServer(good) as server:
+        judge_run(run, spec(server), Silent())
+        path = run / "evaluations/dense/mt_bench/scores.json"
+        scores = json.loads(path.read_text())
+        del scores["judgments_sha256"]  # as when the evaluation was answered again
+        path.write_text(json.dumps(scores))
+        assert "rating" not in {row["metric"] for row in rows_of_setting(run, "dense")}
+
+
+def rows_of_setting(run, setting):
+    return [row for row in json.loads(cli_json(run)) if row["setting"] == setting]
