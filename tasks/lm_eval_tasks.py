@@ -28,6 +28,7 @@ from kick.suite import DataSource, Example, Metric, Sample, Score, Suite
 
 FEWSHOT_SEED = 1234  # lm-eval's own
 _SPLITS = ("train", "validation", "test")
+_LAYOUT = "SPLIT is " + ", ".join(_SPLITS) + "; a file is .jsonl, .jsonl.gz or .parquet."
 
 
 class LMEval(Suite):
@@ -85,6 +86,8 @@ class LMEval(Suite):
                 tasks = manager.load(self.params.task)["tasks"]
         except DataError:
             raise
+        except IndexError as error:
+            raise DataError(f"{source} holds no rows of the split that '{self.params.task}' asks.", _LAYOUT) from error
         except Exception as error:  # whatever a task's code or a dataset does wrong
             raise DataError(
                 f"lm-eval cannot load '{self.params.task}' from {source}: {_first_line(error)}", "--debug shows where."
@@ -95,6 +98,10 @@ class LMEval(Suite):
             if self.params.shots is not None:
                 task.set_config("num_fewshot", self.params.shots)
             task.set_fewshot_seed(FEWSHOT_SEED)
+            shots = task.config.num_fewshot or 0
+            available = len(task.sampler.df) if shots and hasattr(task.sampler, "df") else shots
+            if available < shots:
+                raise DataError(f"{shots} shots asked for; {source} has {available} rows for '{name}'.", _LAYOUT)
         return tasks
 
     def _instances(self, task: Any, doc: Any, number: int) -> list[Any]:
@@ -317,10 +324,12 @@ def read_local(root: Path, path: str, config: str | None) -> Any:
     for folder in folders:
         splits = _splits(folder) if folder.is_dir() else {}
         if splits:
-            return datasets.DatasetDict({split: _read(file) for split, file in splits.items()})
+            found = {split: _read(file) for split, file in splits.items()}
+            empty = next(iter(found.values())).select([])  # tasks name a train split even where they show no examples
+            return datasets.DatasetDict({split: found.get(split, empty) for split in _SPLITS})
     raise DataError(
         f"{root} holds no files of the dataset '{path}'" + (f", configuration '{config}'." if config else "."),
-        f"Expected {wanted[0]}/SPLIT.jsonl (or .parquet), SPLIT being {', '.join(_SPLITS)}.",
+        f"Expected {wanted[0]}/SPLIT.jsonl. {_LAYOUT}",
     )
 
 

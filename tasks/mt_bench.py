@@ -263,13 +263,14 @@ def _rows(source: DataSource) -> list[dict[str, Any]]:
     else:
         path = sources.find(source.directory, "mt_bench/question.jsonl", "question.jsonl", suite="mt_bench")
         files = [path, path.parent / _FILES[1]]
-    references = read_answers(files[1], by_turn=False) if files[1].is_file() else {}
+    references = read_answers(files[1], by_turn=False) if files[1].is_file() else None
     rows = []
     for number, row in read_jsonl(files[0]):
         where = f"line {number} of {files[0]}"
         try:
             id, turns = str(row["question_id"]), row["turns"]
-            reference = row.get("reference") or references.get(id, [])
+            # where there is a file of references, it is what published scores were judged by
+            reference = row.get("reference", []) if references is None else references.get(id, [])
             rows.append({"id": id, "category": str(row["category"]), "turns": turns, "reference": reference})
         except KeyError as error:
             raise DataError(f"{where} is not in MT-Bench's schema: {error} is missing.", "See docs/data.md.") from error

@@ -1,0 +1,204 @@
+"""lm-eval's tasks as suites: the numbers of stock lm-eval on the same local rows, and errors for what it cannot ask."""
+
+import json
+from importlib.resources import files
+
+import pytest
+from conftest import make_tiny_llama
+from kick_tasks.lm_eval_tasks import LMEval, read_local
+from test_suites import ScriptedLM
+
+from kick import cli, plugins
+from kick.errors import ConfigError, DataError, KickError
+from kick.lm.fast import FastLM
+from kick.suite import DataSource
+
+ROWS = 12
+SOURCES = {
+    "ai2_arc/ARC-Easy/test.jsonl": "multiple_choice/ai2_arc/ARC-Easy/test.jsonl",
+    "hellaswag/validation.jsonl": "multiple_choice/hellaswag/validation.subset1000.jsonl",
+    "lambada_openai/test.jsonl": "multiple_choice/lambada_openai/test.jsonl",
+    "sciq/test.jsonl": "multiple_choice/sciq/test.jsonl",
+}
+
+
+@pytest.fixture(scope="module")
+def local(mirror, tmp_path_factory):
+    """The first rows of four real data sets, laid out as a local mirror, with train splits of others."""
+    root = tmp_path_factory.mktemp("mirror")
+    for place, source in SOURCES.items():
+        (root / place).parent.mkdir(parents=True, exist_ok=True)
+        with open(mirror / source, encoding="utf-8", newline="\n") as file:
+            lines = [next(file) for _ in range(3 * ROWS)]
+        (root / place).write_text("".join(lines[:ROWS]), encoding="utf-8")
+        if not place.startswith("lambada"):
+            (root / place).with_name("train.jsonl").write_text("".join(lines[ROWS:]), encoding="utf-8")
+    return root
+
+
+@pytest.fixture(scope="module")
+def lm(tokenizer):
+    return FastLM(make_tiny_llama(max_position_embeddings=8192), tokenizer)  # nothing is truncated, and so left out
+
+
+def stock(local, lm, tmp_path, name, path, **options):
+    """lm-eval's own evaluation of its own task file, with the local rows read by `datasets` itself."""
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    folder = local / path
+    splits = {file.stem: str(file) for file in folder.glob("*.jsonl")}
+    task = {
+        "include": str(files("lm_eval").joinpath(f"tasks/{_FILES[name]}")),
+        "task": f"stock_{name}",
+        "dataset_path": "json",
+        "dataset_name": None,
+        "dataset_kwargs": {"data_files": splits, "cache_dir": str(tmp_path / "cache")},
+    }
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "task.yaml").write_text(json.dumps(task))
+    manager = TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False)
+    found = simple_evaluate(
+        lm, tasks=[f"stock_{name}"], task_manager=manager, bootstrap_iters=0, verbosity="ERROR", **options
+    )
+    return found["results"][f"stock_{name}"]
+
+
+_FILES = {
+    "arc_easy": "arc/arc_easy.yaml",
+    "hellaswag": "hellaswag/hellaswag.yaml",
+    "lambada_openai": "lambada/lambada_openai.yaml",
+    "sciq": "sciq/sciq.yaml",
+}
+
+
+def kicks(local, lm, **params):
+    suite = LMEval(LMEval.Params(**params))
+    examples = suite.examples(DataSource.parse(str(local)))
+    samples = [sample for batch in suite.batches(examples, 5) for sample in suite.answer(lm, batch)]
+    return suite, samples, {score.metric.name: score for score in suite.score(samples) if score.group == "overall"}
+
+
+@pytest.mark.parametrize(
+    ("task", "path", "metrics", "options"),
+    [
+        ("arc_easy", "ai2_arc/ARC-Easy", ["acc", "acc_norm"], {}),
+        ("hellaswag", "hellaswag", ["acc", "acc_norm"], {}),
+        ("lambada_openai", "lambada_openai", ["perplexity", "acc"], {}),
+        ("sciq", "sciq", ["acc", "acc_norm"], {"shots": 2}),
+    ],
+)
+def test_the_numbers_of_stock_lm_eval(local, lm, tmp_path, task, path, metrics, options):
+    suite, samples, scores = kicks(local, lm, task=task, **options)
+    expected = stock(local, lm, tmp_path, task, path, **({"num_fewshot": 2} if options else {}))
+    assert [metric.name for metric in suite.metrics] == metrics
+    assert len(samples) == ROWS
+    for metric in metrics:
+        assert scores[metric].point == pytest.approx(expected[f"{metric},none"], rel=1e-5), metric
+    assert {sample.shots for sample in samples} == {options.get("shots", 0)}
+
+
+def test_what_guessing_gives_is_counted_over_the_options(local, lm):
+    _, samples, scores = kicks(local, lm, task="arc_easy")
+    chance = sum(1 / len(sample.choices) for sample in samples) / len(samples)
+    assert scores["acc"].metric.chance == pytest.approx(chance)
+    assert scores["acc"].metric.chance == pytest.approx(0.25, abs=0.03)
+
+
+def test_another_primary_metric(local, lm):
+    suite, _, _ = kicks(local, lm, task="arc_easy", metric="acc_norm")
+    assert suite.metrics[0].name == "acc_norm"
+    with pytest.raises(ConfigError, match="no metric 'bleu'"):
+        kicks(local, lm, task="arc_easy", metric="bleu")
+
+
+def test_a_chat_template_is_applied_when_the_model_is_known(local):
+    suite = LMEval(LMEval.Params(task="sciq", chat_template="on", shots=1))
+    examples = suite.examples(DataSource.parse(str(local)))[:1]
+    lm = ScriptedLM(likelihood=lambda context, continuation: float(-len(continuation)), chat=True)
+    (sample,) = suite.answer(lm, examples)
+    assert sample.prompt.startswith("<user>")
+    assert sample.prompt.count("<assistant>") == 2  # the solved example's, and the one to be answered
+
+
+def test_a_task_of_ones_own_with_generation_and_two_filters(tmp_path, lm):
+    rows = [{"q": f"{n} + 1 =", "a": str(n + 1)} for n in range(4)]
+    (tmp_path / "sums").mkdir()
+    (tmp_path / "sums/test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/sums.yaml").write_text("""
+task: my_sums
+dataset_path: me/sums
+test_split: test
+output_type: generate_until
+doc_to_text: "{{q}}"
+doc_to_target: "{{a}}"
+generation_kwargs: {until: ["\\n"], max_gen_toks: 5}
+metric_list:
+  - {metric: exact_match, aggregation: mean, higher_is_better: true}
+filter_list:
+  - {name: whole, filter: [{function: take_first}]}
+  - {name: number, filter: [{function: regex, regex_pattern: "(\\\\d+)"}, {function: take_first}]}
+""")
+    suite = LMEval(LMEval.Params(task="my_sums", include_path=str(tmp_path / "mine")))
+    examples = suite.examples(DataSource.parse(str(tmp_path)))
+    answers = {"0 + 1 =": "1", "1 + 1 =": "it is 2", "2 + 1 =": "four", "3 + 1 =": "4"}
+    samples = list(suite.answer(ScriptedLM(lambda prompt: answers[prompt]), examples))
+    scores = {score.metric.name: score.point for score in suite.score(samples) if score.group == "overall"}
+    assert scores == {"exact_match,whole": 0.5, "exact_match,number": 0.75}
+    assert [sample.output for sample in samples] == ["1", "it is 2", "four", "4"]
+
+
+def test_in_a_run_with_the_task_in_the_suites_name(local, tmp_path, tiny_model, capsys):
+    names = "lm_eval:arc_easy,lm_eval:lambada_openai"
+    arguments = ["evaluate", str(tiny_model), "--suite", names, "--data", str(local), "--out", str(tmp_path / "run")]
+    assert cli.main([*arguments, "--json"]) == 0
+    board = json.loads(capsys.readouterr().out)["leaderboard"][0]
+    assert 0 <= board["lm_eval:arc_easy"] <= 1
+    assert board["lm_eval:lambada_openai"] > 1  # a perplexity
+    assert cli.main(["report", str(tmp_path / "run")]) == 0  # without loading lm-eval's tasks again
+
+
+def test_files_are_found_in_several_layouts(tmp_path):
+    row = json.dumps({"x": 1}) + "\n"
+    for place in ("set/cfg/test.jsonl", "deep/other/other_xl.validation.jsonl", "third/test-00000.jsonl"):
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / place).write_text(row)
+    assert read_local(tmp_path, "me/set", "cfg")["test"][0] == {"x": 1}
+    assert {k: len(v) for k, v in read_local(tmp_path, "me/other", "other_xl").items()} == {
+        "train": 0, "validation": 1, "test": 0,
+    }  # fmt: skip
+    assert len(read_local(tmp_path, "nobody/glue", "third")["test"]) == 1
+    with pytest.raises(DataError, match="no files of the dataset 'me/absent'"):
+        read_local(tmp_path, "me/absent", None)
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [("arc_eazy", "Did you mean 'arc_easy'"), ("piqa", "no files of the dataset 'baber/piqa'")],
+)
+def test_tasks_that_cannot_be_had(local, task, message):
+    with pytest.raises(KickError, match=message):
+        LMEval(LMEval.Params(task=task)).examples(DataSource.parse(str(local)))
+
+
+def test_a_mirror_without_examples_or_without_the_split_that_is_asked(local, lm, tmp_path):
+    (tmp_path / "sciq").mkdir()
+    rows = (local / "sciq/test.jsonl").read_text(encoding="utf-8")
+    (tmp_path / "sciq/test.jsonl").write_text(rows, encoding="utf-8")
+    assert len(kicks(tmp_path, lm, task="sciq")[1]) == ROWS
+    with pytest.raises(DataError, match=r"2 shots asked for; .* has 0 rows"):
+        kicks(tmp_path, lm, task="sciq", shots=2)
+    (tmp_path / "sciq/test.jsonl").rename(tmp_path / "sciq/train.jsonl")
+    with pytest.raises(DataError, match="no rows of the split that 'sciq' asks"):
+        kicks(tmp_path, lm, task="sciq")
+
+
+def test_a_suite_with_and_without_something_after_the_colon():
+    assert plugins.suite_of("lm_eval:arc_easy")[1] == {"task": "arc_easy"}
+    with pytest.raises(ConfigError, match="names no task"):
+        plugins.suite_of("lm_eval")
+    with pytest.raises(ConfigError, match="takes nothing after a colon"):
+        plugins.suite_of("mmlu:letters")
+    with pytest.raises(DataError, match="do not come with kick"):
+        LMEval(LMEval.Params(task="arc_easy")).examples(DataSource.parse("embedded"))
