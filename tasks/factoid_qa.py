@@ -7,11 +7,10 @@ an accepted answer stands in the completion as whole words.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from kick.errors import DataError
@@ -19,7 +18,7 @@ from kick.rows import read_jsonl
 from kick.suite import DataSource, Example, Sample, Suite
 
 from . import scoring, sources
-from .free_answers import INSTRUCTION, METRICS, answer_freely
+from .free_answers import INSTRUCTION, METRICS, answer_freely, draw_shots
 from .prompts import ChatTemplate, few_shot, fit, uses_chat
 
 HUB = "microsoft/freebase_qa"
@@ -39,30 +38,24 @@ class FactoidQA(Suite):
         max_new_tokens: int = Field(default=32, ge=1)
 
     def examples(self, source: DataSource) -> list[Example]:
-        shots = self._shots(source)
+        shots = draw_shots(_rows(source, "dev"), self.params.shots, self.params.shot_seed) if self.params.shots else []
         rows = _rows(source, "test")
         return [Example(row["id"], row["topic"], {**row, "shots": shots}) for row in rows]
-
-    def _shots(self, source: DataSource) -> list[list[str]]:
-        """[question, answer] pairs: the same for all questions, so that their prompts begin alike."""
-        if self.params.shots == 0:
-            return []
-        dev = _rows(source, "dev")
-        if len(dev) < self.params.shots:
-            raise DataError(f"{self.params.shots} shots asked for; the dev split holds {len(dev)}.", "Ask for fewer.")
-        chosen = np.random.default_rng(self.params.shot_seed).choice(len(dev), self.params.shots, replace=False)
-        return [[dev[index]["question"], dev[index]["answers"][0]] for index in chosen]
 
     def answer(self, lm: Any, examples: Sequence[Example]) -> Iterator[Sample]:
         chat = uses_chat(lm, self.params.chat_template)
         prompts = [
-            fit(lm, self._builder(lm, chat, example), self.params.shots, self.params.max_new_tokens)
+            fit(lm, self.prompt(lm, chat, example), self.params.shots, self.params.max_new_tokens)
             for example in examples
         ]
         yield from answer_freely(lm, examples, prompts, chat, self.params.max_new_tokens)
 
+    def record(self, lm: Any) -> dict[str, Any]:
+        return {"chat_template": uses_chat(lm, self.params.chat_template)}
+
     @staticmethod
-    def _builder(lm: Any, chat: bool, example: Example) -> Any:
+    def prompt(lm: Any, chat: bool, example: Example) -> Callable[[int], str]:
+        """The prompt with so many shots; without a chat template no LM is needed."""
         shots = [(f"Question: {question}\nAnswer:", answer) for question, answer in example.content["shots"]]
         question = f"Question: {example.content['question']}\nAnswer:"
         return lambda count: few_shot(lm, chat, "" if count else INSTRUCTION, shots[:count], question)

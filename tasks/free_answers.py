@@ -3,6 +3,9 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
+
+from kick.errors import DataError
 from kick.lm import generate
 from kick.suite import Example, Metric, Sample
 
@@ -15,6 +18,16 @@ METRICS: tuple[Metric, ...] = (
     Metric("exact_match", value="exact_match", unit="share of questions"),
     Metric("f1", value="f1"),
 )
+
+
+def draw_shots(rows: Sequence[dict[str, Any]], count: int, seed: int) -> list[list[str]]:
+    """[question, answer] pairs: the same for all questions, so that their prompts begin alike. Raises DataError."""
+    if len(rows) < count:
+        raise DataError(
+            f"{count} shots asked for; there are {len(rows)} questions to draw them from.", "Ask for fewer."
+        )
+    chosen = np.random.default_rng(seed).choice(len(rows), count, replace=False)
+    return [[rows[index]["question"], rows[index]["answers"][0]] for index in chosen]
 
 
 def answer_freely(

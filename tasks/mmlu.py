@@ -21,7 +21,7 @@ from kick.suite import OVERALL, DataSource, Example, Metric, Sample, Suite
 
 from . import sources
 from .mmlu_subjects import CATEGORY
-from .prompts import Prompt, fit
+from .prompts import ChatTemplate, Prompt, few_shot, fit, uses_chat
 
 HUB = "cais/mmlu"
 LETTERS = "ABCD"
@@ -41,6 +41,7 @@ class MMLU(Suite):
             default="characters", description="cloze: divide an option's log-likelihood by its characters, or not"
         )
         subjects: tuple[str, ...] | None = Field(default=None, description="only these subjects")
+        chat_template: ChatTemplate = "off"
 
     def examples(self, source: DataSource) -> list[Example]:
         subjects = self._subjects(source)
@@ -78,9 +79,11 @@ class MMLU(Suite):
         return [batch for rows in by_subject for batch in super(MMLU, self).batches(rows, size)]
 
     def answer(self, lm: Any, examples: Sequence[Example]) -> Iterator[Sample]:
-        prompts = [self._prompt(lm, example) for example in examples]
+        chat = uses_chat(lm, self.params.chat_template)
+        prompts = [self._fitted(lm, chat, example) for example in examples]
+        space = "" if chat else " "  # a turn of a conversation does not begin with a space
         pairs = [
-            (prompt.text, f" {option}")
+            (prompt.text, f"{space}{option}")
             for example, prompt in zip(examples, prompts, strict=True)
             for option in self._options(example)
         ]
@@ -90,9 +93,12 @@ class MMLU(Suite):
                 {"text": option, "loglikelihood": next(values)[0], "correct": index == example.content["answer"]}
                 for index, option in enumerate(self._options(example))
             ]
-            yield self._sample(example, prompt, choices)
+            yield self.sample(example, prompt, choices)
 
-    def _sample(self, example: Example, prompt: Prompt, choices: list[dict[str, Any]]) -> Sample:
+    def record(self, lm: Any) -> dict[str, Any]:
+        return {"chat_template": uses_chat(lm, self.params.chat_template)}
+
+    def sample(self, example: Example, prompt: Prompt, choices: list[dict[str, Any]]) -> Sample:
         by_character = self.params.format == "cloze" and self.params.normalization == "characters"
         ranks = [choice["loglikelihood"] / (max(1, len(choice["text"])) if by_character else 1) for choice in choices]
         best = ranks.index(max(ranks))
@@ -118,11 +124,12 @@ class MMLU(Suite):
     def _options(self, example: Example) -> list[str]:
         return list(LETTERS) if self.params.format == "letters" else example.content["choices"]
 
-    def _prompt(self, lm: Any, example: Example) -> Prompt:
+    def _fitted(self, lm: Any, chat: bool, example: Example) -> Prompt:
         room = max(len(lm.tok_encode(f" {option}", add_special_tokens=False)) for option in self._options(example))
-        return fit(lm, self._builder(example), len(example.content["shots"]), room)
+        return fit(lm, self.prompt(lm, chat, example), len(example.content["shots"]), room)
 
-    def _builder(self, example: Example) -> Callable[[int], str]:
+    def prompt(self, lm: Any, chat: bool, example: Example) -> Callable[[int], str]:
+        """The prompt with so many shots; without a chat template no LM is needed."""
         letters = self.params.format == "letters"
         subject = example.content["subject"].replace("_", " ")
         kind = "multiple choice questions" if letters else "questions"
@@ -134,11 +141,11 @@ class MMLU(Suite):
             options = "".join(f"{letter}. {text}\n" for letter, text in zip(LETTERS, row["choices"], strict=True))
             return f"{row['question'].strip()}\n{options}Answer:"
 
-        def solved(row: dict[str, Any]) -> str:
-            answer = LETTERS[row["answer"]] if letters else row["choices"][row["answer"]]
-            return f"{ask(row)} {answer}\n\n"
+        def answer(row: dict[str, Any]) -> str:
+            return LETTERS[row["answer"]] if letters else row["choices"][row["answer"]]
 
-        return lambda count: header + "".join(map(solved, example.content["shots"][:count])) + ask(example.content)
+        shots = [(ask(row), answer(row)) for row in example.content["shots"]]
+        return lambda count: few_shot(lm, chat, header, shots[:count], ask(example.content))
 
 
 def _folder(source: DataSource) -> Path:

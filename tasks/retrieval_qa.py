@@ -17,7 +17,7 @@ from kick.rows import read_jsonl
 from kick.suite import OVERALL, DataSource, Example, Metric, Sample, Suite
 
 from . import scoring, sources
-from .free_answers import INSTRUCTION, METRICS, answer_freely
+from .free_answers import INSTRUCTION, METRICS, answer_freely, draw_shots
 from .passages import Collection, Passage, cut
 from .prompts import ChatTemplate, few_shot, fit, uses_chat
 
@@ -28,6 +28,11 @@ _RECALL = (1, 5, 20)
 _MOST = max(_RECALL)  # passages that are kept of each question
 HOLDS, LACKS = "evidence holds the answer", "evidence lacks the answer"
 _HUB = {"triviaqa": ("mandarjoshi/trivia_qa", "rc"), "nq_open": ("google-research-datasets/nq_open", None)}
+_HUB_SHOTS = {"triviaqa": ("mandarjoshi/trivia_qa", "rc.nocontext"), "nq_open": _HUB["nq_open"]}
+_SHOT_FILES = {
+    "triviaqa": ("triviaqa/rc.train.jsonl", "triviaqa/hf_schema/rc_sample.train.jsonl"),
+    "nq_open": ("natural_questions/NQ-open.train.jsonl",),
+}
 _FILES = {
     "triviaqa": (
         "triviaqa/rc.validation.jsonl",
@@ -51,6 +56,10 @@ class RetrievalQA(Suite):
         file: str | None = Field(default=None, description="inside the data folder, instead of the known names")
         evidence_tokens: int = Field(default=512, ge=1, description="what evidence may take, in whole passages")
         passage_words: int = Field(default=100, ge=10, description="longest passage that a document is cut into")
+        shots: int = Field(
+            default=0, ge=0, description="solved questions in front, without evidence, of the train split"
+        )
+        shot_seed: int = Field(default=0, description="which questions are the shots")
         chat_template: ChatTemplate = "off"
         max_new_tokens: int = Field(default=32, ge=1)
 
@@ -80,34 +89,40 @@ class RetrievalQA(Suite):
             if self.params.evidence == "retrieved":
                 chosen = Collection(everything).search([row["question"] for row in rows], _MOST)
         group = "embedded" if source.kind == "embedded" else self.params.dataset
+        shots: list[list[str]] = []
+        if self.params.shots:
+            shots = draw_shots(_shot_rows(source, self.params.dataset), self.params.shots, self.params.shot_seed)
         return [
-            Example(row.pop("id"), group, {**row, "passages": [passage.to_json() for passage in passages]})
+            Example(row.pop("id"), group, {**row, "passages": [each.to_json() for each in passages], "shots": shots})
             for row, passages in zip(rows, chosen, strict=True)
         ]
 
     def answer(self, lm: Any, examples: Sequence[Example]) -> Iterator[Sample]:
         chat = uses_chat(lm, self.params.chat_template)
-        evidence = [self._evidence(lm, example) for example in examples]
+        evidence = [self.evidence(lm, example) for example in examples]
         prompts = [
-            fit(lm, _builder(lm, chat, example, shown), 0, self.params.max_new_tokens)
+            fit(lm, self.prompt(lm, chat, example, shown), self.params.shots, self.params.max_new_tokens)
             for example, shown in zip(examples, evidence, strict=True)
         ]
-        samples = answer_freely(lm, examples, prompts, chat, self.params.max_new_tokens, self._rule)
+        samples = answer_freely(lm, examples, prompts, chat, self.params.max_new_tokens, self.rule)
         for example, shown, sample in zip(examples, evidence, samples, strict=True):
             if self.params.evidence != "none":
                 answers = example.content["answers"]
-                holding = [scoring.contains(str(passage), answers, self._rule) for passage in _passages(example)]
+                holding = [scoring.contains(str(passage), answers, self.rule) for passage in _passages(example)]
                 sample.scores["answer_in_evidence"] = max(holding[: len(shown)], default=0.0)
                 if self.params.evidence == "retrieved":
                     sample.scores |= {f"recall@{k}": max(holding[:k], default=0.0) for k in _RECALL}
             yield sample
 
+    def record(self, lm: Any) -> dict[str, Any]:
+        return {"chat_template": uses_chat(lm, self.params.chat_template)}
+
     @property
-    def _rule(self) -> scoring.Rule:
+    def rule(self) -> scoring.Rule:
         """How answers are normalised: each dataset as its own literature does it."""
         return "triviaqa" if self.params.dataset == "triviaqa" else "squad"
 
-    def _evidence(self, lm: Any, example: Example) -> list[Passage]:
+    def evidence(self, lm: Any, example: Example) -> list[Passage]:
         """The passages that fit into the budget, in order, up to the first that does not."""
         shown: list[Passage] = []
         room = self.params.evidence_tokens
@@ -117,6 +132,14 @@ class RetrievalQA(Suite):
                 break
             shown.append(passage)
         return shown
+
+    @staticmethod
+    def prompt(lm: Any, chat: bool, example: Example, shown: list[Passage]) -> Callable[[int], str]:
+        """The prompt with so many shots; without a chat template no LM is needed."""
+        evidence = "".join(f"{passage}\n" for passage in shown) + ("\n" if shown else "")
+        shots = [(f"Question: {question}\nAnswer:", answer) for question, answer in example.content["shots"]]
+        question = f"{evidence}Question: {example.content['question']}\nAnswer:"
+        return lambda count: few_shot(lm, chat, INSTRUCTION, shots[:count], question)
 
     def length(self, example: Example) -> int:
         shown = sum(len(str(passage)) for passage in _passages(example))
@@ -132,12 +155,6 @@ def _passages(example: Example) -> list[Passage]:
     return [Passage(**passage) for passage in example.content["passages"]]
 
 
-def _builder(lm: Any, chat: bool, example: Example, shown: list[Passage]) -> Callable[[int], str]:
-    evidence = "".join(f"{passage}\n" for passage in shown)
-    question = f"{evidence}\nQuestion: " if shown else "Question: "
-    return lambda _: few_shot(lm, chat, INSTRUCTION, [], f"{question}{example.content['question']}\nAnswer:")
-
-
 # Rows: id, question, answers, documents [(title, text)]
 
 
@@ -150,6 +167,18 @@ def _rows(source: DataSource, dataset: Dataset, file: str | None) -> list[dict[s
         return _unique([_read(row, index, dataset, f"row {index} of {name}") for index, row in enumerate(found, 1)])
     candidates = (file,) if file else _FILES[dataset]
     path = sources.find(source.directory, *candidates, suite="retrieval_qa")
+    return _unique([_read(row, number, dataset, f"line {number} of {path}") for number, row in read_jsonl(path)])
+
+
+def _shot_rows(source: DataSource, dataset: Dataset) -> list[dict[str, Any]]:
+    """Solved questions to show as examples: of the train split, or kick's own."""
+    if source.kind == "embedded":
+        return [row for _, row in read_jsonl(sources.EMBEDDED / "factoid_qa" / "dev.jsonl")]
+    if source.kind == "hub":
+        name, config = _HUB_SHOTS[dataset]
+        found = list(enumerate(sources.hub_rows(name, config, split="train"), 1))
+        return [_read(row, index, dataset, f"row {index} of {name}") for index, row in found]
+    path = sources.find(source.directory, *_SHOT_FILES[dataset], suite="retrieval_qa")
     return _unique([_read(row, number, dataset, f"line {number} of {path}") for number, row in read_jsonl(path)])
 
 
