@@ -7,6 +7,7 @@ import sys
 
 import pytest
 from conftest import REPOSITORY
+from judge_server import JudgeServer
 
 from kick import cli, plugins
 from kick.compress import prepare
@@ -117,11 +118,46 @@ def test_the_table_of_keys_is_complete():
         assert f"`{key}`" in table, key
 
 
-@pytest.mark.parametrize("name", ["demo", "real"])
-def test_the_shipped_sweep_files_are_valid(name):
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_shipped_sweep_files_are_valid(path):
+    from kick.compress import prepare
     from kick.config import load
+    from kick.sweep.plan import make_suite
 
-    assert len(load(REPOSITORY / "configs" / f"{name}.yaml").all_settings()) >= 9
+    config = load(path)
+    assert all(prepare(setting) is not None for setting in config.all_settings())
+    assert all(make_suite(suite) for suite in config.suites)
+
+
+def test_the_commands_of_the_page_on_judges(tmp_path, monkeypatch, tiny_model, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OPENAI_API_KEY", "x")
+    (tmp_path / "configs").symlink_to(REPOSITORY / "configs")
+    reply = '{"rating": 5, "winner": "tie", "coherence": 5, "consistency": 5, "fluency": 5, "relevance": 5}'
+    sweep, *judges = blocks("docs/judge.md", "console")[0].strip().split("\n")
+    assert run(f"{sweep} --set model={tiny_model} --limit 2") == 0
+    with JudgeServer(lambda prompt, attempt: reply) as server:
+        for line in judges:
+            line = line if "--base-url" in line else f"{line} --base-url URL"
+            assert run(line, ("URL", server.url), ("http://localhost:8000/v1", server.url)) == 0, line
+    assert server.asked
+
+
+def test_kicks_questions_in_stock_lm_eval_as_documented(tmp_path, tiny_model):
+    (script,) = blocks("docs/data.md", "bash")
+    for old, new in (
+        ("python -c", f"{sys.executable} -c"),
+        ("lm_eval run", f"{sys.executable} -m lm_eval run --device cpu --output_path {tmp_path}"),
+        ("PATH", str(tiny_model)),
+        ('"DIR"', '"embedded"'),
+        ("200", "4"),
+    ):
+        assert old in script
+        script = script.replace(old, new)
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (results,) = tmp_path.rglob("results*.json")
+    assert {"kick_factoid_qa", "kick_mmlu"} <= json.loads(results.read_text())["results"].keys()
 
 
 def test_the_commands_of_the_readme(tmp_path, monkeypatch, tiny_model, capsys):
@@ -147,7 +183,17 @@ def test_links_lead_somewhere(page):
 
 
 @pytest.mark.parametrize(
-    "module", ["kick.progress", "kick_compressors.masks", "kick_tasks.scoring", "kick_tasks.perplexity"]
+    "module",
+    [
+        "kick.progress",
+        "kick.judge.replies",
+        "kick_compressors.masks",
+        "kick_tasks.lexical",
+        "kick_tasks.passages",
+        "kick_tasks.perplexity",
+        "kick_tasks.scoring",
+        "kick_tasks.summarization",
+    ],
 )
 def test_examples_in_docstrings(module):
     import doctest

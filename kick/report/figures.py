@@ -106,9 +106,10 @@ def _score_against(axis: Axis, results: Results, suite: str) -> tuple[Figure, st
 
     axes.axhline(dense.score * scale, color="0.25", linewidth=1.2)
     _label_line(axes, dense.score * scale, "dense", "above" if metric.higher_is_better else "below")
-    limit = dense.score * (1 - TOLERANCE) if metric.higher_is_better else dense.score / (1 - TOLERANCE)
-    axes.axhline(limit * scale, color="0.25", linewidth=1.0, linestyle=(0, (4, 3)))
-    _label_line(axes, limit * scale, "95 % of dense", "below" if metric.higher_is_better else "above")
+    if not metric.descriptive:
+        limit = dense.score * (1 - TOLERANCE) if metric.higher_is_better else dense.score / (1 - TOLERANCE)
+        axes.axhline(limit * scale, color="0.25", linewidth=1.0, linestyle=(0, (4, 3)))
+        _label_line(axes, limit * scale, "95 % of dense", "below" if metric.higher_is_better else "above")
     axes.axhspan(dense.interval.low * scale, dense.interval.high * scale, color="0.25", alpha=0.08, linewidth=0)
     if metric.chance is not None:
         axes.axhline(metric.chance * scale, color="0.55", linewidth=1.0, linestyle=":")
@@ -131,8 +132,8 @@ def _score_against(axis: Axis, results: Results, suite: str) -> tuple[Figure, st
     axes.set_title(f"{suite}: {metric.name.replace('_', ' ')} against {axis}", loc="left", fontsize=11)
     axes.legend(loc="best", fontsize=9)
     caption = (
-        f"n = {dense.n}. Bands and bars: 95 % intervals; grey: the dense model's own. "
-        f"Dashed: where 5 % of the dense score is lost."
+        f"n = {dense.n}. Bands and bars: 95 % intervals; grey: the dense model's own."
+        + ("" if metric.descriptive else " Dashed: where 5 % of the dense score is lost.")
         + (
             " Patterns stand side by side at their sparsity."
             if any(f.endswith(" N:M") for f in results.families_on(axis))

@@ -192,7 +192,12 @@ def _facts(results: Results) -> list[tuple[str, str]]:
     ]
     for name, suite in run["suites"].items():
         params = ", ".join(f"{key} {value}" for key, value in suite["params"].items() if value is not None)
+        decided = ", ".join(f"{key} {value}" for key, value in results.get(DENSE, name).suite_record.items() if value)
         facts.append(
-            (f"suite {name}", f"{suite['questions']} questions of {suite['source']} ({params}), data {suite['data']}")
+            (
+                f"suite {name}",
+                f"{suite['questions']} questions of {suite['source']} ({params}), data {suite['data']}"
+                + (f"; {decided}" if decided else ""),
+            )
         )
     return [(name, value) for name, value in facts if value]

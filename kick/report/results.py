@@ -228,8 +228,9 @@ def read_results(path: Path) -> Results:
     store = Store(path)
     settings = [Setting(**{k: v for k, v in row.items() if k != "name"}) for row in run["settings"]]
     suites = {spec.name: make_suite(spec) for spec in (SuiteSpec(**row) for row in run["config"]["suites"])}
-    for name, suite in suites.items():
-        suite.metrics = tuple(Metric(**row) for row in run["suites"][name]["metrics"])
+    for name, suite in suites.items():  # some suites know their metrics only from their questions
+        if "metrics" in run["suites"].get(name, {}):
+            suite.metrics = tuple(Metric(**row) for row in run["suites"][name]["metrics"])
     evaluations = {}
     for setting in settings:
         for name, suite in suites.items():

@@ -180,10 +180,10 @@ def test_damaged_samples_are_asked_again(finished, config, tmp_path):
 
 
 def test_resuming_keeps_whole_batches_only(tmp_path):
-    from kick.suite import Example, Sample
+    from kick.suite import Sample
 
     store = EvaluationStore(tmp_path)
-    batches = [[Example("a", "g", {}), Example("b", "g", {})], [Example("c", "g", {}), Example("d", "g", {})]]
+    batches = [["a", "b"], ["c", "d"]]
     assert store.resume(batches) == 0
     with store.appending() as appender:
         for id in "abc":
