@@ -63,6 +63,8 @@ class MTBench(Suite):
 
         chat_template: ChatTemplate = "auto"
         max_new_tokens: int = Field(default=512, ge=1, description="for each turn")
+        temperature: float = Field(default=0.0, ge=0, description="0 is greedy; LLM-KICK samples at 0.7")
+        seed: int = Field(default=0, description="of sampling")
 
     class Judging(BaseModel):
         model_config = ConfigDict(frozen=True, extra="forbid")
@@ -93,7 +95,14 @@ class MTBench(Suite):
                 histories[index].append({"role": "user", "content": examples[index].content["turns"][turn]})
             prompts = [self._prompt(lm, chat, histories[index]) for index in asked]
             stops = [] if chat else ["\nUser:"]
-            outputs = generate(lm, [prompt.text for prompt in prompts], stops, self.params.max_new_tokens)
+            outputs = generate(
+                lm,
+                [prompt.text for prompt in prompts],
+                stops,
+                self.params.max_new_tokens,
+                temperature=self.params.temperature,
+                seed=self.params.seed,
+            )
             for index, prompt, output in zip(asked, prompts, outputs, strict=True):
                 histories[index].append({"role": "assistant", "content": output.strip()})
                 samples[index].append(_sample(lm, examples[index], turn, prompt, output.strip()))

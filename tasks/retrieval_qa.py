@@ -67,9 +67,14 @@ class RetrievalQA(Suite):
         super().__init__(params)
         if self.params.evidence != "none":
             unit = "share of questions"
-            self.metrics = (*METRICS, Metric("answer_in_evidence", value="answer_in_evidence", unit=unit))
+            self.metrics = (
+                *METRICS,
+                Metric("answer_in_evidence", value="answer_in_evidence", unit=unit, descriptive=True),
+            )
         if self.params.evidence == "retrieved":
-            self.metrics += tuple(Metric(f"recall@{k}", value=f"recall@{k}", unit=unit) for k in _RECALL)
+            self.metrics += tuple(
+                Metric(f"recall@{k}", value=f"recall@{k}", unit=unit, descriptive=True) for k in _RECALL
+            )
 
     def examples(self, source: DataSource) -> list[Example]:
         rows = _rows(source, self.params.dataset, self.params.file)

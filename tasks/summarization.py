@@ -76,6 +76,8 @@ class Summarization(Suite):
 
         chat_template: ChatTemplate = "auto"
         max_new_tokens: int = Field(default=256, ge=1)
+        temperature: float = Field(default=0.0, ge=0, description="0 is greedy; LLM-KICK samples at 0.7")
+        seed: int = Field(default=0, description="of sampling")
         file: str | None = Field(default=None, description="inside the data folder: a .jsonl, or a folder of .story")
 
     class Judging(BaseModel):
@@ -106,7 +108,14 @@ class Summarization(Suite):
             for example in examples
         ]
         stops = [] if chat else ["\n\n"]
-        outputs = generate(lm, [prompt.text for prompt in prompts], stops, self.params.max_new_tokens)
+        outputs = generate(
+            lm,
+            [prompt.text for prompt in prompts],
+            stops,
+            self.params.max_new_tokens,
+            temperature=self.params.temperature,
+            seed=self.params.seed,
+        )
         for example, prompt, output in zip(examples, prompts, outputs, strict=True):
             yield Sample(
                 id=example.id,

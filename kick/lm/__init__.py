@@ -37,13 +37,22 @@ def rolling_loglikelihoods(lm: "LM", texts: Sequence[str]) -> list[float]:
 
 
 def generate(
-    lm: "LM", prompts: Sequence[str], until: Sequence[str], max_new_tokens: int, min_new_tokens: int = 0
+    lm: "LM",
+    prompts: Sequence[str],
+    until: Sequence[str],
+    max_new_tokens: int,
+    min_new_tokens: int = 0,
+    temperature: float = 0.0,
+    seed: int = 0,
 ) -> list[str]:
-    """For each prompt: the greedy completion, which ends before any of the strings `until`.
+    """For each prompt: the completion, which ends before any of the strings `until`. Greedy at temperature 0.
 
     min_new_tokens: an end-of-text token before that does not end it.
     """
-    options = {"until": list(until), "max_gen_toks": max_new_tokens, "do_sample": False, "temperature": 0.0}
+    options: dict[str, Any] = {"until": list(until), "max_gen_toks": max_new_tokens}
+    options |= {"do_sample": temperature > 0, "temperature": temperature}
+    if temperature > 0:
+        options["seed"] = seed
     if min_new_tokens:
         options["min_new_tokens"] = min_new_tokens
     requests = [_request("generate_until", (prompt, options)) for prompt in prompts]

@@ -2,14 +2,16 @@
 
 Likelihoods: the tokens that all requests of a set begin with run once and their keys and values are kept; the rest is
 packed into rows without padding (packing.py). Only the positions that are scored reach the vocabulary projection.
-Generation: greedy, in batches that shrink as rows end.
+Generation: in batches that shrink as rows end (generation.py).
 
 What a call computes depends on that call's requests alone (a kept prefix gives the same numbers as a recomputed one),
 so an interrupted evaluation that asks the same batches again gets the same answers.
 """
 
 import copy
-from functools import lru_cache
+import os
+from collections.abc import Callable
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +22,26 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from kick.errors import KickError
+from kick.lm import attention
+from kick.lm.generation import (
+    Completion,
+    Decoding,
+    batches_within,
+    choose,
+    groups_by_length,
+    merge,
+    random_numbers,
+)
 from kick.lm.packing import Packed, clusters, pack, shared_prefix
 from kick.models import load_model, load_tokenizer
 
 PACKED_TOKENS = 512
 """Tokens in a row: enough for full speed of the matrix units, few enough that the mask stays small."""
 
-GENERATION_ROWS = 128
 PLAIN_ROWS = 8
+CACHE_SHARE = 0.15
+"""Of the machine's memory that keys and values of a generation batch may take: fixed, so that batches are too."""
+
 _REMEMBERED_TEXTS = 1024
 _AGREEMENT = {torch.float32: 1e-3, torch.float64: 1e-6}  # log-likelihoods with and without packing; half precision 0.25
 
@@ -44,9 +58,12 @@ class FastLM(TemplateLM):
         self.model = model
         self.tokenizer = tokenizer
         self.path = path
+        attention.use(model)
         self._device = model.device
         self._encode = lru_cache(maxsize=_REMEMBERED_TEXTS)(self._encode_uncached)  # a prompt is met once an option
         self._prefix: tuple[tuple[int, ...], DynamicCache] | None = None
+        self.halved = 0  # batches that did not fit into memory
+        self._bytes_per_cached_token = 1
         self.no_sharing = self._why_no_sharing()
 
     @classmethod
@@ -169,14 +186,15 @@ class FastLM(TemplateLM):
         seen = torch.from_numpy(row.attends(length)).to(self.device)
         mask = torch.zeros(seen.shape, dtype=self.model.dtype, device=self.device)
         mask.masked_fill_(~seen, torch.finfo(self.model.dtype).min)
-        output = self.model(
-            input_ids=torch.tensor([row.tokens], device=self.device),
-            position_ids=torch.tensor([row.depth], device=self.device) + length,
-            attention_mask=mask[None, None],
-            past_key_values=fork(prefix) if prefix is not None else None,
-            use_cache=prefix is not None,
-            logits_to_keep=torch.tensor(places, device=self.device),
-        )
+        with attention.visible_prefix(length):
+            output = self.model(
+                input_ids=torch.tensor([row.tokens], device=self.device),
+                position_ids=torch.tensor([row.depth], device=self.device) + length,
+                attention_mask=mask[None, None],
+                past_key_values=fork(prefix) if prefix is not None else None,
+                use_cache=prefix is not None,
+                logits_to_keep=torch.tensor(places, device=self.device),
+            )
         return output.logits[0]
 
     def _keys_and_values(self, tokens: tuple[int, ...]) -> DynamicCache:
@@ -228,86 +246,108 @@ class FastLM(TemplateLM):
     # Generation
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Greedy completions. `until` strings end a row and are not part of it."""
+        """Completions. `until` strings end a row and are not part of it."""
         contexts = [self.tok_encode(request.args[0]) for request in requests]
-        order = sorted(range(len(requests)), key=lambda index: (_options(requests[index]), tuple(contexts[index])))
+        by_decoding: dict[Decoding, list[int]] = {}
+        for index, request in enumerate(requests):
+            by_decoding.setdefault(Decoding.of(dict(request.args[1])), []).append(index)
         results: dict[int, str] = {}
-        for start in range(0, len(order), GENERATION_ROWS):
-            rows = order[start : start + GENERATION_ROWS]
-            while rows:  # rows of one batch have the same options
-                options = _options(requests[rows[0]])
-                same = [index for index in rows if _options(requests[index]) == options]
-                texts = self._generate([contexts[index] for index in same], *options)
-                results |= dict(zip(same, texts, strict=True))
-                rows = [index for index in rows if index not in results]
+        for decoding, members in by_decoding.items():
+            own = [self._cut(contexts[index], decoding) for index in members]
+            order = sorted(range(len(own)), key=lambda index: tuple(own[index]))  # what begins alike comes together
+            lengths = [len(context) + decoding.most for context in own]
+            rngs = random_numbers(own, decoding.seed)
+            work = partial(self._generate_some, own, decoding, rngs)
+            for batch in batches_within(lengths, order, self._most_cached_tokens()):
+                results |= {members[row]: text for row, text in zip(batch, self._halving(batch, work), strict=True)}
         return [results[index] for index in range(len(requests))]
 
-    @torch.inference_mode()
-    def _generate(
-        self, contexts: list[list[int]], until: tuple[str, ...], max_new_tokens: int, min_new_tokens: int
-    ) -> list[str]:
-        room = self.max_length - max_new_tokens
+    def _cut(self, context: list[int], decoding: Decoding) -> list[int]:
+        room = self.max_length - decoding.most
         if room < 1:
             raise KickError(
-                f"{max_new_tokens} new tokens do not fit a context of {self.max_length}.", "Ask for fewer new tokens."
+                f"{decoding.most} new tokens do not fit a context of {self.max_length}.", "Ask for fewer new tokens."
             )
-        contexts = [context[-room:] for context in contexts]
-        length = 0
-        if self.no_sharing is None and len(contexts) > 1:
-            length = shared_prefix(contexts, min(map(len, contexts)) - 1)
-        rests = [context[length:] for context in contexts]
-        width = max(map(len, rests))
-        tokens = torch.full((len(rests), width), self.eot_token_id)
-        mask = torch.ones(len(rests), length + width, dtype=torch.long)
-        for row, rest in enumerate(rests):  # padded on the left, between the prefix and what follows
-            tokens[row, width - len(rest) :] = torch.tensor(rest)
-            mask[row, length : length + width - len(rest)] = 0
-        mask = mask.to(self.device)
-        cache = DynamicCache(config=self.model.config)
-        if length:
-            cache = fork(self._keys_and_values(tuple(contexts[0][:length])))
-            cache.batch_repeat_interleave(len(rests))
-        position = (mask.cumsum(dim=1) - 1).clamp(min=0)
+        return context[-room:]
 
-        made: list[list[int]] = [[] for _ in contexts]
-        texts: list[str] = [""] * len(contexts)
-        alive = list(range(len(contexts)))
-        inputs, places = tokens.to(self.device), position[:, length:]
+    @torch.inference_mode()
+    def _generate_some(
+        self, contexts: list[list[int]], decoding: Decoding, rngs: list[Any], chosen: list[int]
+    ) -> list[str]:
+        """Completions of the contexts at the places `chosen`."""
+        ends = self._end_tokens()
+        rows = [Completion(decoding, ends, self._text, rngs[index]) for index in chosen]
+        alive = list(range(len(rows)))
+        logits, mask, cache = self._read([contexts[index] for index in chosen])
+        places = mask.sum(dim=1, keepdim=True) - 1
         while True:
+            tokens = choose(logits, [rows[index] for index in alive])
+            going = [
+                row for row, (index, token) in enumerate(zip(alive, tokens, strict=True)) if not rows[index].add(token)
+            ]
+            if not going:
+                return [row.text() for row in rows]
+            if len(going) < len(alive):
+                keep = torch.tensor(going, device=self.device)
+                cache.batch_select_indices(keep)
+                mask, places = mask[keep], places[keep]
+                alive, tokens = [alive[row] for row in going], [tokens[row] for row in going]
+            mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
+            places = places + 1
             logits = self.model(
-                input_ids=inputs,
+                input_ids=torch.tensor(tokens, device=self.device)[:, None],
                 attention_mask=mask,
                 position_ids=places,
                 past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=1,
             ).logits[:, -1]
-            best = logits.argmax(dim=-1)
-            going = []
-            for row, (index, token) in enumerate(zip(alive, best.tolist(), strict=True)):
-                ended, texts[index] = self._extend(made[index], token, until, max_new_tokens, min_new_tokens)
-                if not ended:
-                    going.append(row)
-            if not going:
-                return texts
-            if len(going) < len(alive):
-                keep = torch.tensor(going, device=self.device)
-                cache.batch_select_indices(keep)
-                mask, places, best = mask[keep], places[keep], best[keep]
-                alive = [alive[row] for row in going]
-            mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
-            inputs, places = best[:, None], places[:, -1:] + 1
 
-    def _extend(self, made: list[int], token: int, until: tuple[str, ...], limit: int, least: int) -> tuple[bool, str]:
-        """Add a token to a completion: (has it ended, its text up to the first stop string)."""
-        if token in self._end_tokens() and len(made) >= least:
-            return True, self._text(made)
-        made.append(token)
-        text = self._text(made)
-        stops = [place for stop in until if (place := text.find(stop)) >= 0]
-        if stops:
-            return True, text[: min(stops)]
-        return len(made) >= limit, text
+    def _read(self, contexts: list[list[int]]) -> tuple[Tensor, Tensor, DynamicCache]:
+        """All prompts: (logits [rows, vocabulary] after each, mask [rows, width], cache).
+
+        What all begin with is read once. The rest is read in groups of similar length, whose caches are then put
+        together, padded on the left; models without sharing are read in one padded batch.
+        """
+        length = 0
+        if self.no_sharing is None and len(contexts) > 1:
+            length = shared_prefix(contexts, min(map(len, contexts)) - 1)
+        rests = [context[length:] for context in contexts]
+        groups = groups_by_length([len(rest) for rest in rests]) if self.no_sharing is None else [[*range(len(rests))]]
+        caches, logits, widths = [], [], []
+        mask = torch.zeros(len(rests), length + max(map(len, rests)), dtype=torch.long, device=self.device)
+        for members in groups:
+            width = max(len(rests[index]) for index in members)
+            tokens = torch.full((len(members), width), self.eot_token_id)
+            own = torch.ones(len(members), length + width, dtype=torch.long)
+            for row, index in enumerate(members):  # padded between the prefix and what follows
+                tokens[row, width - len(rests[index]) :] = torch.tensor(rests[index])
+                own[row, length : length + width - len(rests[index])] = 0
+                mask[index, mask.shape[1] - len(rests[index]) :] = 1
+            cache = DynamicCache(config=self.model.config)
+            if length:
+                cache = fork(self._keys_and_values(tuple(contexts[0][:length])))
+                cache.batch_repeat_interleave(len(members))
+            own = own.to(self.device)
+            output = self.model(
+                input_ids=tokens.to(self.device),
+                attention_mask=own,
+                position_ids=(own.cumsum(dim=1) - 1).clamp(min=0)[:, length:],
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            caches.append(cache)
+            logits.append(output.logits[:, -1])
+            widths.append(width)
+        mask[:, :length] = 1
+        whole = merge(caches, widths, length) if len(groups) > 1 else caches[0]
+        order = [index for members in groups for index in members]
+        if order != sorted(order):
+            back = torch.tensor(order, device=self.device).argsort()
+            whole.batch_select_indices(back)
+            return torch.cat(logits)[back], mask, whole
+        return torch.cat(logits), mask, whole
 
     def _end_tokens(self) -> set[int]:
         configured = self.model.generation_config.eos_token_id if self.model.generation_config else None
@@ -316,6 +356,29 @@ class FastLM(TemplateLM):
 
     def _text(self, tokens: list[int]) -> str:
         return self.tokenizer.decode(tokens, skip_special_tokens=True)
+
+    # Memory
+
+    def _most_cached_tokens(self) -> int:
+        """How many tokens' keys and values a generation batch may hold."""
+        if self.device.type == "cuda":
+            memory = torch.cuda.get_device_properties(self.device).total_memory
+        else:
+            memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return max(self.max_length, int(CACHE_SHARE * memory / self._bytes_per_cached_token))
+
+    def _halving(self, rows: list[int], work: Callable[[list[int]], list[Any]]) -> list[Any]:
+        """`work(rows)`; where memory runs out, both halves one after the other."""
+        try:
+            return work(rows)
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if len(rows) == 1 or not _is_out_of_memory(error):
+                raise
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.halved += 1
+        half = len(rows) // 2
+        return [*self._halving(rows[:half], work), *self._halving(rows[half:], work)]
 
     # May prefixes be shared at all?
 
@@ -333,6 +396,7 @@ class FastLM(TemplateLM):
         try:
             cache = DynamicCache(config=self.model.config)
             self.model(input_ids=torch.tensor([tokens[:16]], device=self.device), past_key_values=cache, use_cache=True)
+            self._bytes_per_cached_token = _cached_bytes(cache) // 16 or 1
             kinds = {type(layer).__name__ for layer in cache.layers if type(layer) is not DynamicLayer}
             if kinds:
                 return f"its cache has layers of kind {', '.join(sorted(kinds))}"
@@ -364,11 +428,10 @@ def fork(cache: DynamicCache) -> DynamicCache:
     return grown
 
 
-def _options(request: Any) -> tuple[tuple[str, ...], int, int]:
-    """(stop strings, most and least new tokens) of a request. Raises KickError for anything but greedy decoding."""
-    options = dict(request.args[1])
-    until = options.get("until") or []
-    if options.get("do_sample") or (options.get("temperature") or 0) > 0:
-        raise KickError("the LM 'fast' decodes greedily; sampling was asked for.", "Set temperature to 0.")
-    stops = tuple([until] if isinstance(until, str) else until)
-    return stops, int(options.get("max_gen_toks", 256)), int(options.get("min_new_tokens", 0))
+def _cached_bytes(cache: DynamicCache) -> int:
+    tensors = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

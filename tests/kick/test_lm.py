@@ -1,14 +1,18 @@
 """The fast LM against a one-by-one reference and against lm-eval's own HFLM."""
 
+import numpy as np
 import pytest
 import torch
 from conftest import make_tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from kick.errors import KickError
-from kick.lm import find_lm, generate, loglikelihoods, rolling_loglikelihoods
+from kick.lm import attention, find_lm, generate, loglikelihoods, rolling_loglikelihoods
 from kick.lm.fast import FastLM
+from kick.lm.generation import batches_within, sample
 from kick.lm.packing import PREFIX_STEP, Packed, clusters, pack, shared_prefix
 
 
@@ -195,10 +199,105 @@ def test_a_stop_string_ends_a_completion_and_is_not_part_of_it(lm):
     assert cut == whole[: whole.index(stop)]
 
 
-def test_sampling_is_refused(lm):
-    request = type("Request", (), {"args": ("x", {"until": [], "temperature": 0.7})})
-    with pytest.raises(KickError, match="greedily"):
+def test_prompts_of_many_lengths_are_read_in_groups_and_completed_as_alone(lm, tokenizer):
+    words = ["the", "harbour", "was", "quiet", "and", "boats", "lay", "still", "in", "morning", "light"]
+    lengths = [200, 3, 40, 1, 90, 35, 3]
+    prompts = [" ".join(words[(7 * row + i) % len(words)] for i in range(n)) for row, n in enumerate(lengths)]
+    for prompt, text in zip(prompts, generate(lm, prompts, [], 8), strict=True):
+        tokens = greedy(lm.model, tokenizer(prompt)["input_ids"], 8, tokenizer.eos_token_id)
+        assert text == tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def test_a_text_of_a_wanted_length_is_not_ended_by_an_end_token(lm, tokenizer, monkeypatch):
+    tokens = greedy(lm.model, tokenizer("Rain and")["input_ids"], 8, tokenizer.eos_token_id)
+    monkeypatch.setattr(lm, "_end_tokens", lambda: set(tokens[:1]))  # as if the likeliest first token ended a text
+    assert generate(lm, ["Rain and"], [], 8) == [""]
+    (text,) = generate(lm, ["Rain and"], [], 8, min_new_tokens=8)
+    assert text == tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def test_sampling_depends_on_the_seed_and_the_rows_own_prompt_alone(lm):
+    prompts = ["The lighthouse", "Bread is made of flour", "A"]
+    together = generate(lm, prompts, [], 12, temperature=1.0, seed=3)
+    alone = [generate(lm, [prompt], [], 12, temperature=1.0, seed=3)[0] for prompt in prompts]
+    assert together == alone
+    assert generate(lm, prompts[::-1], [], 12, temperature=1.0, seed=3) == together[::-1]
+    assert generate(lm, prompts, [], 12, temperature=1.0, seed=4) != together
+    first, second = generate(lm, ["A", "A"], [], 12, temperature=1.0, seed=3)
+    assert first == together[2]
+    assert second != first  # asked twice in one call: another draw
+
+
+def test_sampled_tokens_have_the_probabilities_of_the_model():
+    rng = np.random.default_rng(0)
+    p = np.array([0.1, 0.2, 0.3, 0.4])
+    draws = np.bincount([sample(p, 0, 1.0, rng.random()) for _ in range(20_000)], minlength=4) / 20_000
+    assert draws == pytest.approx(p, abs=0.012)  # three standard errors and a little
+    assert {sample(p, 2, 1.0, rng.random()) for _ in range(100)} == {2, 3}
+    assert {sample(p, 0, 0.65, rng.random()) for _ in range(100)} == {2, 3}  # .4 is too little, .7 is enough
+    assert sample(p, 0, 1.0, 0.9999999999999999) == 0
+
+
+def test_where_memory_runs_out_the_batch_is_halved_and_the_texts_are_the_same(lm, monkeypatch):
+    prompts = [f"{word} is" for word in ("Rain", "Snow", "Wind", "Fog", "Hail")]
+    expected = generate(lm, prompts, [], 8)
+    original = lm._read
+
+    def small(contexts):
+        if len(contexts) > 2:
+            raise torch.OutOfMemoryError("no room")
+        return original(contexts)
+
+    monkeypatch.setattr(lm, "_read", small)
+    assert generate(lm, prompts, [], 8) == expected
+    assert lm.halved == 2  # five into two and three, three into one and two
+    monkeypatch.setattr(lm, "_read", lambda contexts: (_ for _ in ()).throw(torch.OutOfMemoryError("no room")))
+    with pytest.raises(torch.OutOfMemoryError):
+        generate(lm, prompts, [], 8)
+
+
+def test_batches_stay_within_a_number_of_cached_tokens():
+    assert list(batches_within([5, 5, 9, 1], [0, 1, 2, 3], 18)) == [[0, 1], [2, 3]]
+    assert list(batches_within([50, 1], [0, 1], 18)) == [[0], [1]]  # a long one is a batch by itself
+
+
+def test_beams_are_refused(lm):
+    request = type("Request", (), {"args": ("x", {"until": [], "num_beams": 4})})
+    with pytest.raises(KickError, match="beam search"):
         lm.generate_until([request])
+
+
+@pytest.mark.parametrize("visible", [0, 192])
+def test_attention_by_plain_products_is_attention(visible):
+    """In bfloat16, against float32 by torch's own kernel: about as close as transformers' eager attention comes."""
+    torch.manual_seed(0)
+    module = type("Module", (), {"num_key_value_groups": 3, "is_causal": True, "layer_idx": 0, "training": False})()
+    query, key, value = torch.randn(1, 9, 128, 64), torch.randn(1, 3, 320, 64), torch.randn(1, 3, 320, 64)
+    seen = torch.ones(1, 1, 128, 320, dtype=torch.bool)
+    seen[..., 192:] = torch.rand(128, 128) < 0.5
+
+    def mask(dtype):
+        return torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)
+
+    half = [tensor.bfloat16() for tensor in (query, key, value)]
+    expected, _ = sdpa_attention_forward(module, query, key, value, mask(torch.float32), scaling=0.1)
+    eager, _ = eager_attention_forward(module, *half, mask(torch.bfloat16), scaling=0.1)
+    with attention.visible_prefix(visible):
+        own, _ = attention.attention(module, *half, mask(torch.bfloat16), scaling=0.1)
+    assert own.shape == expected.shape
+    assert (own - expected).abs().max() <= 2 * (eager - expected).abs().max()
+    assert (own - expected).abs().max() < 0.02
+
+
+def test_bfloat16_on_a_cpu_says_so_in_the_record_and_scores_nearly_alike(tokenizer):
+    exact = FastLM(make_tiny_llama(), tokenizer)
+    half = FastLM(make_tiny_llama().bfloat16(), tokenizer)
+    assert (half.record()["dtype"], half.record()["attention"]) == ("bfloat16", "kick")
+    assert half.no_sharing is None
+    head = "Rivers carve valleys over thousands of years and carry sand to the sea. " * 8
+    pairs = [(head, f" {word}") for word in ("Rain", "Snow", "Wind", "Fog")]
+    for (a, _), (b, _) in zip(loglikelihoods(exact, pairs), loglikelihoods(half, pairs), strict=True):
+        assert b == pytest.approx(a, abs=0.25)
 
 
 def test_an_unknown_lm_lists_the_known_ones():
