@@ -56,6 +56,7 @@ class MTBench(Suite):
         _counted("distinct_2", "share of 2-grams"),
         _counted("repetition", "share of 4-grams", higher_is_better=False),
         _counted("words", "words an answer"),
+        _counted("empty", "share of answers", higher_is_better=False),
     )
 
     class Params(BaseModel):
@@ -194,6 +195,7 @@ def _sample(lm: Any, example: Example, turn: int, prompt: Prompt, output: str) -
             "distinct_2": lexical.distinct(found, 2),
             "repetition": lexical.repetition(found),
             "words": float(len(found)),
+            "empty": float(not output),
         },
         truncated=prompt.truncated,
         n_prompt_tokens=prompt.tokens,

@@ -64,6 +64,7 @@ class Summarization(Suite):
         Metric("rouge1", value="rouge1"),
         Metric("rouge2", value="rouge2"),
         Metric("words", value="words", unit="words a summary", descriptive=True),
+        Metric("empty", value="empty", unit="share of summaries", higher_is_better=False, descriptive=True),
         Metric("over_limit", value="over_limit", unit="share of summaries", higher_is_better=False, descriptive=True),
         Metric("compression", value="compression", unit="words of the story a word", descriptive=True),
         Metric("copied_4grams", value="copied_4grams", unit="share of 4-grams", descriptive=True),
@@ -173,6 +174,7 @@ def score_summary(summary: str, article: str, highlights: str) -> dict[str, floa
     return {
         **{name: rouge[name].fmeasure for name in ("rouge1", "rouge2", "rougeL")},
         "words": float(length),
+        "empty": float(length == 0),
         "over_limit": float(length > LIMIT),
         "compression": len(article.split()) / max(1, length),
         "copied_4grams": lexical.copied(own, source, 4),

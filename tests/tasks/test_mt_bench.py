@@ -63,6 +63,7 @@ def test_what_is_counted_without_a_judge():
         "distinct_2": 2 / 5,
         "repetition": pytest.approx(1 / 3),
         "words": 6.0,
+        "empty": 0.0,
     }
 
 
@@ -78,7 +79,7 @@ def test_metrics_without_a_judge_count_a_conversation_as_one():
 
 
 def sample(id, output="text", group="math", truncated=False, **scores):
-    counted = {"unique_tokens": 1.0, "distinct_2": 1.0, "repetition": 0.0, "words": 1.0}
+    counted = {"unique_tokens": 1.0, "distinct_2": 1.0, "repetition": 0.0, "words": 1.0, "empty": 0.0}
     return Sample(id, group, "prompt", output=output, scores={**counted, **scores}, truncated=truncated)
 
 

@@ -39,6 +39,7 @@ def test_new_words_are_novel_and_an_empty_summary_has_nothing():
     assert scores["copied_4grams"] == 0.0
     empty = score_summary("", ARTICLE, HIGHLIGHTS)
     assert (empty["rouge1"], empty["rougeL"], empty["words"], empty["novel_2grams"]) == (0.0, 0.0, 0.0, 0.0)
+    assert (scores["empty"], empty["empty"]) == (0.0, 1.0)
 
 
 def test_over_the_limit_means_more_than_150_words():
