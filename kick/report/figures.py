@@ -60,7 +60,7 @@ def draw_all(results: Results, folder: Path) -> list[Drawn]:
     drawn = []
     with plt.rc_context(_STYLE):
         for suite in results.suites:
-            if results.estimate(DENSE, suite) is not None:
+            if (dense := results.estimate(DENSE, suite)) is not None and dense.n > 0:
                 drawn += [
                     _save(folder, *_score_against(axis, results, suite)) for axis in _AXES if results.families_on(axis)
                 ]

@@ -1,6 +1,7 @@
 """report.html: one file that explains itself, works offline and on a phone. Everything from a model is escaped."""
 
 import json
+import math
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
@@ -108,11 +109,15 @@ def _comparisons(results: Results) -> list[_Row]:
                 found.append((result.name, suite, estimate, pair))
     adjusted = statistics.holm([pair.p_value for *_, pair in found])
     return [
-        _Row(
-            setting, suite, estimate, pair, p, "matching" if statistics.point_verdict(pair.retained) else "not matching"
-        )
+        _Row(setting, suite, estimate, pair, p, _by_point(pair.retained))
         for (setting, suite, estimate, pair), p in zip(found, adjusted, strict=True)
     ]
+
+
+def _by_point(retained: float) -> str:
+    if math.isnan(retained):
+        return "–"
+    return "matching" if statistics.point_verdict(retained) else "not matching"
 
 
 def _answers(results: Results) -> list[dict[str, Any]]:
@@ -155,7 +160,7 @@ def _answers(results: Results) -> list[dict[str, Any]]:
 
 
 def _answer(sample: Sample, key: str, grades: dict[str, float]) -> dict[str, Any]:
-    score = grades.get(sample.id, sample.scores.get(key))
+    score = grades.get(sample.id) if grades else sample.scores.get(key)
     return {"text": _shorten(sample.output or ""), "score": score, "truncated": sample.truncated}
 
 
