@@ -95,11 +95,13 @@ class LMEval(Suite):
         for name, task in tasks.items():
             if task.OUTPUT_TYPE not in ("loglikelihood", "loglikelihood_rolling", "multiple_choice", "generate_until"):
                 raise ConfigError(f"'{name}' asks for {task.OUTPUT_TYPE}, which kick does not answer.")
+            if (task.config.repeats or 1) > 1:
+                raise ConfigError(f"'{name}' wants {task.config.repeats} answers a question; kick asks for one.")
             if self.params.shots is not None:
                 task.set_config("num_fewshot", self.params.shots)
             task.set_fewshot_seed(FEWSHOT_SEED)
             shots = task.config.num_fewshot or 0
-            available = len(task.sampler.df) if shots and hasattr(task.sampler, "df") else shots
+            available = len(getattr(getattr(task, "sampler", None), "df", None) or ()) if shots else 0
             if available < shots:
                 raise DataError(f"{shots} shots asked for; {source} has {available} rows for '{name}'.", _LAYOUT)
         return tasks

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from kick.errors import DataError
+from kick.errors import ConfigError, DataError
 from kick.judge.questions import Judgment, PairRatings, Question, Ratings, by_sample
 from kick.lm import generate
 from kick.rows import read_jsonl
@@ -204,6 +204,8 @@ def _references(reference: str, examples: Mapping[str, Example], dense: Mapping[
     if reference == "highlights":
         return {id: example.content["highlights"] for id, example in examples.items()}
     if reference == "dense":
+        if not dense:
+            raise ConfigError("the dense model's summaries are not in this run.", "Take another `reference`.")
         return {id: sample.output or "" for id, sample in dense.items()}
     path = Path(reference)
     if not path.is_file():

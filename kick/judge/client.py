@@ -6,7 +6,6 @@ does not understand (a JSON schema, `max_tokens`, a temperature) is left out fro
 
 import random
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -44,8 +43,10 @@ class Judge:
     missing: what the endpoint was found not to understand; retries: requests that were repeated.
     """
 
-    def __init__(self, spec: JudgeSpec, budget: Budget, sleep: Callable[[float], None] = time.sleep) -> None:
-        self.spec, self.budget, self._sleep = spec, budget, sleep
+    def __init__(self, spec: JudgeSpec, budget: Budget, sleep: Callable[[float], object] | None = None) -> None:
+        self.spec, self.budget = spec, budget
+        self._stopped = threading.Event()
+        self._sleep = sleep or self._stopped.wait
         self.missing = {STRUCTURED} if spec.structured == "off" else set()
         self.retries = 0
         self._lock = threading.Lock()
@@ -56,6 +57,10 @@ class Judge:
             timeout=spec.timeout,
             max_retries=0,  # `_complete` retries, within the budget
         )
+
+    def stop(self) -> None:
+        """Let questions under way end with the request that they are in: no more retries, no more waiting."""
+        self._stopped.set()
 
     def ask(self, question: Question) -> Verdict:
         """Raises BudgetSpent before a request that might not fit, and KickError where no question can succeed."""
@@ -98,6 +103,8 @@ class Judge:
                 return self._request(messages, form, verdict)
             except _MayPass as error:
                 failure = error
+            if self._stopped.is_set():
+                raise _Unanswered(f"{failure}; stopped")
             if attempt < self.spec.retries:
                 with self._lock:
                     self.retries += 1

@@ -223,6 +223,7 @@ def ask_all(judge: Judge, questions: Sequence[Asked], concurrency: int) -> Itera
                     except BudgetSpent as error:
                         spent = error
         finally:
+            judge.stop()  # where this ends early, nobody waits for retries
             pool.shutdown(wait=True, cancel_futures=True)
     if spent is not None:
         raise spent

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from collections import Counter
 
 import pytest
@@ -9,6 +10,7 @@ from conftest import make_tiny_llama
 from judge_server import CUT, NOT_JSON, REFUSAL, JudgeServer, slow, status
 
 from kick import cli
+from kick.errors import KickError
 from kick.judge.client import Judge
 from kick.judge.run import judge_run
 from kick.judge.spec import JudgeSpec
@@ -283,6 +285,16 @@ def test_a_killed_run_goes_on_where_it_was(run):
         assert outcome.cached == 5
         assert sum((server.asked - before).values()) == len(before) - 5
         assert judge_run(run, spec(server), Silent()).asked == 0
+
+
+def test_an_early_end_waits_for_no_retries(run, monkeypatch):
+    monkeypatch.undo()  # waits are real here
+    with JudgeServer(lambda prompt, _: status(503, retry_after="300") if "assistant B" in prompt else status(401)) as s:
+        start = time.monotonic()
+        with pytest.raises(KickError, match="does not accept the key"):
+            judge_run(run, spec(s, concurrency=16, suites={"mt_bench": {"kinds": ["pair"]}}), Silent())
+        assert any("assistant B" in prompt for prompt in s.asked)
+        assert time.monotonic() - start < 60  # and not the 300 seconds that the others were asked to wait
 
 
 def test_no_more_questions_under_way_than_asked_for(run):

@@ -8,7 +8,7 @@ from kick_tasks import lexical
 from kick_tasks.summarization import CRITERIA, Summarization, length_class, score_summary
 from test_suites import ScriptedLM, suite
 
-from kick.errors import DataError
+from kick.errors import ConfigError, DataError
 from kick.judge.questions import Judgment
 from kick.suite import DataSource, Example, Sample
 
@@ -127,6 +127,11 @@ def test_the_judge_sees_story_reference_and_summary():
     assert HIGHLIGHTS not in question.prompt
     (question,) = asked([sample()], [sample(output="dense summary")], reference="dense")
     assert "dense summary" in question.prompt
+
+
+def test_the_dense_summaries_as_references_must_be_there():
+    with pytest.raises(ConfigError, match="not in this run"):
+        asked([sample()], reference="dense")
 
 
 def test_a_reference_from_a_file(tmp_path):
