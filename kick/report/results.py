@@ -26,6 +26,9 @@ Axis = Literal["sparsity", "bits", "size"]
 Key = tuple[str, str]
 """(metric, group)"""
 
+FEWEST_IN_MEANS = 5
+"""Samples of a suite below which its retained share may be anything, and would be the whole interval of a mean."""
+
 
 @dataclass
 class SettingResult:
@@ -159,7 +162,7 @@ class Results:
 
     @cached_property
     def task_suites(self) -> list[str]:
-        """Suites that enter means: those that ask for an answer (more is better) and on which dense shows a signal."""
+        """Suites that enter means: they ask enough for an answer (more is better), and dense shows a signal on them."""
         return [
             name
             for name in self.suites
@@ -167,6 +170,7 @@ class Results:
             and not self.metric(name).descriptive
             and (found := self.estimate(DENSE, name)) is not None
             and found.signal
+            and found.n >= FEWEST_IN_MEANS
         ]
 
     def mean_retained(self, setting: str) -> tuple[float, Interval] | None:
