@@ -71,9 +71,12 @@ def _run(config: SweepConfig, out: Path, options: Namespace, as_is: bool = False
             summary = run(plan, store, watching, debug=options.debug)
         finally:
             watching.close()
-    unjudged = 0
+    unjudged, judge_error = 0, None
     if config.judge is not None:
-        unjudged = sum(_judge(out, config.judge).failed.values())
+        try:
+            unjudged = sum(_judge(out, config.judge).failed.values())
+        except KickError as error:  # the answers are there, and so is their report
+            judge_error = str(error)
     from kick.report import tables, write_report
 
     results = write_report(out)
@@ -85,6 +88,7 @@ def _run(config: SweepConfig, out: Path, options: Namespace, as_is: bool = False
         "done": summary.done,
         "failed": summary.failed,
         "unjudged": unjudged,
+        "judge_error": judge_error,
         "leaderboard": tables.leaderboard(results),
     }
     text = tables.leaderboard_markdown(results) + f"\nReport: {out / 'report.html'}"
@@ -94,8 +98,10 @@ def _run(config: SweepConfig, out: Path, options: Namespace, as_is: bool = False
         )
     if unjudged:
         text += f"\n{unjudged} questions have no answer of the judge; the same command asks them again."
+    if judge_error:
+        text += f"\nThe judge could not grade: {judge_error}"
     _print(options, text, document)
-    return 1 if summary.failed or unjudged else 0
+    return 1 if summary.failed or unjudged or judge_error else 0
 
 
 def compress(options: Namespace) -> int:

@@ -65,13 +65,14 @@ class Comparison:
 def estimate(score: Score) -> Estimate:
     """The score with its interval: Wilson for right-or-wrong answers, bootstrap for everything else."""
     metric = score.metric
-    binary = metric.per is None and statistics.is_binary(score.value)
+    value, per = _at(score, score.ids)
+    binary = metric.per is None and statistics.is_binary(value)
     if score.n == 0:
         interval = Interval(float("nan"), float("nan"))
     elif binary:
-        interval = statistics.wilson(float(score.value.sum()), score.n)
+        interval = statistics.wilson(float(value.sum()), score.n)
     else:
-        sums = statistics.resampled_sums(np.stack([score.value, score.per], axis=1))
+        sums = statistics.resampled_sums(np.stack([value, per], axis=1))
         interval = statistics.percentile_interval(metric.combine(sums[:, 0], sums[:, 1]), score.n)
     bounded = metric.higher_is_better
     return Estimate(
@@ -90,8 +91,7 @@ def compare(dense: Score, other: Score, signal: bool) -> Comparison:
     """`other` against `dense` on the samples they share. `signal`: whether the dense score says anything."""
     metric = dense.metric
     shared = sorted(set(dense.ids) & set(other.ids))
-    n = len(shared)
-    if n == 0:
+    if not shared:
         nothing = Interval(float("nan"), float("nan"))
         return Comparison(
             0,
@@ -105,6 +105,7 @@ def compare(dense: Score, other: Score, signal: bool) -> Comparison:
             None,
         )
     (dense_value, dense_per), (value, per) = _at(dense, shared), _at(other, shared)
+    n = len(dense_value)
     dense_point = float(metric.combine(dense_value.sum(), dense_per.sum()))
     point = float(metric.combine(value.sum(), per.sum()))
     retained = _retained(dense_point, point, metric.higher_is_better)
@@ -144,9 +145,13 @@ def resampled_retained(dense: Score, other: Score, seed: int = 0) -> np.ndarray:
 
 
 def _at(score: Score, ids: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """(value, per) of these samples, added up within clusters: what is resampled."""
     place = {id: index for index, id in enumerate(score.ids)}
     rows = [place[id] for id in ids]
-    return score.value[rows], score.per[rows]
+    if not score.clusters:
+        return score.value[rows], score.per[rows]
+    _, cluster = np.unique([score.clusters[row] for row in rows], return_inverse=True)
+    return np.bincount(cluster, score.value[rows]), np.bincount(cluster, score.per[rows])
 
 
 def _retained(dense, other, higher_is_better: bool):

@@ -100,7 +100,8 @@ class Metric:
 class Score:
     """A metric over one group of samples, still by sample, so that another model's score can be paired with it.
 
-    ids [n]; value [n] and per [n] are what `metric` adds up.
+    ids, value and per, one for each sample, are what `metric` adds up. clusters: what each sample belongs to, where
+    samples are not independent (the turns of a conversation): paired by sample, resampled by cluster.
     """
 
     metric: Metric
@@ -110,10 +111,12 @@ class Score:
     per: np.ndarray
     truncated: int = 0
     failed: int = 0
+    clusters: tuple[str, ...] = ()
 
     @property
     def n(self) -> int:
-        return len(self.ids)
+        """Independent units: samples, or clusters of them."""
+        return len(set(self.clusters)) if self.clusters else len(self.ids)
 
     @property
     def point(self) -> float:
@@ -219,10 +222,6 @@ class Suite(ABC):
             for group in self.groups_of(sample):
                 found.setdefault(group, []).append(sample)
         return found
-
-    def primary(self, judged: bool) -> Metric:
-        """The metric that verdicts are about, with or without judgments."""
-        return (*self.judged_metrics, *self.metrics)[0] if judged else self.metrics[0]
 
 
 def score_group(metric: Metric, group: str, samples: Sequence[Sample]) -> Score:

@@ -180,7 +180,7 @@ class LMEval(Suite):
             output=instances[0].resps[0] if generated else None,
             choices=[{"text": i.args[1], "loglikelihood": i.resps[0][0]} for i in instances] if ranked else None,
             scores=scores,
-            truncated=instances[0].request_type != "loglikelihood_rolling" and tokens + room > lm.max_length,
+            truncated=_is_truncated(lm, instances, room),
             shots=task.config.num_fewshot or 0,
             n_prompt_tokens=tokens,
             n_output_tokens=len(lm.tok_encode(instances[0].resps[0], add_special_tokens=False)) if generated else 0,
@@ -190,14 +190,16 @@ class LMEval(Suite):
 
     def score(self, samples: Sequence[Sample], judgments: Sequence[Judgment] = ()) -> list[Score]:
         """As every suite; what guessing gives is counted over the questions, whose options differ in number."""
-        chances = [sample.scores["chance"] for sample in samples if "chance" in sample.scores]
-        chance = float(np.mean(chances)) if chances else None
-        scores = super().score(samples)
+        chances = {
+            group: float(np.mean([s.scores["chance"] for s in members]))
+            for group, members in self.members(samples).items()
+            if members and all("chance" in s.scores for s in members)
+        }
         return [
-            replace(score, metric=replace(score.metric, chance=chance))
-            if chance is not None and score.metric.name.partition(",")[0] in ("acc", "acc_norm", "acc_bytes")
+            replace(score, metric=replace(score.metric, chance=chances[score.group]))
+            if score.group in chances and score.metric.name.partition(",")[0] in ("acc", "acc_norm", "acc_bytes")
             else score
-            for score in scores
+            for score in super().score(samples)
         ]
 
     def _metrics(self) -> tuple[Metric, ...]:
@@ -221,6 +223,15 @@ class LMEval(Suite):
                 f"Known: {', '.join(found) or 'none'}.{left_out}",
             )
         return (found.pop(wanted), *found.values())
+
+
+def _is_truncated(lm: Any, instances: list[Any], room: int) -> bool:
+    """Whether any of a document's requests is longer than the context; rolling texts are cut into windows instead."""
+    if instances[0].request_type == "loglikelihood_rolling":
+        return False
+    if instances[0].request_type == "generate_until":
+        return len(lm.tok_encode(instances[0].args[0])) + room > lm.max_length
+    return any(len(lm.tok_encode(i.args[0] + i.args[1])) > lm.max_length + 1 for i in instances)
 
 
 Kind = Literal["mean", "perplexity", "weighted_perplexity", "bits_per_byte"]
@@ -321,7 +332,9 @@ def read_local(root: Path, path: str, config: str | None) -> Any:
     if not root.is_dir():
         raise DataError(f"no data folder {root}.", "--data takes a folder, 'embedded' or 'hub'.")
     name = path.rpartition("/")[2]
-    wanted = [Path(name) / config, Path(name), Path(config)] if config else [Path(name)]
+    wanted = [Path(name) / config, Path(name)] if config else [Path(name)]
+    if config and config.lower() not in ("main", "default", "all", "en"):
+        wanted.append(Path(config))  # a configuration with a name of its own, as boolq of super_glue
     folders = [base / place for place in wanted for base in (root, *sorted(p for p in root.iterdir() if p.is_dir()))]
     for folder in folders:
         splits = _splits(folder) if folder.is_dir() else {}

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from kick.errors import DataError
+from kick.errors import ConfigError, DataError
 from kick.judge.questions import Judgment, Question, Ratings, Winner, by_sample, outcome
 from kick.lm import generate
 from kick.rows import read_jsonl
@@ -131,6 +131,11 @@ class MTBench(Suite):
         baseline = {id: sample.output or "" for id, sample in dense.items()}
         if judging.baseline != "dense":
             baseline = read_answers(Path(judging.baseline))
+        if "pair" in judging.kinds and not baseline:
+            raise ConfigError(
+                "there are no dense answers to compare with in this run.",
+                "Set mt_bench.kinds to [single], or a baseline.",
+            )
         for sample in samples:
             if sample.error is not None or sample.truncated:
                 continue
@@ -157,18 +162,15 @@ class MTBench(Suite):
 
 
 def _by_conversation(metric: Metric, group: str, samples: Sequence[Sample], values: Mapping[str, list[float]]) -> Score:
-    """The turns of one conversation are not independent: they are added up and resampled as one."""
-    sums: dict[str, list[float]] = {}
-    for sample in samples:
-        for value in values.get(sample.id, []):
-            sums.setdefault(_conversation_of(sample), []).append(value)
-    ids = sorted(sums)
+    """Turn by turn; those of one conversation are not independent, and are resampled as one."""
+    scored = sorted((sample for sample in samples if values.get(sample.id)), key=lambda sample: sample.id)
     return Score(
         metric=metric,
         group=group,
-        ids=tuple(ids),
-        value=np.array([sum(sums[id]) for id in ids]),
-        per=np.array([float(len(sums[id])) for id in ids]),
+        ids=tuple(sample.id for sample in scored),
+        clusters=tuple(map(_conversation_of, scored)),
+        value=np.array([sum(values[sample.id]) for sample in scored], dtype=np.float64),
+        per=np.array([float(len(values[sample.id])) for sample in scored]),
         truncated=sum(sample.truncated for sample in samples),
         failed=sum(sample.error is not None or values.get(sample.id) == [] for sample in samples),
     )

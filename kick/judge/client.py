@@ -21,6 +21,7 @@ from kick.judge.spec import JudgeSpec
 LONGEST_BACKOFF, LONGEST_WAIT = 60.0, 600.0  # seconds: of our own accord, and when the endpoint asks for it
 TOKENS_AROUND_A_MESSAGE = 64  # what a server may put around each: an upper bound, for the budget
 STRUCTURED, MAX_TOKENS, TEMPERATURE = "structured output", "max_tokens", "temperature"
+_MAY_HAVE_ANSWERED = (408, 502, 504, 520, 522, 524)  # of a gateway, whose model may have gone on
 _DISLIKES_SCHEMAS = ("response_format", "json_schema", "structured", "grammar", "extra")
 
 
@@ -50,8 +51,9 @@ class Judge:
         self.missing = {STRUCTURED} if spec.structured == "off" else set()
         self.retries = 0
         self._lock = threading.Lock()
+        self._key = spec.key()
         self._client = openai.OpenAI(
-            api_key=spec.key(),
+            api_key=self._key,
             base_url=spec.base_url,
             default_query=dict(spec.query) or None,
             timeout=spec.timeout,
@@ -64,6 +66,16 @@ class Judge:
 
     def ask(self, question: Question) -> Verdict:
         """Raises BudgetSpent before a request that might not fit, and KickError where no question can succeed."""
+        verdict = self._ask(question)
+        verdict.reply = self._without_key(verdict.reply)
+        verdict.failed = None if verdict.failed is None else self._without_key(verdict.failed)
+        return verdict
+
+    def _without_key(self, text: str) -> str:
+        """What an endpoint says may hold the key that it was sent; no record may."""
+        return text.replace(self._key, "[key]") if len(self._key) > 4 else text
+
+    def _ask(self, question: Question) -> Verdict:
         verdict = Verdict(judge=self.spec.model)
         instruction = how_to_answer(question.form)
         messages = question.messages()
@@ -82,7 +94,8 @@ class Judge:
                 verdict.failed = "the budget is spent"  # after a reply that could not be read: its cost is kept
                 break
             message = completion.choices[0].message
-            verdict.reply, verdict.judge = message.content or "", self._version(completion)
+            content = (message.content or "").encode("utf-8", "replace").decode("utf-8")  # half characters
+            verdict.reply, verdict.judge = content, self._version(completion)
             refusal = getattr(message, "refusal", None)
             if refusal or completion.choices[0].finish_reason == "content_filter":
                 verdict.failed = f"refused: {refusal or 'content filter'}"
@@ -124,7 +137,7 @@ class Judge:
                 messages=messages,  # type: ignore[arg-type]
                 **options,
             )
-            if isinstance(completion, str) or not completion.choices:
+            if not _is_completion(completion):
                 raise _MayPass("the reply is no chat completion")
             used = _usage(completion) or worst
             return completion
@@ -136,7 +149,8 @@ class Judge:
                 raise _MayPass(f"{self.spec.base_url} cannot be reached") from None
             raise _MayPass("the connection was cut") from None
         except openai.APIStatusError as error:
-            used = nothing
+            if error.status_code not in _MAY_HAVE_ANSWERED:
+                used = nothing
             if error.status_code in (408, 409, 429) or error.status_code >= 500:
                 if not self._leave_out(error, options):
                     raise _MayPass(f"HTTP {error.status_code}", _asked_to_wait(error)) from None
@@ -218,12 +232,18 @@ def most_tokens(messages: list[dict[str, str]], options: dict[str, Any]) -> int:
     return text + TOKENS_AROUND_A_MESSAGE * len(messages) + len(str(options.get("response_format", "")))
 
 
+def _is_completion(reply: Any) -> bool:
+    """Whether an endpoint sent what the protocol promises: the library does not check."""
+    choices = getattr(reply, "choices", None)
+    message = getattr(choices[0], "message", None) if isinstance(choices, list) and choices else None
+    return message is not None and isinstance(getattr(message, "content", None), str | None)
+
+
 def _usage(completion: Any) -> Bound | None:
     """The tokens as the endpoint counts them; None where it does not."""
-    usage = completion.usage
-    if usage is None or usage.prompt_tokens is None:
-        return None
-    return Bound(usage.prompt_tokens, usage.completion_tokens or 0)
+    usage = getattr(completion, "usage", None)
+    prompt, output = getattr(usage, "prompt_tokens", None), getattr(usage, "completion_tokens", None)
+    return Bound(prompt, output) if isinstance(prompt, int) and isinstance(output, int) else None
 
 
 def _asked_to_wait(error: openai.APIStatusError) -> float | None:

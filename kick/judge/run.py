@@ -22,7 +22,7 @@ from kick.files import read_json, write_json
 from kick.judge import calibration
 from kick.judge.budget import Budget, BudgetSpent
 from kick.judge.cache import Cache
-from kick.judge.client import Judge, Verdict, most_tokens
+from kick.judge.client import Judge, Verdict, how_to_answer, most_tokens
 from kick.judge.questions import Answer, Judgment, Question
 from kick.judge.spec import JudgeSpec
 from kick.progress import Progress
@@ -177,7 +177,8 @@ def _questions(evaluation: Evaluation, everything: list[Evaluation], spec: Judge
     judging = parse_part(planned.suite.Judging, spec.suites.get(planned.name, {}), f"judge.suites.{planned.name}")
     dense = next((e for e in everything if e.setting == DENSE and e.planned.name == planned.name), None)
     examples = {id: example for example in planned.examples for id in planned.suite.sample_ids(example)}
-    samples = {sample.id: sample for sample in dense.samples} if dense else {}
+    usable = [sample for sample in dense.samples if sample.error is None and not sample.truncated] if dense else []
+    samples = {sample.id: sample for sample in usable}
     questions = planned.suite.judge_questions(judging, examples, evaluation.samples, samples)
     return [Asked(evaluation.setting, planned.name, question, _key(question, spec)) for question in questions]
 
@@ -196,21 +197,22 @@ def _repeat_some(evaluations: list[Evaluation], spec: JudgeSpec) -> None:
 
 def _key(question: Question, spec: JudgeSpec) -> str:
     """The content of a question: the judge, how it is asked, what it is shown, and which repetition this is."""
-    return digest([spec.identity(), question.messages(), question.form.schema(), question.repeat])
+    asked = [question.messages(), question.form.schema(), how_to_answer(question.form), question.template]
+    return digest([spec.identity(), *asked, question.repeat])
 
 
 def ask_all(judge: Judge, questions: Sequence[Asked], concurrency: int) -> Iterator[tuple[Asked, Verdict]]:
     """Verdicts as they come, at most `concurrency` questions under way.
 
-    Raises BudgetSpent after the verdicts of all requests that were under way when the budget ran out.
+    Where the budget runs out or an error ends it, the verdicts of all that was under way come first: they are paid for.
     """
     waiting = iter(questions)
-    spent = None
+    ended: BaseException | None = None
     with ThreadPoolExecutor(concurrency) as pool:
         under_way: dict[Future[Verdict], Asked] = {}
         try:
             while True:
-                if spent is None:
+                if ended is None:
                     for asked in islice(waiting, concurrency - len(under_way)):
                         under_way[pool.submit(judge.ask, asked.question)] = asked
                 if not under_way:
@@ -218,15 +220,18 @@ def ask_all(judge: Judge, questions: Sequence[Asked], concurrency: int) -> Itera
                 done, _ = wait(under_way, return_when=FIRST_COMPLETED)
                 for future in done:
                     asked = under_way.pop(future)
-                    try:
+                    error = future.exception()
+                    if error is None:
                         yield asked, future.result()
-                    except BudgetSpent as error:
-                        spent = error
+                    else:
+                        ended = ended or error
+                        if not isinstance(error, BudgetSpent):
+                            judge.stop()  # nobody waits for retries
         finally:
-            judge.stop()  # where this ends early, nobody waits for retries
+            judge.stop()
             pool.shutdown(wait=True, cancel_futures=True)
-    if spent is not None:
-        raise spent
+    if ended is not None:
+        raise ended
 
 
 def _missing(questions: Iterable[Asked], cache: Cache) -> list[Asked]:

@@ -2,6 +2,7 @@
 
 import os
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field
 
@@ -36,7 +37,13 @@ class JudgeSpec(Spec):
     suites: dict[str, dict[str, Any]] = Field(default_factory=dict, description="what each suite is judged by")
 
     def check(self) -> None:
-        """Raise ConfigError for a budget that cannot be kept."""
+        """Raise ConfigError for a budget that cannot be kept, and for a key in the URL."""
+        parts = urlsplit(self.base_url)
+        if parts.username or parts.password or parts.query or any("key" in name.lower() for name in self.query):
+            raise ConfigError(
+                "the judge's URL holds a credential, which would stand in the record.",
+                f"The key is read from the environment variable {self.key_env}.",
+            )
         if self.budget_usd is not None and (self.price_in is None or self.price_out is None):
             raise ConfigError(
                 f"a budget of {self.budget_usd:g} USD for '{self.model}' without its prices.",

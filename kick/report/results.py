@@ -128,18 +128,14 @@ class Results:
 
     def metric(self, suite: str) -> Metric:
         """What a suite's verdicts are about: the judge's score where there is one."""
-        found = self.suites[suite].primary(suite in self.judged)
-        dense = self.get(DENSE, suite).scores.get((found.name, OVERALL))
+        scores = self.get(DENSE, suite).scores
+        candidates = (*self.suites[suite].judged_metrics, self.suites[suite].metrics[0])
+        found = next((metric for metric in candidates if (metric.name, OVERALL) in scores), candidates[-1])
+        dense = scores.get((found.name, OVERALL))
         return dense.metric if dense else found  # what guessing gives may be known from the questions alone
 
     def primary(self, suite: str) -> Key:
         return self.metric(suite).name, OVERALL
-
-    @cached_property
-    def judged(self) -> set[str]:
-        """Suites whose dense answers were graded by a judge."""
-        names = {metric.name for suite in self.suites.values() for metric in suite.judged_metrics}
-        return {suite for suite in self.suites if any(key[0] in names for key in self.get(DENSE, suite).scores)}
 
     def estimate(self, setting: str, suite: str) -> Estimate | None:
         """The primary metric over all questions."""

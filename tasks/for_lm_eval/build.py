@@ -66,6 +66,9 @@ def score_options(doc: Mapping[str, Any], results: list[tuple[float, bool]]) -> 
 
 
 def _questions(kind: Any, metadata: Mapping[str, Any]) -> tuple[Any, list[Example]]:
+    for name in ("max_new_tokens", "chat_template"):
+        if name in metadata:
+            raise ConfigError(f"'{name}' stands in the metadata, but lm-eval decides it.", "Use lm-eval's own options.")
     given = {key: value for key, value in metadata.items() if key in kind.Params.model_fields}
     suite: Suite = kind(kind.Params(**given))
     everything = suite.examples(DataSource.parse(metadata.get("data", "embedded")))

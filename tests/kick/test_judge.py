@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 from conftest import make_tiny_llama
-from judge_server import CUT, NOT_JSON, REFUSAL, JudgeServer, slow, status
+from judge_server import CUT, NOT_JSON, REFUSAL, Fault, JudgeServer, slow, status
 
 from kick import cli
 from kick.errors import KickError
@@ -124,7 +124,9 @@ def test_dense_is_never_compared_with_itself_and_empty_answers_need_no_judge(run
     assert [by_id[f"{empty} pair {order}"]["answer"]["winner"] for order in ("ab", "ba")] == ["B", "A"]  # it loses
     assert by_id[f"{equal} pair ab"]["answer"] == {"winner": "tie"}
     assert by_id[f"{equal} pair ab"]["asks"] == 0
-    assert not any("assistant B" in prompt for prompt in server.asked if prompt.count(lines[1]["output"]) > 2)
+    twice = [p for p in server.asked if "assistant B" in p and p.count(f"\n{lines[1]['output']}\n") >= 2]
+    assert lines[1]["output"]
+    assert not twice
 
 
 def rescore(run, setting, suite):
@@ -263,11 +265,16 @@ def test_requests_whose_fate_is_unknown_count_at_their_worst(run):
 
 def test_the_key_comes_from_the_environment_and_appears_nowhere(run, monkeypatch, capfd):
     monkeypatch.setenv("MY_JUDGE_KEY", "sk-very-secret-123")
-    with JudgeServer(lambda prompt, attempt: status(500, "sk-very-secret-123") if attempt == 1 else good(prompt)) as s:
+    echoes = [status(400, "bad key sk-very-secret-123"), "sk-very-secret-123", status(500, "sk-very-secret-123")]
+
+    def script(prompt, attempt):
+        return echoes[sum(map(ord, prompt)) % 3] if attempt == 1 else good(prompt)
+
+    with JudgeServer(script) as s:
         code = cli.main(
             ["judge", str(run), "--judge", "scripted", "--base-url", s.url, "--param", "key_env=MY_JUDGE_KEY"]
         )
-    assert code == 0
+    assert code == 1  # what was answered with 400 has no judgment
     assert s.keys == {"Bearer sk-very-secret-123"}
     printed = capfd.readouterr()
     assert "sk-very" not in printed.out + printed.err
@@ -378,6 +385,7 @@ def test_an_estimate_asks_nothing(run, capsys):
         (["--judge", "m", "--base-url", "http://127.0.0.1:9/v1", "--param", "mmlu.x=1"], "no suite 'mmlu'"),
         (["--judge", "m", "--base-url", "http://127.0.0.1:9/v1", "--param", "mt_bench.x=1"], "unknown key 'x'"),
         (["--judge", "m", "--base-url", "http://127.0.0.1:9/v1", "--price", "cheap"], "not two numbers"),
+        (["--judge", "m", "--base-url", "http://me:secret@127.0.0.1:9/v1"], "holds a credential"),
     ],
 )
 def test_what_cannot_be_judged_is_said_at_once(run, capsys, monkeypatch, options, message):
@@ -408,11 +416,63 @@ def test_a_judge_in_the_sweep_file(tmp_path, roomy_model, capsys):
 def test_answers_given_anew_are_judged_anew(run):
     with JudgeServer(good) as server:
         judge_run(run, spec(server), Silent())
-        path = run / "evaluations/dense/mt_bench/scores.json"
-        scores = json.loads(path.read_text())
-        del scores["judgments_sha256"]  # as when the evaluation was answered again
-        path.write_text(json.dumps(scores))
-        assert "rating" not in {row["metric"] for row in rows_of_setting(run, "dense")}
+        before = Counter(server.asked)
+        path = run / "evaluations/dense/summarization/samples.jsonl"
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        lines[0]["output"] = "another summary"
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        rescore(run, "dense", "summarization")
+        scores = run / "evaluations/dense/summarization/scores.json"
+        held = json.loads(scores.read_text())
+        del held["judgments_sha256"]  # an evaluation that is answered again writes its scores anew
+        scores.write_text(json.dumps(held))
+        assert "quality" not in {row["metric"] for row in rows_of_setting(run, "dense")}
+        judge_run(run, spec(server), Silent())
+        (new,) = (server.asked - before).keys()
+        assert "another summary" in new
+    assert "quality" in {row["metric"] for row in rows_of_setting(run, "dense")}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"[]", b"null", b"{}", b'{"choices": {}}', b'{"choices": [{}]}', b'{"choices": [{"message": {"content": [1]}}]}'],
+)
+def test_replies_that_are_no_completions_are_counted_and_end_nothing(run, body):
+    broken = Fault(lambda server, request: server.send(request, 200, None, raw=body))
+    with JudgeServer(lambda prompt, _: broken if "Summary to grade" in prompt else good(prompt)) as server:
+        outcome = judge_run(run, spec(server, retries=0), Silent())
+    assert sum(outcome.failed.values()) == 6  # three summaries of two models
+    assert len(outcome.failed) == 1
+
+
+def test_what_was_under_way_when_an_error_ends_it_is_kept(run):
+    def script(prompt, attempt):
+        return slow(0.3, good(prompt)) if "Conversation" in prompt else status(401)
+
+    with JudgeServer(script) as server:
+        with pytest.raises(KickError, match="does not accept the key"):
+            judge_run(run, spec(server, concurrency=64), Silent())
+        answered = Counter(server.asked)
+        server.script = good
+        judge_run(run, spec(server), Silent())
+    assert all(count == 1 for prompt, count in server.asked.items() if "Conversation" in prompt)
+    assert any("Conversation" in prompt for prompt in answered)
+
+
+def test_pairs_alone_are_a_score_of_their_own(run):
+    with JudgeServer(good) as server:
+        judge_run(run, spec(server, suites={"mt_bench": {"kinds": ["pair"]}}), Silent())
+    cli.main(["report", str(run)])
+    assert "mt_bench (win_rate)" in (run / "leaderboard.md").read_text()
+
+
+def test_a_judge_that_fails_at_the_end_of_a_sweep_costs_no_report(tmp_path, roomy_model, capsys):
+    with JudgeServer(lambda prompt, _: status(404)) as server:
+        text = SWEEP.format(model=roomy_model) + f"judge: {{model: scripted, base_url: '{server.url}'}}\n"
+        (tmp_path / "sweep.yaml").write_text(text)
+        assert cli.main(["sweep", str(tmp_path / "sweep.yaml"), "--out", str(tmp_path / "run")]) == 1
+    assert "The judge could not grade" in capsys.readouterr().out
+    assert (tmp_path / "run/report.html").is_file()
 
 
 def rows_of_setting(run, setting):

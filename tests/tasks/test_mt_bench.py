@@ -6,7 +6,8 @@ import pytest
 from kick_tasks.mt_bench import MTBench, read_answers
 from test_suites import ScriptedLM, suite
 
-from kick.errors import DataError
+from kick.compare import compare
+from kick.errors import ConfigError, DataError
 from kick.judge.questions import Judgment, Ratings
 from kick.judge.replies import read_reply
 from kick.suite import DataSource, Example, Sample
@@ -71,11 +72,35 @@ def test_metrics_without_a_judge_count_a_conversation_as_one():
     samples = [sample(id, words=words) for id, words in (("a-1", 2.0), ("a-2", 4.0), ("b-1", 6.0), ("b-2", 8.0))]
     scores = {(s.metric.name, s.group): s for s in MTBench().score(samples)}
     overall = scores["words", "overall"]
-    assert (overall.ids, overall.value.tolist(), overall.per.tolist(), overall.point) == (
-        ("a", "b"), [6.0, 14.0], [2.0, 2.0], 5.0,
-    )  # fmt: skip
+    assert (overall.n, overall.clusters, overall.point) == (2, ("a", "a", "b", "b"), 5.0)
+    assert overall.value.tolist() == [2.0, 4.0, 6.0, 8.0]
     assert scores["words", "turn 2"].point == 6.0
     assert "rating" not in {metric for metric, _ in scores}
+
+
+def test_a_turn_that_one_model_lost_is_compared_for_neither():
+    """Dense is rated 8 and 4, the other as well on first turns, and its second turns were cut off: nothing was won."""
+    dense, other = [], []
+    for number in range(20):
+        dense += [single(f"{number}-1", 8), single(f"{number}-2", 4)]
+        other += [single(f"{number}-1", 8)]
+    samples = [sample(f"{number}-{turn}") for number in range(20) for turn in (1, 2)]
+    whole, cut = (
+        next(s for s in MTBench().score(samples, judged) if (s.metric.name, s.group) == ("rating", "overall"))
+        for judged in (dense, other)
+    )
+    assert (whole.point, cut.point) == (6.0, 8.0)
+    pair = compare(whole, cut, signal=True)
+    assert (pair.n, pair.dense, pair.retained) == (20, 8.0, 1.0)
+
+
+def single(id, rating):
+    return Judgment(f"{id} single", id, "single", "", 0, {"rating": rating}, None, "", "j", "k", 1, 0, 0)
+
+
+def test_without_dense_answers_a_comparison_is_refused():
+    with pytest.raises(ConfigError, match="no dense answers"):
+        asked([sample("7-1")])
 
 
 def sample(id, output="text", group="math", truncated=False, **scores):
