@@ -162,8 +162,11 @@ def judge(options: Namespace) -> int:
 def _judge_spec(options: Namespace) -> JudgeSpec:
     given: dict[str, Any] = {"model": options.judge}
     suites: dict[str, dict[str, Any]] = {}
-    for key, value in map(_key_value, options.param):
+    for text in options.param:
+        key, value = _key_value(text)
         owner, dot, name = key.rpartition(".")
+        if owner == "query":
+            value = text.partition("=")[2]  # a date is no date in a URL
         if dot and owner != "query":
             suites.setdefault(owner, {})[name] = value
         elif dot:

@@ -139,7 +139,9 @@ class LMEval(Suite):
             doc = self._tasks[example.content["task"]].eval_docs[example.content["number"]]
             own = []
             for index, (kind, arguments) in enumerate(example.content["requests"]):
-                shown = (self._rendered(lm, arguments[0]), *arguments[1:])
+                # only contexts are conversations: not a rolling text, nor the empty context of an unconditional score
+                context = kind != "loglikelihood_rolling" and arguments[0] != ""
+                shown = (self._rendered(lm, arguments[0]) if context else arguments[0], *arguments[1:])
                 metadata = (example.content["task"], example.content["number"], 1)
                 own.append(Instance(kind, doc, shown, index, metadata=metadata))
                 by_kind.setdefault(kind, []).append(own[-1])
@@ -274,6 +276,8 @@ def _numbers(name: str, value: Any, kind: Kind | None) -> dict[str, float]:
             name: -loglikelihood / (math.log(2) if kind == "bits_per_byte" else 1.0),
             f"{name} per": float(weight),
         }
+    if math.isnan(value):  # lm-eval's nanmean leaves it out
+        return {}
     return {name: -float(value) if kind == "perplexity" else float(value)}
 
 

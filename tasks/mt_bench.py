@@ -30,7 +30,7 @@ def _counted(name: str, unit: str, higher_is_better: bool = True) -> Metric:
     return Metric(name, value=name, per="turns", unit=unit, higher_is_better=higher_is_better, descriptive=True)
 
 
-RATING = Metric("rating", value="ratings", per="rated", unit="1 to 10")
+RATING = Metric("rating", value="ratings", per="rated", unit="1 to 10", chance=1.0)  # the lowest says nothing
 WIN_RATE = Metric("win_rate", value="wins", per="compared", unit="share of turns, ties half")
 _LOWEST = 1.0
 
@@ -131,7 +131,7 @@ class MTBench(Suite):
         baseline = {id: sample.output or "" for id, sample in dense.items()}
         if judging.baseline != "dense":
             baseline = read_answers(Path(judging.baseline))
-        if "pair" in judging.kinds and not baseline:
+        if "pair" in judging.kinds and not baseline and "kinds" in judging.model_fields_set:
             raise ConfigError(
                 "there are no dense answers to compare with in this run.",
                 "Set mt_bench.kinds to [single], or a baseline.",
@@ -283,7 +283,7 @@ def _rows(source: DataSource) -> list[dict[str, Any]]:
         try:
             id, turns = str(row["question_id"]), row["turns"]
             # where there is a file of references, it is what published scores were judged by
-            reference = row.get("reference", []) if references is None else references.get(id, [])
+            reference = row.get("reference") or [] if references is None else references.get(id, [])
             rows.append({"id": id, "category": str(row["category"]), "turns": turns, "reference": reference})
         except KeyError as error:
             raise DataError(f"{where} is not in MT-Bench's schema: {error} is missing.", "See docs/data.md.") from error

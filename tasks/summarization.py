@@ -52,7 +52,7 @@ _RATE_BOTH = (
 
 
 def _judged(name: str) -> Metric:
-    return Metric(name, value=name, per="rated", unit="1 to 10")
+    return Metric(name, value=name, per="rated", unit="1 to 10", chance=_LOWEST)  # the lowest says nothing
 
 
 class Summarization(Suite):

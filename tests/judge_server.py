@@ -17,7 +17,7 @@ class JudgeServer:
     def __init__(self, script, usage=(100, 20), understands_schemas=True):
         self.script, self.usage, self.understands_schemas = script, usage, understands_schemas
         self.asked, self.answered = Counter(), Counter()
-        self.bodies, self.keys = [], set()
+        self.bodies, self.keys, self.azure_keys, self.paths = [], set(), set(), set()
         self.under_way = self.most_under_way = 0
         self.lock = threading.Lock()
 
@@ -51,6 +51,8 @@ class JudgeServer:
             attempt = self.asked[first]
             self.bodies.append(body)
             self.keys.add(request.headers.get("authorization"))
+            self.azure_keys.add(request.headers.get("api-key"))
+            self.paths.add(request.path)
         try:
             if not self.understands_schemas and "response_format" in body:
                 return self.send(request, 400, {"error": {"message": "unknown field response_format"}})

@@ -45,6 +45,11 @@ class Cache:
         own = self.of_this_judge()
         return sum(verdict.prompt_tokens for verdict in own), sum(verdict.output_tokens for verdict in own)
 
+    def spent(self) -> tuple[int, int]:
+        """(prompt, output) tokens of every judge that graded this run: what a budget counts."""
+        everything = [verdict for _, _, verdict in self._verdicts]
+        return sum(v.prompt_tokens for v in everything), sum(v.output_tokens for v in everything)
+
     @contextmanager
     def appending(self) -> Iterator[None]:
         with open(self.path, "ab+") as file:

@@ -20,7 +20,7 @@ def with_itself(judgments: Sequence[Judgment]) -> Figures:
     same = moved = ratings = pairs = 0
     distance = 0.0
     for again in judgments:
-        before = first.get(again.id.partition("#")[0])
+        before = first.get(again.id.removesuffix(f"#{again.repeat}"))
         if again.repeat == 0 or before is None or before.answer is None or again.answer is None:
             continue
         pairs += 1

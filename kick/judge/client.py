@@ -56,6 +56,7 @@ class Judge:
             api_key=self._key,
             base_url=spec.base_url,
             default_query=dict(spec.query) or None,
+            default_headers={"api-key": self._key} if "api-version" in spec.query else None,  # Azure's own
             timeout=spec.timeout,
             max_retries=0,  # `_complete` retries, within the budget
         )

@@ -13,6 +13,9 @@ Kind = Literal["single", "pair"]
 Order = Literal["", "ab", "ba"]
 Answer = dict[str, Any]
 
+REASONS = "reasons"
+"""Every reply begins with them, also where an endpoint lets it hold nothing but the schema; no answer keeps them."""
+
 
 class Form(ABC):
     """The values that a reply must hold."""
@@ -178,9 +181,11 @@ def _in_range(value: Any, low: float, high: float) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
 
 
-def _object(properties: dict[str, Any]) -> dict[str, Any]:
+def _object(values: dict[str, Any]) -> dict[str, Any]:
+    properties = {REASONS: {"type": "string"}, **values}
     return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
 
 
 def _example(values: Mapping[str, str]) -> str:
-    return "{" + ", ".join(f'"{name}": {value}' for name, value in values.items()) + "}"
+    shown = {REASONS: '"<a few sentences>"', **values}
+    return "{" + ", ".join(f'"{name}": {value}' for name, value in shown.items()) + "}"

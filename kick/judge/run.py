@@ -73,10 +73,11 @@ class Outcome:
 def judge_run(root: Path, spec: JudgeSpec, progress: Progress) -> Outcome:
     """Ask what was not asked before, then write judgments, scores and the record. Safe to kill and call again."""
     spec.check()
+    _reference_verdicts(spec)  # read before anything is paid for
     with lock(root):
         evaluations = find_evaluations(root, spec)
         cache = Cache(root / JUDGE_CACHE, spec)
-        budget = Budget(spec.budget_usd, spec.budget_tokens, spec.price_in, spec.price_out, *cache.used())
+        budget = Budget(spec.budget_usd, spec.budget_tokens, spec.price_in, spec.price_out, *cache.spent())
         judge = Judge(spec, budget)
         everything = {asked.key: asked for evaluation in evaluations for asked in evaluation.questions}
         missing = _missing(everything.values(), cache)
@@ -289,6 +290,10 @@ def _record(spec: JudgeSpec, cache: Cache, evaluations: list[Evaluation]) -> dic
 def _reference_verdicts(spec: JudgeSpec) -> dict[str, dict[str, Answer]]:
     """suite -> "SETTING/QUESTION" -> answer, from the file of the spec."""
     found: dict[str, dict[str, Answer]] = {}
+    if spec.verdicts is not None and not Path(spec.verdicts).is_file():
+        raise ConfigError(
+            f"no file of verdicts {spec.verdicts}.", "Rows of suite, setting, id, answer; see docs/judge.md."
+        )
     if spec.verdicts is not None:
         for number, row in read_jsonl(Path(spec.verdicts)):
             try:

@@ -130,7 +130,9 @@ class Results:
         """What a suite's verdicts are about: the judge's score where there is one."""
         scores = self.get(DENSE, suite).scores
         candidates = (*self.suites[suite].judged_metrics, self.suites[suite].metrics[0])
-        found = next((metric for metric in candidates if (metric.name, OVERALL) in scores), candidates[-1])
+        found = next(
+            (metric for metric in candidates if (s := scores.get((metric.name, OVERALL))) and s.n), candidates[-1]
+        )
         dense = scores.get((found.name, OVERALL))
         return dense.metric if dense else found  # what guessing gives may be known from the questions alone
 

@@ -16,7 +16,7 @@ from kick import __version__, meter, models, plugins
 from kick import checkpoint as checkpoints
 from kick.calibration import Calibration, draw
 from kick.compress import Recipe, needs_calibration, prepare
-from kick.config import SuiteSpec, SweepConfig, explain
+from kick.config import SuiteSpec, SweepConfig, explain, parse_part
 from kick.errors import ConfigError, DataError
 from kick.lm import find_lm
 from kick.models import ModelSource
@@ -106,6 +106,7 @@ def make_plan(config: SweepConfig, as_is: bool = False) -> Plan:
     if config.judge is not None:  # what would stop the judge at the end is said at the beginning
         config.judge.check()
         config.judge.key()
+        _check_judged(config)
     source = models.find_source(config.model)
     given = None
     if as_is and source.path is not None and (source.path / checkpoints.RECORD).is_file():
@@ -136,6 +137,17 @@ def make_plan(config: SweepConfig, as_is: bool = False) -> Plan:
         inputs,
         given,
     )
+
+
+def _check_judged(config: SweepConfig) -> None:
+    assert config.judge is not None
+    judged = {spec.name: suite for spec in config.suites if (suite := make_suite(spec)).judged_metrics}
+    unknown = sorted(set(config.judge.suites) - set(judged))
+    if unknown or not judged:
+        named = f"'{unknown[0]}'" if unknown else "none of the suites"
+        raise ConfigError(f"judge: {named} can be graded.", f"Graded here: {', '.join(judged) or 'none'}.")
+    for name, suite in judged.items():
+        parse_part(suite.Judging, config.judge.suites.get(name, {}), f"judge.suites.{name}")
 
 
 def make_suite(spec: SuiteSpec) -> Suite:

@@ -249,6 +249,45 @@ def test_the_budget_holds_to_the_cent(run):
     assert whole.record["usd"] == pytest.approx(0.03 * sum(server.asked.values()))
 
 
+def test_a_budget_counts_what_other_judges_took(run):
+    with JudgeServer(good, usage=(1000, 200)) as server:
+        for temperature in (0.0, 0.1, 0.2):
+            limits = {"budget_tokens": 20_000, "max_tokens": 200, "temperature": temperature}
+            judge_run(run, spec(server, **limits), Silent())
+        assert 0 < 1200 * sum(server.asked.values()) <= 20_000
+
+
+def test_what_no_judge_could_grade_is_said_before_the_sweep(tmp_path, roomy_model, capsys):
+    with JudgeServer(good) as server:
+        judge = f"judge: {{model: scripted, base_url: '{server.url}', suites: {{mt_bench: {{bogus: 1}}}}}}\n"
+        (tmp_path / "sweep.yaml").write_text(SWEEP.format(model=roomy_model) + judge)
+        assert cli.main(["sweep", str(tmp_path / "sweep.yaml"), "--out", str(tmp_path / "run")]) == 2
+    assert "bogus" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_azures_version_and_key(run, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "azure-key")
+    with JudgeServer(good) as server:
+        arguments = ["judge", str(run), "--judge", "scripted", "--base-url", server.url]
+        assert cli.main([*arguments, "--param", "query.api-version=2024-10-21"]) == 0
+    assert server.paths == {"/v1/chat/completions?api-version=2024-10-21"}
+    assert server.azure_keys == {"azure-key"}
+
+
+def test_a_judge_that_gives_everyone_the_lowest_grade_is_no_signal(run):
+    lowest = '{"rating": 1, "winner": "tie", "coherence": 1, "consistency": 1, "fluency": 1, "relevance": 1}'
+    with JudgeServer(lambda prompt, _: lowest) as server:
+        judge_run(run, spec(server), Silent())
+    assert rows(run, "mt_bench", "rating")["magnitude@0.5"]["verdict"] == "no signal"
+
+
+def test_a_missing_file_of_verdicts_is_said_before_anything_is_asked(run):
+    with JudgeServer(good) as server, pytest.raises(KickError, match="no file of verdicts"):
+        judge_run(run, spec(server, verdicts="nowhere.jsonl"), Silent())
+    assert not server.asked
+
+
 def test_a_budget_in_tokens(run):
     with JudgeServer(good, usage=(1000, 200)) as server:
         outcome = judge_run(run, spec(server, budget_tokens=20_000, max_tokens=200), Silent())

@@ -98,9 +98,10 @@ def single(id, rating):
     return Judgment(f"{id} single", id, "single", "", 0, {"rating": rating}, None, "", "j", "k", 1, 0, 0)
 
 
-def test_without_dense_answers_a_comparison_is_refused():
+def test_without_dense_answers_a_comparison_that_was_asked_for_is_refused():
     with pytest.raises(ConfigError, match="no dense answers"):
-        asked([sample("7-1")])
+        asked([sample("7-1")], kinds=["pair"])
+    assert asked([sample("7-1")]).keys() == {"7-1 single"}  # not asked for by name: rated alone
 
 
 def sample(id, output="text", group="math", truncated=False, **scores):
