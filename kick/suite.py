@@ -189,7 +189,9 @@ class Suite(ABC):
         dense: Mapping[str, Sample],
     ) -> Iterator[Question]:
         """What to ask a judge about `samples`. examples and dense: by id; `judging`: an instance of `Judging`."""
-        raise ConfigError(f"the suite '{self.name}' has nothing for a judge.", "Judged are mt_bench and summarization.")
+        raise ConfigError(
+            f"the suite '{self.name}' has nothing for a judge.", "A suite that can be judged declares judged_metrics."
+        )
 
     def batches(self, examples: Sequence[Example], size: int) -> list[list[Example]]:
         """What is asked in one go: `examples` in order, cut into pieces of at most `size`.

@@ -253,13 +253,7 @@ def _rated(judgments: Sequence[Judgment]) -> dict[str, list[dict[str, float]]]:
     found: dict[str, list[dict[str, float]]] = {}
     for id, own in by_sample(judgments, "single").items():
         answered = [judgment for judgment in own if judgment.answer is not None]
-        place = {"": None, "ab": 0, "ba": 1}
-        ratings = [
-            {name: value if place[j.order] is None else value[place[j.order]] for name, value in j.answer.items()}
-            for j in answered
-            if j.answer is not None
-        ]
-        found[id] = ratings if len(answered) == len(own) else []
+        found[id] = [judgment.own_ratings() for judgment in answered] if len(answered) == len(own) else []
     return found
 
 

@@ -4,7 +4,7 @@ import threading
 from dataclasses import dataclass
 
 
-class BudgetSpent(Exception):  # noqa: N818 (a state, not a fault)  # noqa: N818 (a state, not a fault)
+class BudgetSpent(Exception):  # noqa: N818 (a state, not a fault)
     """No further request fits into the budget."""
 
 

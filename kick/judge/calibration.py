@@ -56,7 +56,7 @@ def with_the_order(judgments: Sequence[Judgment]) -> Figures:
 def with_length(judgments: Sequence[Judgment], words: Mapping[str, int]) -> Figures:
     """Spearman's rank correlation of a rating with the length of the answer. words: by sample id."""
     rated = [
-        (float(np.mean(list(_own_numbers(judgment)))), words[judgment.sample])
+        (float(np.mean(list(judgment.own_ratings().values()))), words[judgment.sample])
         for judgment in judgments
         if judgment.repeat == 0 and judgment.kind == "single" and judgment.asks and judgment.answer is not None
     ]
@@ -81,13 +81,6 @@ def with_verdicts(judgments: Sequence[Judgment], verdicts: Mapping[str, Answer])
         "agrees_with_reference": sum(own == other for own, other in pairs) / len(pairs) if pairs else None,
         "mean_distance_from_reference": float(np.mean(distances)) if distances else None,
     }
-
-
-def _own_numbers(judgment: Judgment) -> Iterable[float]:
-    """The ratings of the sample itself, where another text was rated beside it."""
-    place = {"": None, "ab": 0, "ba": 1}[judgment.order]
-    for value in (judgment.answer or {}).values():
-        yield float(value if place is None else value[place])
 
 
 def _numbers(answer: Answer) -> Iterable[float]:

@@ -211,11 +211,11 @@ class Judge:
         return f"{name} ({fingerprint})" if fingerprint else name
 
 
-class _Unanswered(Exception):  # noqa: N818  # noqa: N818
+class _Unanswered(Exception):  # noqa: N818
     """A question that got no reply."""
 
 
-class _MayPass(Exception):  # noqa: N818  # noqa: N818
+class _MayPass(Exception):  # noqa: N818
     """A request that failed in a way that may not last. `wait`: seconds that the endpoint asks to wait."""
 
     def __init__(self, reason: str, wait: float | None = None) -> None:

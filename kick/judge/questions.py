@@ -134,6 +134,11 @@ class Judgment:
     prompt_tokens: int
     output_tokens: int
 
+    def own_ratings(self) -> dict[str, float]:
+        """The ratings of the sample itself: its place in each pair, where another text was rated beside it."""
+        place = {"": None, "ab": 0, "ba": 1}[self.order]
+        return {name: value if place is None else value[place] for name, value in (self.answer or {}).items()}
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -156,9 +161,7 @@ def mean_ratings(judgments: Iterable[Judgment]) -> dict[str, float]:
     found: dict[str, list[float]] = {}
     for judgment in judgments:
         if judgment.kind == "single" and judgment.repeat == 0 and judgment.answer is not None:
-            place = {"": None, "ab": 0, "ba": 1}[judgment.order]
-            for value in judgment.answer.values():
-                found.setdefault(judgment.sample, []).append(value if place is None else value[place])
+            found.setdefault(judgment.sample, []).extend(judgment.own_ratings().values())
     return {sample: sum(values) / len(values) for sample, values in found.items()}
 
 

@@ -73,7 +73,7 @@ class Outcome:
 def judge_run(root: Path, spec: JudgeSpec, progress: Progress) -> Outcome:
     """Ask what was not asked before, then write judgments, scores and the record. Safe to kill and call again."""
     spec.check()
-    _reference_verdicts(spec)  # read before anything is paid for
+    verdicts = _reference_verdicts(spec)  # read before anything is paid for
     with lock(root):
         evaluations = find_evaluations(root, spec)
         cache = Cache(root / JUDGE_CACHE, spec)
@@ -102,7 +102,7 @@ def judge_run(root: Path, spec: JudgeSpec, progress: Progress) -> Outcome:
             "retried_requests": judge.retries,
             "not_understood_by_the_endpoint": sorted(judge.missing),
         }
-        record = {**_record(spec, cache, evaluations), "last_call": now}
+        record = {**_record(spec, cache, evaluations, verdicts), "last_call": now}
         write_json(root / JUDGE, record)
         return Outcome(len(everything), cached, done, record["failed"], stopped, record)
 
@@ -144,7 +144,7 @@ def find_evaluations(root: Path, spec: JudgeSpec) -> list[Evaluation]:
         named = f"no suite '{min(unknown)}'" if unknown else "no suite"
         raise ConfigError(
             f"{root} holds {named} that a judge can grade.",
-            "Graded are " + (", ".join(suite.name for suite in judged) or "mt_bench and summarization") + ".",
+            "Graded are " + (", ".join(suite.name for suite in judged) or "suites that declare judged_metrics") + ".",
         )
     store, found = Store(root), []
     for suite in judged:
@@ -255,7 +255,9 @@ def _judgment(asked: Asked, cache: Cache, spec: JudgeSpec) -> Judgment:
     )
 
 
-def _record(spec: JudgeSpec, cache: Cache, evaluations: list[Evaluation]) -> dict[str, Any]:
+def _record(
+    spec: JudgeSpec, cache: Cache, evaluations: list[Evaluation], verdicts: dict[str, dict[str, Answer]]
+) -> dict[str, Any]:
     judgments: dict[str, list[Judgment]] = {}
     words: dict[str, dict[str, int]] = {}
     for evaluation in evaluations:
@@ -266,7 +268,6 @@ def _record(spec: JudgeSpec, cache: Cache, evaluations: list[Evaluation]) -> dic
         )
         lengths = {f"{evaluation.setting}/{s.id}": len((s.output or "").split()) for s in evaluation.samples}
         words.setdefault(name, {}).update(lengths)
-    verdicts = _reference_verdicts(spec)
     everything = [judgment for found in judgments.values() for judgment in found]
     failed = Counter(judgment.failed.partition(":")[0] for judgment in everything if judgment.failed is not None)
     prompt_tokens, output_tokens = cache.used()
