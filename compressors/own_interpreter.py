@@ -6,7 +6,6 @@ there; what it wrote is read back as any checkpoint that was made elsewhere.
 """
 
 import json
-import os
 import subprocess
 import tempfile
 from functools import cached_property
@@ -18,11 +17,12 @@ from pydantic import Field
 from safetensors.torch import save_file
 from torch import nn
 
+from kick import interpreter
 from kick.adapters import attached
 from kick.blocks import find_decoder
 from kick.calibration import Calibration
 from kick.compressor import Compressor, Progress, no_progress
-from kick.errors import ConfigError, KickError
+from kick.errors import KickError
 from kick.levels import Bits, Level
 
 from .formats import files, quantized
@@ -54,24 +54,8 @@ class OwnInterpreter(Compressor):
 
     @cached_property
     def _version(self) -> str:
-        """The library's, in its own interpreter, without importing it."""
-        code = f"import importlib.metadata as m; print(m.version('{self.library}'))"
-        python = self._python
-        hint = f"Make an environment with {self.library} and give its interpreter as the parameter python."
-        if not python.is_file():
-            raise ConfigError(f"{self.name}: no interpreter {self.params.python}.", hint)
-        try:
-            done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False)
-        except OSError as error:
-            raise ConfigError(f"{self.name}: {self.params.python} cannot be run: {error.strerror}.", hint) from error
-        if done.returncode:
-            raise ConfigError(f"{self.name}: {self.params.python} has no {self.library}.", hint)
-        return done.stdout.strip()
-
-    @property
-    def _python(self) -> Path:
-        """Absolute, since it is called from a scratch directory; not resolved, since a venv's is a link."""
-        return Path(self.params.python).expanduser().absolute()
+        """The library's, in its own interpreter."""
+        return interpreter.version_in(self.params.python, [self.library], self.name)
 
     def inputs(self) -> dict[str, str]:
         return {self.library: self._version}
@@ -117,9 +101,8 @@ class OwnInterpreter(Compressor):
 
     def _run(self, here: Path) -> dict[str, Any]:
         script = package_files("kick_compressors").joinpath(f"workers/run_{self.name}.py")
-        environment = {**os.environ, "TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
-        environment.pop("PYTHONPATH", None)
-        command = [str(self._python), str(script), str(here / "job.json")]
+        environment = interpreter.quiet_environment()
+        command = [str(interpreter.absolute(self.params.python)), str(script), str(here / "job.json")]
         with open(here / "log", "w", encoding="utf-8") as log:
             done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=here, check=False)
         if done.returncode or not (here / "out" / "result.json").is_file():

@@ -14,8 +14,8 @@ import numpy as np
 from pydantic import Field
 
 from kick.errors import DataError
-from kick.levels import Spec
 from kick.rows import read_texts
+from kick.spec import Spec
 
 if TYPE_CHECKING:
     from torch import Tensor

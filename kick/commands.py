@@ -12,12 +12,13 @@ from kick import models, plugins
 from kick.calibration import CalibrationSpec
 from kick.compress import Recipe, prepare
 from kick.compress import compress as make_checkpoint
-from kick.config import LMSpec, SuiteSpec, SweepConfig
+from kick.config import SuiteSpec, SweepConfig
 from kick.errors import CheckpointError, ConfigError, KickError
 from kick.export import find_format
 from kick.files import check_writable, to_json
 from kick.judge.spec import JudgeSpec
 from kick.lm import LMS
+from kick.lm.spec import LMSpec
 from kick.progress import duration, progress
 from kick.settings import Setting, parse_setting
 

@@ -10,7 +10,6 @@ from kick import __version__, adapters, plugins
 from kick import checkpoint as checkpoints
 from kick.calibration import Calibration, CalibrationSpec, draw
 from kick.compressor import Compressor, LayerwiseCompressor, Progress, no_progress
-from kick.config import explain
 from kick.errors import ConfigError, LevelError
 from kick.files import scratch_directory
 from kick.levels import parse_level
@@ -18,6 +17,7 @@ from kick.meter import Meter, versions
 from kick.models import ModelSource, fetch, is_skeleton, load_model, load_skeleton, load_tokenizer
 from kick.outcome import Outcome, Step
 from kick.settings import Setting, Stage
+from kick.spec import explain
 from kick.streaming import open_streamed
 
 
@@ -40,8 +40,12 @@ def prepare(setting: Setting) -> list[Step]:
     Raises UnknownNameError, LevelError or ConfigError: all that can be wrong with a setting before a model is loaded.
     """
     if setting.is_dense:
-        if setting.level or setting.params or not setting.is_uniform:
-            raise LevelError("'dense' takes no level and no parameters.", "It is the model as it came.")
+        if setting.level or not setting.is_uniform:
+            raise LevelError("'dense' takes no level and no rules for layers.", "It is the model as it came.")
+        try:
+            assert setting.variant
+        except ValidationError as error:
+            raise ConfigError(f"dense: {explain(error)}", "It can be asked with another dtype or lm.") from error
         return []
     steps = [_step(stage, setting) for stage in setting.stages]
     for step in steps[1:]:

@@ -10,9 +10,10 @@ from pydantic import BaseModel, Field, ValidationError, field_validator
 from kick.calibration import CalibrationSpec
 from kick.errors import ConfigError
 from kick.judge.spec import JudgeSpec
-from kick.levels import Spec
+from kick.lm.spec import LMSpec
 from kick.policy import Policy
 from kick.settings import DENSE, Setting, Stage, parse_setting
+from kick.spec import Spec, explain
 
 S = TypeVar("S", bound=BaseModel)
 
@@ -80,6 +81,7 @@ class SuiteSpec(Spec):
     limit: int | None = Field(default=None, ge=1)
     limit_per_group: int | None = Field(default=None, ge=1)
     seed: int = 0
+    lm: LMSpec | None = Field(default=None, description="instead of the sweep's lm")
 
     @property
     def name(self) -> str:
@@ -89,13 +91,6 @@ class SuiteSpec(Spec):
     @classmethod
     def _plain(cls, label: str) -> str:
         return check_label(label)
-
-
-class LMSpec(Spec):
-    """Which LM answers. `batch_size` is the number of examples asked in one go, and what a crash can lose."""
-
-    name: str = "fast"
-    batch_size: int = Field(default=16, ge=1)
 
 
 class SweepConfig(Spec):
@@ -212,16 +207,6 @@ def parse_part(kind: type[S], content: dict[str, Any], where: str) -> S:
         return kind(**content)
     except ValidationError as error:
         raise ConfigError(f"{where}: {explain(error)}", f"Known: {', '.join(kind.model_fields)}.") from error
-
-
-def explain(error: ValidationError) -> str:
-    """The first thing that pydantic found, in words."""
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        return f"unknown key '{where}'."
-    given = f", given {first['input']!r}" if first["type"] != "missing" else ""
-    return f"'{where}': {first['msg'][0].lower()}{first['msg'][1:]}{given}."
 
 
 def _explain(error: ValidationError, where: str) -> tuple[str, str]:

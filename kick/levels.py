@@ -4,9 +4,10 @@ import re
 from enum import Flag, auto
 from typing import Annotated
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import BeforeValidator
 
 from kick.errors import LevelError
+from kick.spec import Spec
 
 
 class Knob(Flag):
@@ -18,12 +19,6 @@ class Knob(Flag):
     BITS = auto()
     SHAPE = auto()
     JOINT = auto()
-
-
-class Spec(BaseModel):
-    """A frozen description; unknown keys are refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class Sparsity(Spec):

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field, model_validator
 
 from kick.errors import LevelError
-from kick.levels import Level, LevelText, Sparsity, Spec
+from kick.levels import Level, LevelText, Sparsity
+from kick.spec import Spec
 
 if TYPE_CHECKING:
     from kick.blocks import Block, Decoder, Linear

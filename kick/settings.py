@@ -6,13 +6,15 @@ A setting is written `compressor@level`: `magnitude@0.5`, `wanda@2:4`, `gptq@4`,
 
 import hashlib
 import json
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from kick.errors import LevelError
 from kick.levels import LevelText
+from kick.lm.spec import LMSpec
 from kick.policy import Policy
+from kick.spec import Spec
 
 DENSE = "dense"
 CHAIN = " > "
@@ -35,6 +37,13 @@ class Stage(Policy):
 
     def __str__(self) -> str:
         return f"{self.compressor}@{self.level}" if self.level else self.compressor
+
+
+class Variant(Spec):
+    """Another way to ask the dense model, as parameters of `dense`: what comes out different is noise."""
+
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    lm: LMSpec | None = None
 
 
 class Setting(Stage):
@@ -66,7 +75,13 @@ class Setting(Stage):
 
     @property
     def is_dense(self) -> bool:
+        """Whether its weights are the model's own: `dense` itself, and variants of how it is asked."""
         return self.compressor == DENSE and not self.then
+
+    @property
+    def variant(self) -> Variant:
+        """How it is asked where that is not how the others are. Raises pydantic's ValidationError."""
+        return Variant(**self.params) if self.is_dense else Variant()
 
 
 def parse_setting(text: str) -> Setting:

@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 from pydantic import Field
 
 from kick.errors import ConfigError
-from kick.levels import Spec
+from kick.spec import Spec
 
 OPENAI = "https://api.openai.com/v1"
 

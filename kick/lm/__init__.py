@@ -5,18 +5,36 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kick.errors import KickError, unknown_name
+from pydantic import ValidationError
+
+from kick.errors import ConfigError, KickError, unknown_name
+from kick.lm.spec import LMSpec
+from kick.spec import explain
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
     from torch import Tensor
 
-LMS = {"fast": "kick.lm.fast:FastLM"}
+LMS = {
+    "fast": "kick.lm.fast:FastLM",
+    "vllm": "kick.lm.vllm:VLLM",
+    "server": "kick.lm.server:ServerLM",
+}
 
 
-def load_lm(name: str, path: Path, dtype: str, device: str) -> Any:
-    """The model in directory `path` behind the LM called `name`."""
-    return find_lm(name).from_checkpoint(path, dtype=dtype, device=device)
+def load_lm(spec: LMSpec, path: Path, dtype: str, device: str) -> Any:
+    """The model in directory `path` behind the LM that `spec` names."""
+    return find_lm(spec.name).from_checkpoint(path, params_of(spec), dtype=dtype, device=device)
+
+
+def params_of(spec: LMSpec) -> Any:
+    """The checked parameters of an LM. Raises ConfigError."""
+    kind = find_lm(spec.name)
+    try:
+        return kind.Params(**spec.params)
+    except ValidationError as error:
+        allowed = ", ".join(kind.Params.model_fields) or "none"
+        raise ConfigError(f"lm '{spec.name}': {explain(error)}", f"Its parameters: {allowed}.") from error
 
 
 def find_lm(name: str) -> Any:

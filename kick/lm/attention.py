@@ -68,3 +68,8 @@ def use(model: Any) -> None:
         AttentionInterface.register(NAME, attention)
         AttentionMaskInterface.register(NAME, sdpa_mask)
         model.set_attn_implementation(NAME)
+
+
+def used_by(model: Any) -> bool:
+    """Whether `model` attends by this."""
+    return model.config._attn_implementation == NAME

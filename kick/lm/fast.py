@@ -10,19 +10,19 @@ so an interrupted evaluation that asks the same batches again gets the same answ
 
 import copy
 import os
-from collections.abc import Callable
-from functools import lru_cache, partial
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from lm_eval.api.model import TemplateLM
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from kick.errors import KickError
 from kick.lm import attention
+from kick.lm.base import Scored, TokenLM
 from kick.lm.generation import (
     Completion,
     Decoding,
@@ -35,207 +35,197 @@ from kick.lm.generation import (
 from kick.lm.packing import Packed, clusters, pack, shared_prefix
 from kick.models import load_model, load_tokenizer
 
-PACKED_TOKENS = 512
-"""Tokens in a row: enough for full speed of the matrix units, few enough that the mask stays small."""
-
-PLAIN_ROWS = 8
 CACHE_SHARE = 0.15
 """Of the machine's memory that keys and values of a generation batch may take: fixed, so that batches are too."""
 
-_REMEMBERED_TEXTS = 1024
+_FEWEST_TOKENS = 16  # in a row, after halving
+_LOGITS_AT_ONCE = 128  # positions whose logits are in memory at a time
 _AGREEMENT = {torch.float32: 1e-3, torch.float64: 1e-6}  # log-likelihoods with and without packing; half precision 0.25
 
 
-class FastLM(TemplateLM):
+class FastLM(TokenLM):
     """A causal language model of transformers behind lm-eval's LM interface.
 
     Where the model's cache or attention does not allow sharing (sliding windows, recurrent states), it computes each
     request by itself and `record()` says why.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, path: Path | None = None) -> None:
-        super().__init__()
+    class Params(BaseModel):
+        model_config = ConfigDict(frozen=True, extra="forbid")
+
+        row_tokens: int = Field(
+            default=512, ge=_FEWEST_TOKENS, description="tokens computed at once; less where memory runs out"
+        )
+
+    def __init__(self, model: Any, tokenizer: Any, path: Path | None = None, params: Params | None = None) -> None:
+        super().__init__(tokenizer, getattr(model.config, "max_position_embeddings", None) or 2048)
         self.model = model
-        self.tokenizer = tokenizer
         self.path = path
+        self.params = params or self.Params()
         attention.use(model)
         self._device = model.device
-        self._encode = lru_cache(maxsize=_REMEMBERED_TEXTS)(self._encode_uncached)  # a prompt is met once an option
         self._prefix: tuple[tuple[int, ...], DynamicCache] | None = None
-        self.halved = 0  # batches that did not fit into memory
         self._bytes_per_cached_token = 1
+        self._plain_head = False
+        self.halved = 0  # rows and batches that did not fit into memory
         self.no_sharing = self._why_no_sharing()
 
     @classmethod
-    def from_checkpoint(cls, path: Path, dtype: str, device: str) -> "FastLM":
-        return cls(load_model(path, dtype, device), load_tokenizer(path), path)
+    def from_checkpoint(cls, path: Path, params: Params, dtype: str, device: str) -> "FastLM":
+        return cls(load_model(path, dtype, device), load_tokenizer(path), path, params)
 
     def record(self) -> dict[str, Any]:
-        """What belongs into the record of an evaluation."""
         return {
             "name": "fast",
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "device": str(self.model.device),
             "attention": self.model.config._attn_implementation,
+            "row_tokens": self.params.row_tokens,
             "shares_prefixes": self.no_sharing is None,
             **({"why_not": self.no_sharing} if self.no_sharing else {}),
+            **({"out_of_memory": self.halved} if self.halved else {}),
         }
-
-    # The parts of lm-eval's interface that describe the model and its tokenizer
-
-    @property
-    def max_length(self) -> int:
-        return getattr(self.model.config, "max_position_embeddings", None) or 2048
-
-    @property
-    def eot_token_id(self) -> int:
-        return self.tokenizer.eos_token_id
-
-    @property
-    def prefix_token_id(self) -> int:
-        if self.tokenizer.bos_token_id is not None:
-            return self.tokenizer.bos_token_id
-        return self.tokenizer.eos_token_id
-
-    @property
-    def tokenizer_name(self) -> str:
-        return self.tokenizer.name_or_path.replace("/", "__")
-
-    @property
-    def has_chat_template(self) -> bool:
-        return bool(self.tokenizer.chat_template)
-
-    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        return self.tokenizer.apply_chat_template(
-            chat_history,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=not add_generation_prompt,
-        )
-
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Token ids of `string`; None leaves special tokens to the tokenizer, unless the text begins with one."""
-        bos = self.tokenizer.bos_token
-        if add_special_tokens is None and bos and string.startswith(bos):
-            add_special_tokens = False
-        return list(self._encode(string, add_special_tokens))
-
-    def _encode_uncached(self, string: str, add_special_tokens: bool | None) -> tuple[int, ...]:
-        options = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
-        return tuple(self.tokenizer(string, verbose=False, **options)["input_ids"])
 
     # Likelihoods
 
-    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """Each text's total log-likelihood; a text longer than the context is cut into windows without overlap."""
-        windows: list[tuple[tuple[str, str], list[int], list[int]]] = []
-        owners: list[int] = []
-        for owner, request in enumerate(requests):
-            tokens = self.tok_encode(request.args[0], add_special_tokens=False)
-            for window in get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, context_len=1):
-                context, continuation = make_disjoint_window(window)
-                windows.append((("", ""), list(context), list(continuation)))
-                owners.append(owner)
-        totals = [0.0] * len(requests)
-        for owner, (value, _) in zip(owners, self._loglikelihood_tokens(windows), strict=True):
-            totals[owner] += value
-        return totals
-
     @torch.inference_mode()
-    def _loglikelihood_tokens(
-        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
-    ) -> list[tuple[float, bool]]:
-        """For each (_, context tokens, continuation tokens): (log-likelihood, is it the greedy continuation)."""
-        sequences, targets = [], []
-        for _, context, continuation in requests:
-            if not continuation:
-                raise KickError("a request with an empty continuation.", "There is nothing to score.")
-            sequences.append((context + continuation)[-(self.max_length + 1) :][:-1])
-            targets.append(continuation[-self.max_length :])
+    def score(self, sequences: Sequence[Scored]) -> list[tuple[float, bool]]:
         results: dict[int, tuple[float, bool]] = {}
-        if self.no_sharing is not None:
-            order = sorted(range(len(sequences)), key=lambda index: len(sequences[index]))
-            for start in range(0, len(order), PLAIN_ROWS):
-                results |= self._score_rows(sequences, targets, order[start : start + PLAIN_ROWS])
+        if self.no_sharing is None:
+            inputs = [sequence.tokens[:-1] for sequence in sequences]
+            unscored = [len(sequence.tokens) - sequence.n_targets for sequence in sequences]
+            for length, members in clusters(inputs, unscored):
+                results |= self._score_packed(sequences, members, length, self.params.row_tokens)
         else:
-            unscored = [len(sequence) - len(target) for sequence, target in zip(sequences, targets, strict=True)]
-            for length, members in clusters(sequences, unscored):
-                results |= self._score_cluster(sequences, targets, members, length)
-        return [results[index] for index in range(len(requests))]
+            lengths = [len(sequence.tokens) for sequence in sequences]
+            order = sorted(range(len(sequences)), key=lambda index: lengths[index])
+            for batch in batches_within(lengths, order, 4 * self.params.row_tokens):
+                values = self._halving(batch, partial(self._score_padded, sequences))
+                results |= dict(zip(batch, values, strict=True))
+        return [results[index] for index in range(len(sequences))]
 
-    def _score_cluster(
-        self, sequences: list[list[int]], targets: list[list[int]], members: list[int], length: int
+    def _score_packed(
+        self, sequences: Sequence[Scored], members: list[int], length: int, row_tokens: int
     ) -> dict[int, tuple[float, bool]]:
-        """Requests that begin with the same `length` tokens: these once, then the rest in packed rows."""
-        prefix = self._keys_and_values(tuple(sequences[members[0]][:length])) if length else None
-        rests = [sequence[length:] for sequence in sequences]
-        results = {}
-        for row in pack(rests, members, PACKED_TOKENS):
-            # the last len(target) tokens of each path predict the target
-            places = [row.paths[index][-len(targets[index]) :] for index in row.paths]
-            flat = [place for path in places for place in path]
-            logits = self._forward_packed(row, prefix, length, flat)
-            wanted = torch.tensor([token for index in row.paths for token in targets[index]], device=logits.device)
-            values, greedy = score_tokens(logits, wanted)
-            start = 0
-            for index in row.paths:
-                end = start + len(targets[index])
-                results[index] = (float(values[start:end].sum()), bool(greedy[start:end].all()))
-                start = end
+        """Requests that begin with the same `length` tokens: these once, then the rest in rows of `row_tokens`."""
+        rests = [sequence.tokens[length:-1] for sequence in sequences]
+        results: dict[int, tuple[float, bool]] = {}
+        for row in pack(rests, members, row_tokens):
+            try:
+                prefix = self._keys_and_values(sequences[members[0]].tokens[:length], row_tokens)
+                results |= self._score_row(sequences, row, prefix, length, row_tokens)
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                if row_tokens < 2 * _FEWEST_TOKENS or not _is_out_of_memory(error):
+                    raise
+                self._note_out_of_memory()
+                results |= self._score_packed(sequences, list(row.paths), length, row_tokens // 2)
         return results
 
-    def _forward_packed(self, row: Packed, prefix: DynamicCache | None, length: int, places: list[int]) -> Tensor:
-        """Logits [len(places), vocabulary] of a packed row after a prefix of `length` tokens."""
-        seen = torch.from_numpy(row.attends(length)).to(self.device)
-        mask = torch.zeros(seen.shape, dtype=self.model.dtype, device=self.device)
-        mask.masked_fill_(~seen, torch.finfo(self.model.dtype).min)
-        with attention.visible_prefix(length):
-            output = self.model(
-                input_ids=torch.tensor([row.tokens], device=self.device),
-                position_ids=torch.tensor([row.depth], device=self.device) + length,
-                attention_mask=mask[None, None],
-                past_key_values=fork(prefix) if prefix is not None else None,
-                use_cache=prefix is not None,
-                logits_to_keep=torch.tensor(places, device=self.device),
-            )
-        return output.logits[0]
+    def _score_row(
+        self, sequences: Sequence[Scored], row: Packed, prefix: DynamicCache | None, length: int, row_tokens: int
+    ) -> dict[int, tuple[float, bool]]:
+        """The sequences of one packed row, after a prefix of `length` tokens that is read and not changed."""
+        # the last places of a path predict its last tokens
+        places = [place for index, path in row.paths.items() for place in path[-sequences[index].n_targets :]]
+        targets = [token for index in row.paths for token in sequences[index].tokens[-sequences[index].n_targets :]]
+        values, greedy = self._run(row, fork(prefix) if prefix else None, length, places, targets, row_tokens)
+        results = {}
+        start = 0
+        for index in row.paths:
+            end = start + sequences[index].n_targets
+            results[index] = (float(values[start:end].sum()), bool(greedy[start:end].all()))
+            start = end
+        return results
 
-    def _keys_and_values(self, tokens: tuple[int, ...]) -> DynamicCache:
-        """The cache after `tokens`; the last one asked for is kept."""
-        if self._prefix is None or self._prefix[0] != tokens:
+    def _keys_and_values(self, tokens: list[int], row_tokens: int) -> DynamicCache | None:
+        """The cache after `tokens`, None after none; the last one asked for is kept."""
+        if not tokens:
+            return None
+        if self._prefix is None or self._prefix[0] != tuple(tokens):
             self._prefix = None  # freed before the next one is made
             cache = DynamicCache()
-            self.model(
-                input_ids=torch.tensor([tokens], device=self.device),
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-            self._prefix = (tokens, cache)
+            self._run(Packed.chain(tokens), cache, 0, [], [], row_tokens)
+            self._prefix = (tuple(tokens), cache)
         return self._prefix[1]
 
-    def _score_rows(
-        self, sequences: list[list[int]], targets: list[list[int]], members: list[int]
-    ) -> dict[int, tuple[float, bool]]:
+    def _run(
+        self,
+        row: Packed,
+        cache: DynamicCache | None,
+        length: int,
+        places: list[int],
+        targets: list[int],
+        row_tokens: int,
+    ) -> tuple[Tensor, Tensor]:
+        """A row after the `length` tokens in `cache`, which grows by it; a row of more than `row_tokens` in pieces.
+
+        places [p] in the row and the token [p] that follows each -> its log-likelihood [p], is it the likeliest [p].
+        """
+        if len(row.tokens) > row_tokens and cache is None:
+            cache = DynamicCache()
+        found = []
+        for start, piece in row.pieces(row_tokens):
+            inside = [i for i, place in enumerate(places) if start <= place < start + len(piece.tokens)]
+            inputs = self._inputs(piece, cache, length + start)
+            columns = torch.tensor([places[i] - start for i in inside], dtype=torch.long, device=self.device)
+            wanted = torch.tensor([targets[i] for i in inside], dtype=torch.long, device=self.device)
+            with attention.visible_prefix(length + start):
+                found.append(self._scored(inputs, torch.zeros_like(columns), columns, wanted))
+        return torch.cat([values for values, _ in found]), torch.cat([greedy for _, greedy in found])
+
+    def _inputs(self, row: Packed, cache: DynamicCache | None, length: int) -> dict[str, Any]:
+        """What the model is called with for a packed row after the `length` tokens in `cache`."""
+        mask = None
+        if length or not row.is_chain or attention.used_by(self.model):
+            seen = torch.from_numpy(row.attends(length)).to(self.device)
+            mask = torch.zeros(seen.shape, dtype=self.model.dtype, device=self.device)
+            mask = mask.masked_fill_(~seen, torch.finfo(self.model.dtype).min)[None, None]
+        return {
+            "input_ids": torch.tensor([row.tokens], device=self.device),
+            "position_ids": torch.tensor([row.depth], device=self.device) + length,
+            "attention_mask": mask,
+            "past_key_values": cache,
+            "use_cache": cache is not None,
+        }
+
+    def _scored(self, inputs: dict[str, Any], rows: Tensor, columns: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-likelihood [p] of token targets [p] after place columns [p] of rows [p], is it the likeliest [p].
+
+        No more than _LOGITS_AT_ONCE rows of logits are in memory, where the head is no more than its linear.
+        """
+        if self._plain_head:
+            hidden = self._body(**inputs).last_hidden_state[rows, columns]
+            head = self.model.get_output_embeddings()
+            logits = map(head, hidden.split(_LOGITS_AT_ONCE))
+        else:
+            kept = columns.unique() if len(columns) else columns.new_zeros(1)
+            whole = self.model(**inputs, logits_to_keep=kept).logits
+            logits = iter(whole[rows, torch.searchsorted(kept, columns)].split(_LOGITS_AT_ONCE))
+        found = [score_tokens(own, t) for own, t in zip(logits, targets.split(_LOGITS_AT_ONCE), strict=True)]
+        return torch.cat([values for values, _ in found]), torch.cat([greedy for _, greedy in found])
+
+    @property
+    def _body(self) -> Any:
+        """The model without its head."""
+        return getattr(self.model, self.model.base_model_prefix)
+
+    def _score_padded(self, sequences: Sequence[Scored], members: list[int]) -> list[tuple[float, bool]]:
         """Without any sharing: one padded row a request."""
-        longest = max(len(sequences[index]) for index in members)
+        longest = max(len(sequences[index].tokens) for index in members) - 1
         tokens = torch.full((len(members), longest), self.eot_token_id)
         mask = torch.zeros_like(tokens)
+        places: list[tuple[int, int, int]] = []
         for row, index in enumerate(members):
-            tokens[row, : len(sequences[index])] = torch.tensor(sequences[index])
-            mask[row, : len(sequences[index])] = 1
-        first = min(len(sequences[index]) - len(targets[index]) for index in members)
-        kept = torch.arange(first, longest, device=self.device)
-        logits = self.model(
-            input_ids=tokens.to(self.device), attention_mask=mask.to(self.device), use_cache=False, logits_to_keep=kept
-        ).logits
-        results = {}
-        for row, index in enumerate(members):
-            end = len(sequences[index]) - first
-            wanted = torch.tensor(targets[index], device=self.device)
-            values, greedy = score_tokens(logits[row, end - len(wanted) : end], wanted)
-            results[index] = (float(values.sum()), bool(greedy.all()))
-        return results
+            own, count = sequences[index]
+            tokens[row, : len(own) - 1] = torch.tensor(own[:-1])
+            mask[row, : len(own) - 1] = 1
+            places += [(row, len(own) - count - 1 + i, own[len(own) - count + i]) for i in range(count)]
+        rows, columns, targets = torch.tensor(places, device=self.device).T
+        inputs = {"input_ids": tokens.to(self.device), "attention_mask": mask.to(self.device), "use_cache": False}
+        values, greedy = self._scored(inputs, rows, columns, targets)
+        counts = [sequences[index].n_targets for index in members]
+        pairs = zip(values.split(counts), greedy.split(counts), strict=True)
+        return [(float(own.sum()), bool(likeliest.all())) for own, likeliest in pairs]
 
     @torch.inference_mode()
     def next_token_logprobs(self, text: str) -> Tensor:
@@ -248,34 +238,18 @@ class FastLM(TemplateLM):
 
     # Generation
 
-    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Completions. `until` strings end a row and are not part of it."""
-        contexts = [self.tok_encode(request.args[0]) for request in requests]
-        by_decoding: dict[Decoding, list[int]] = {}
-        for index, request in enumerate(requests):
-            by_decoding.setdefault(Decoding.of(dict(request.args[1])), []).append(index)
+    def complete(self, contexts: Sequence[list[int]], decoding: Decoding) -> list[str]:
+        order = sorted(range(len(contexts)), key=lambda index: tuple(contexts[index]))  # what begins alike is together
+        lengths = [len(context) + decoding.most for context in contexts]
+        work = partial(self._generate_some, contexts, decoding, random_numbers(contexts, decoding.seed))
         results: dict[int, str] = {}
-        for decoding, members in by_decoding.items():
-            own = [self._cut(contexts[index], decoding) for index in members]
-            order = sorted(range(len(own)), key=lambda index: tuple(own[index]))  # what begins alike comes together
-            lengths = [len(context) + decoding.most for context in own]
-            rngs = random_numbers(own, decoding.seed)
-            work = partial(self._generate_some, own, decoding, rngs)
-            for batch in batches_within(lengths, order, self._most_cached_tokens()):
-                results |= {members[row]: text for row, text in zip(batch, self._halving(batch, work), strict=True)}
-        return [results[index] for index in range(len(requests))]
-
-    def _cut(self, context: list[int], decoding: Decoding) -> list[int]:
-        room = self.max_length - decoding.most
-        if room < 1:
-            raise KickError(
-                f"{decoding.most} new tokens do not fit a context of {self.max_length}.", "Ask for fewer new tokens."
-            )
-        return context[-room:]
+        for batch in batches_within(lengths, order, self._most_cached_tokens()):
+            results |= dict(zip(batch, self._halving(batch, work), strict=True))
+        return [results[index] for index in range(len(contexts))]
 
     @torch.inference_mode()
     def _generate_some(
-        self, contexts: list[list[int]], decoding: Decoding, rngs: list[Any], chosen: list[int]
+        self, contexts: Sequence[list[int]], decoding: Decoding, rngs: list[Any], chosen: list[int]
     ) -> list[str]:
         """Completions of the contexts at the places `chosen`."""
         ends = self._end_tokens()
@@ -329,7 +303,9 @@ class FastLM(TemplateLM):
                 mask[index, mask.shape[1] - len(rests[index]) :] = 1
             cache = DynamicCache(config=self.model.config)
             if length:
-                cache = fork(self._keys_and_values(tuple(contexts[0][:length])))
+                prefix = self._keys_and_values(contexts[0][:length], self.params.row_tokens)
+                assert prefix is not None
+                cache = fork(prefix)
                 cache.batch_repeat_interleave(len(members))
             own = own.to(self.device)
             output = self.model(
@@ -377,37 +353,36 @@ class FastLM(TemplateLM):
         except (torch.OutOfMemoryError, RuntimeError) as error:
             if len(rows) == 1 or not _is_out_of_memory(error):
                 raise
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        self.halved += 1
+        self._note_out_of_memory()
         half = len(rows) // 2
         return [*self._halving(rows[:half], work), *self._halving(rows[half:], work)]
+
+    def _note_out_of_memory(self) -> None:
+        self.halved += 1
+        self._prefix = None
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     # May prefixes be shared at all?
 
     @torch.inference_mode()
     def _why_no_sharing(self) -> str | None:
         """None if packed rows after a kept prefix give the same scores as whole rows; else the reason, in words."""
-        self.no_sharing = None
         vocabulary = self.model.get_input_embeddings().weight.shape[0]
         tokens = [(7 * place + 3) % vocabulary for place in range(24)]
-        sequences = [tokens[:20], [*tokens[:18], tokens[22], tokens[23]], tokens[:19]]
-        targets = [sequence[-3:] for sequence in sequences]
-        alone: dict[int, tuple[float, bool]] = {}
-        for index in range(len(sequences)):
-            alone |= self._score_rows(sequences, targets, [index])
+        self._plain_head = self._has_plain_head(tokens)
+        sequences = [Scored(t, 3) for t in (tokens[:20], [*tokens[:18], tokens[22], tokens[23]], tokens[:19])]
+        alone = [self._score_padded(sequences, [index])[0] for index in range(len(sequences))]
         try:
             cache = DynamicCache(config=self.model.config)
-            self.model(input_ids=torch.tensor([tokens[:16]], device=self.device), past_key_values=cache, use_cache=True)
-            self._bytes_per_cached_token = _cached_bytes(cache) // 16 or 1
+            self.model(input_ids=torch.tensor([tokens[:15]], device=self.device), past_key_values=cache, use_cache=True)
+            self._bytes_per_cached_token = _cached_bytes(cache) // 15 or 1
             kinds = {type(layer).__name__ for layer in cache.layers if type(layer) is not DynamicLayer}
             if kinds:
                 return f"its cache has layers of kind {', '.join(sorted(kinds))}"
-            (row,) = pack([sequence[16:] for sequence in sequences], range(len(sequences)), PACKED_TOKENS)
-            for index, path in row.paths.items():
-                logits = self._forward_packed(row, cache, 16, path[-3:])
-                values, _ = score_tokens(logits, torch.tensor(targets[index], device=self.device))
-                difference = abs(float(values.sum()) - alone[index][0])
+            (row,) = pack([sequence.tokens[15:-1] for sequence in sequences], range(3), self.params.row_tokens)
+            for index, (value, _) in self._score_row(sequences, row, cache, 15, self.params.row_tokens).items():
+                difference = abs(value - alone[index][0])
                 if not difference <= _AGREEMENT.get(self.model.dtype, 0.25):
                     return f"packed rows differ by {difference:.2g} from whole ones"
         except torch.OutOfMemoryError:
@@ -415,6 +390,15 @@ class FastLM(TemplateLM):
         except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
             return f"its attention does not take packed rows ({type(error).__name__}: {str(error)[:120]})"
         return None
+
+    def _has_plain_head(self, tokens: list[int]) -> bool:
+        """Whether logits are one linear of what the model gives without its head: some scale or cap them besides."""
+        inputs = {"input_ids": torch.tensor([tokens], device=self.device), "use_cache": False}
+        try:
+            own = self.model.get_output_embeddings()(self._body(**inputs).last_hidden_state)
+        except (TypeError, RuntimeError, AttributeError):
+            return False
+        return torch.equal(own, self.model(**inputs).logits)
 
 
 def score_tokens(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

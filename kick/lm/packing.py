@@ -7,7 +7,7 @@ to its own ancestors alone. So the stem of a question is computed once for all i
 Pure functions on lists of token ids and arrays.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -30,6 +30,25 @@ class Packed:
     depth: list[int] = field(default_factory=list)
     parent: list[int] = field(default_factory=list)
     paths: dict[int, list[int]] = field(default_factory=dict)
+
+    @classmethod
+    def chain(cls, tokens: Tokens) -> "Packed":
+        """One sequence."""
+        size = len(tokens)
+        return cls(list(tokens), list(range(size)), list(range(-1, size - 1)), {0: list(range(size))})
+
+    @property
+    def is_chain(self) -> bool:
+        """Whether each token follows the one before it in the row."""
+        return all(parent == place - 1 for place, parent in enumerate(self.parent))
+
+    def pieces(self, most: int) -> Iterator[tuple[int, "Packed"]]:
+        """(start, piece): the row itself, or parts of at most `most` tokens where it is a longer chain."""
+        if len(self.tokens) <= most or not self.is_chain:
+            yield 0, self
+            return
+        for start in range(0, len(self.tokens), most):
+            yield start, Packed.chain(self.tokens[start : start + most])
 
     def attends(self, prefix_length: int) -> np.ndarray:
         """Boolean [q, prefix + q]: each token sees the prefix, its ancestors and itself."""

@@ -50,7 +50,7 @@ def _numbers(results: Results, result: SettingResult, suite: str, key: tuple[str
     evaluation = results.get(result.name, suite)
     found = evaluation.estimates[key]
     row = found.as_row()
-    if result.setting.is_dense:
+    if result.name == DENSE:
         row |= {"dense_score": found.score, "retained": 1.0, "retained_ci_low": 1.0, "retained_ci_high": 1.0}
     elif (pair := evaluation.comparisons.get(key)) is not None:
         row |= {
@@ -80,7 +80,7 @@ def _leader(results: Results, result: SettingResult) -> dict[str, Any]:
         "million_parameters": record["parameters"] / 1e6 if record else None,
         "megabytes": record["bytes"] / 1e6 if record else None,
     }
-    mean = (1.0, None) if result.setting.is_dense else results.mean_retained(result.name)
+    mean = (1.0, None) if result.name == DENSE else results.mean_retained(result.name)
     row["mean_retained"] = mean[0] if mean else None
     row["mean_retained_ci_low"] = mean[1].low if mean and mean[1] else None
     row["mean_retained_ci_high"] = mean[1].high if mean and mean[1] else None

@@ -16,11 +16,13 @@ from kick import __version__, meter, models, plugins
 from kick import checkpoint as checkpoints
 from kick.calibration import Calibration, draw
 from kick.compress import Recipe, needs_calibration, prepare
-from kick.config import SuiteSpec, SweepConfig, explain, parse_part
+from kick.config import SuiteSpec, SweepConfig, parse_part
 from kick.errors import ConfigError, DataError
-from kick.lm import find_lm
+from kick.lm import find_lm, params_of
+from kick.lm.spec import LMSpec
 from kick.models import ModelSource
 from kick.settings import Setting, digest
+from kick.spec import explain
 from kick.suite import DataSource, Example, Suite, data_fingerprint, subset
 
 _RELEVANT_VERSIONS = ("torch", "transformers", "tokenizers", "lm-eval")
@@ -71,7 +73,6 @@ class Plan:
             "model": self.fingerprint,
             "dtype": self.dtype,
             "device": self.device,
-            "lm": self.config.lm.model_dump(mode="json"),
             "calibration": {
                 **self.config.calibration.model_dump(mode="json"),
                 "tokens": self.calibration.fingerprint if self.calibration else "",
@@ -86,12 +87,25 @@ class Plan:
                 }
                 for setting in self.settings
             },
-            "suites": {suite.name: suite.identity for suite in self.suites},
+            "suites": {
+                suite.name: {
+                    **suite.identity,
+                    "lm": (suite.spec.lm or self.config.lm).model_dump(mode="json"),
+                }
+                for suite in self.suites
+            },
         }
+
+    def lm_of(self, setting: Setting, suite: PlannedSuite) -> LMSpec:
+        """The LM that answers `suite` for `setting`."""
+        return setting.variant.lm or suite.spec.lm or self.config.lm
+
+    def dtype_of(self, setting: Setting) -> str:
+        return setting.variant.dtype or self.dtype
 
     def key(self, setting: Setting, suite: PlannedSuite) -> str:
         """The content address of one evaluation."""
-        own = {"settings": self.identity["settings"][setting.name], "suites": suite.identity}
+        own = {name: self.identity[name][key] for name, key in (("settings", setting.name), ("suites", suite.name))}
         return digest({**self.identity, **own})
 
 
@@ -102,7 +116,6 @@ def make_plan(config: SweepConfig, as_is: bool = False) -> Plan:
     """
     settings = config.all_settings()
     inputs = {setting.name: [step.compressor.inputs() for step in prepare(setting)] for setting in settings}
-    find_lm(config.lm.name)
     if config.judge is not None:  # what would stop the judge at the end is said at the beginning
         config.judge.check()
         config.judge.key()
@@ -119,6 +132,8 @@ def make_plan(config: SweepConfig, as_is: bool = False) -> Plan:
                 f"the suite '{planned.name}' compares with the dense model, which a checkpoint by itself is not.",
                 "Ask it in a sweep, where `dense` is always run.",
             )
+    for spec in lms(config):
+        find_lm(spec.name).check(params_of(spec), [setting.name for setting in settings])
     device, dtype = models.choose(config.device, config.dtype)
     path = models.fetch(source)
     calibration = None
@@ -137,6 +152,16 @@ def make_plan(config: SweepConfig, as_is: bool = False) -> Plan:
         inputs,
         given,
     )
+
+
+def lms(config: SweepConfig) -> list[LMSpec]:
+    """The LMs that a sweep uses, the main one first."""
+    found: list[LMSpec] = []
+    own = [suite.lm for suite in config.suites] + [setting.variant.lm for setting in config.all_settings()]
+    for spec in (config.lm, *own):
+        if spec is not None and spec not in found:
+            found.append(spec)
+    return found
 
 
 def _check_judged(config: SweepConfig) -> None:

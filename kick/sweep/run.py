@@ -3,6 +3,7 @@
 import gc
 import traceback
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,13 @@ from kick.checkpoint import Checkpoint
 from kick.compress import compress
 from kick.errors import CheckpointError, KickError
 from kick.lm import load_lm
+from kick.lm.parity import compare
+from kick.lm.spec import LMSpec
 from kick.progress import Progress
-from kick.settings import Setting
+from kick.settings import DENSE, Setting
 from kick.sweep.clock import COMPRESS, Clock
 from kick.sweep.evaluate import evaluate
-from kick.sweep.plan import Plan, PlannedSuite
+from kick.sweep.plan import Plan, PlannedSuite, lms
 from kick.sweep.store import Store
 
 
@@ -50,33 +53,68 @@ def run(plan: Plan, store: Store, progress: Progress, debug: bool = False) -> Su
         result = {"key": plan.key(setting, suite), "status": "failed", "reason": reason}
         store.evaluation(setting.name, suite.name).finish(result)
 
+    if missing:
+        check_parity(plan, store, workshop)
     for setting in plan.settings:
         suites = missing.get(setting.name, [])
-        if not suites:
-            continue
-        try:
-            lm = load_lm(plan.config.lm.name, workshop.checkpoint(setting).path, plan.dtype, plan.device)
-        except Exception as error:  # whatever a compressor does wrong costs its own setting only
-            for suite in suites:
-                failed(setting, suite, error)
-            workshop.finished_with(setting)
-            continue
-        for suite in suites:
-            clock.start(f"{setting.name}: {suite.name}", suite.name, len(suite.examples))
+        for spec in lms_of(plan, setting, suites):
+            own = [suite for suite in suites if plan.lm_of(setting, suite) == spec]
             try:
-                evaluation = store.evaluation(setting.name, suite.name)
-                dense = workshop.dense_lm(setting, lm) if suite.suite.needs_dense else None
-                evaluate(lm, dense, suite, evaluation, plan.key(setting, suite), plan.config.lm.batch_size, clock)
-                summary.done += 1
-            except Exception as error:  # likewise for a suite
-                failed(setting, suite, error)
-            clock.stop()
-        workshop.forget_dense()
-        del lm
-        gc.collect()
-        workshop.finished_with(setting)
+                lm = load_lm(spec, workshop.checkpoint(setting).path, plan.dtype_of(setting), plan.device)
+            except Exception as error:  # whatever a compressor does wrong costs its own setting only
+                for suite in own:
+                    failed(setting, suite, error)
+                continue
+            for suite in own:
+                clock.start(f"{setting.name}: {suite.name}", suite.name, len(suite.examples))
+                try:
+                    evaluation = store.evaluation(setting.name, suite.name)
+                    dense = workshop.dense_lm(setting, suite, lm) if suite.suite.needs_dense else None
+                    evaluate(lm, dense, suite, evaluation, plan.key(setting, suite), spec.batch_size, clock)
+                    summary.done += 1
+                except Exception as error:  # likewise for a suite
+                    failed(setting, suite, error)
+                clock.stop()
+            workshop.forget_dense()
+            lm.close()
+            del lm
+            gc.collect()
+        if suites:
+            workshop.finished_with(setting)
     workshop.close()
     return summary
+
+
+def check_parity(plan: Plan, store: Store, workshop: "Workshop") -> None:
+    """Where several LMs answer, whether they say the same of the dense model; once a run, kept in run.json."""
+    specs = [spec.model_copy(update={"batch_size": 1}) for spec in lms(plan.config)]
+    first, *others = [spec for place, spec in enumerate(specs) if spec not in specs[:place]]
+    if not others or store.parity() is not None:
+        return
+    path = workshop.checkpoint(plan.settings[0]).path
+    reference = load_lm(first, path, plan.dtype, plan.device)
+    rows = []
+    for spec in others:
+        other = load_lm(spec, path, plan.dtype, plan.device)
+        found = compare(reference, other, plan.dtype)
+        other.close()
+        rows += [{"reference": first.name, "lm": spec.name, "params": spec.params, **row.as_row()} for row in found]
+        for row in found:
+            if not row.agrees:
+                workshop.clock.progress.note(
+                    f"lm '{spec.name}' disagrees with '{first.name}' on {row.kind}: by {row.difference:.3g}"
+                )
+    reference.close()
+    store.keep_parity(rows)
+
+
+def lms_of(plan: Plan, setting: Setting, suites: Iterable[PlannedSuite]) -> list[LMSpec]:
+    """The LMs that answer `suites` for `setting`: each is loaded once."""
+    found: list[LMSpec] = []
+    for suite in suites:
+        if (spec := plan.lm_of(setting, suite)) not in found:
+            found.append(spec)
+    return found
 
 
 def missing_evaluations(plan: Plan, store: Store) -> dict[str, list[PlannedSuite]]:
@@ -111,26 +149,29 @@ class Workshop:
             raise self.without_dense
         if setting.name not in self.checkpoints:
             try:
-                found = self._given() or self._on_disk(setting) or self._make(setting)
+                found = self._given() or self._same_as_dense(setting) or self._on_disk(setting) or self._make(setting)
                 self._check_same(setting, found)
             except Exception as error:
-                self.without_dense = error if setting.is_dense else None
+                self.without_dense = error if setting.name == DENSE else None
                 raise
             self.checkpoints[setting.name] = found
             self.store.keep_record(setting.name, found.record)
         return self.checkpoints[setting.name]
 
-    def dense_lm(self, setting: Setting, lm: Any) -> Any:
+    def dense_lm(self, setting: Setting, suite: PlannedSuite, lm: Any) -> Any:
         """The dense model's LM, for suites that ask it beside `setting`: `lm` itself where that is dense."""
-        if setting.is_dense:
+        if setting.name == DENSE:
             return lm
         if self._dense is None:
-            path = self.checkpoint(self.plan.settings[0]).path  # dense is always first
-            self._dense = load_lm(self.plan.config.lm.name, path, self.plan.dtype, self.plan.device)
+            dense = self.plan.settings[0]  # always first
+            spec = self.plan.lm_of(dense, suite)
+            self._dense = load_lm(spec, self.checkpoint(dense).path, self.plan.dtype, self.plan.device)
         return self._dense
 
     def forget_dense(self) -> None:
         """Two models are in memory only while both are asked."""
+        if self._dense is not None:
+            self._dense.close()
         self._dense = None
 
     def _given(self) -> Checkpoint | None:
@@ -138,6 +179,10 @@ class Workshop:
         if given is not None and (problems := checkpoints.verify(given)):
             raise CheckpointError(f"{given.path} is not what its record says: {problems[0]}.", "Compress again.")
         return given
+
+    def _same_as_dense(self, setting: Setting) -> Checkpoint | None:
+        """A variant of dense is the dense model, asked in another way."""
+        return self.checkpoint(self.plan.settings[0]) if setting.is_dense and setting.name != DENSE else None
 
     def _on_disk(self, setting: Setting) -> Checkpoint | None:
         path = self.store.checkpoint_path(setting.name)

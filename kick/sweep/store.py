@@ -97,6 +97,13 @@ class Store:
             },
         )
 
+    def parity(self) -> list[dict[str, Any]] | None:
+        """How the LMs of the run differ, or None if that was not looked at."""
+        return read_json(self.root / RUN).get("parity")
+
+    def keep_parity(self, rows: list[dict[str, Any]]) -> None:
+        write_json(self.root / RUN, read_json(self.root / RUN) | {"parity": rows})
+
     def checkpoint_path(self, setting: str) -> Path:
         return self.root / "checkpoints" / safe_name(setting)
 

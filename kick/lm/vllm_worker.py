@@ -1,0 +1,85 @@
+"""A vLLM engine that answers requests read from stdin, one JSON object a line, on stdout.
+
+Run by kick's `vllm` LM in an interpreter that has vLLM and need not have kick: nothing but vLLM and Python is imported.
+The first line is {"engine": arguments of vllm.LLM}; then come {"score": ...} and {"complete": ...}. Each gets one line
+back, {"result": ...} or {"error": ...}.
+"""
+
+import json
+import os
+import sys
+
+
+def main():
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever vLLM prints is not an answer
+
+    def reply(**answer):
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+    try:
+        import vllm
+
+        engine = vllm.LLM(**json.loads(sys.stdin.readline())["engine"])
+        reply(result={"vllm": vllm.__version__, "max_model_len": engine.llm_engine.model_config.max_model_len})
+    except Exception as error:  # told to the process that asked
+        reply(error=f"{type(error).__name__}: {error}")
+        return
+    for line in sys.stdin:
+        request = json.loads(line)
+        try:
+            work = score if "score" in request else complete
+            reply(result=work(engine, **request.popitem()[1]))
+        except Exception as error:  # likewise
+            reply(error=f"{type(error).__name__}: {error}")
+
+
+def score(engine, contexts, options):
+    """What may follow each context. options: for each context lists of tokens.
+
+    For each context and option (log-likelihood, is it greedy). Where all options of a context are single tokens, one
+    token is generated and their log-probabilities are asked for: that shares prefixes, which prompt log-probabilities
+    do not.
+    """
+    from vllm import SamplingParams
+
+    results = [[(0.0, False)] * len(own) for own in options]
+    prompts, parameters, places = [], [], []
+    for index, (context, own) in enumerate(zip(contexts, options, strict=True)):
+        if all(len(option) == 1 for option in own) and hasattr(SamplingParams(), "logprob_token_ids"):
+            tokens = sorted({option[0] for option in own})
+            prompts.append({"prompt_token_ids": context})
+            parameters.append(SamplingParams(max_tokens=1, temperature=0, logprob_token_ids=tokens, detokenize=False))
+            places.append((index, -1))
+            continue
+        for number, option in enumerate(own):
+            prompts.append({"prompt_token_ids": context + option})
+            parameters.append(SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=1, detokenize=False))
+            places.append((index, number))
+    outputs = engine.generate(prompts, parameters, use_tqdm=False)
+    for output, (index, number) in zip(outputs, places, strict=True):
+        if number < 0:
+            generated = output.outputs[0]
+            found = generated.logprobs[0]
+            for place, (token,) in enumerate(options[index]):
+                results[index][place] = (found[token].logprob, generated.token_ids[0] == token)
+        else:
+            option = options[index][number]
+            last = output.prompt_logprobs[-len(option) :]
+            found = [own[token] for own, token in zip(last, option, strict=True)]
+            results[index][number] = (sum(each.logprob for each in found), all(each.rank == 1 for each in found))
+    return results
+
+
+def complete(engine, contexts, parameters):
+    """The text that follows each context."""
+    from vllm import SamplingParams
+
+    prompts = [{"prompt_token_ids": context} for context in contexts]
+    outputs = engine.generate(prompts, [SamplingParams(**own) for own in parameters], use_tqdm=False)
+    return [output.outputs[0].text for output in outputs]
+
+
+if __name__ == "__main__":
+    main()
