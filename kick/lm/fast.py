@@ -11,6 +11,7 @@ so an interrupted evaluation that asks the same batches again gets the same answ
 import copy
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from kick.lm.generation import (
     merge,
     random_numbers,
 )
-from kick.lm.packing import Packed, clusters, pack, shared_prefix
+from kick.lm.packing import PREFIX_STEP, Packed, clusters, pack, shared_prefix
 from kick.models import load_model, load_tokenizer
 
 CACHE_SHARE = 0.15
@@ -40,6 +41,7 @@ CACHE_SHARE = 0.15
 
 _FEWEST_TOKENS = 16  # in a row, after halving
 _LOGITS_AT_ONCE = 128  # positions whose logits are in memory at a time
+_LIKELIEST = 16  # tokens of a position whose logits are computed exactly in half precision
 _AGREEMENT = {torch.float32: 1e-3, torch.float64: 1e-6}  # log-likelihoods with and without packing; half precision 0.25
 
 
@@ -54,7 +56,7 @@ class FastLM(TokenLM):
         model_config = ConfigDict(frozen=True, extra="forbid")
 
         row_tokens: int = Field(
-            default=512, ge=_FEWEST_TOKENS, description="tokens computed at once; less where memory runs out"
+            default=1024, ge=_FEWEST_TOKENS, description="tokens computed at once; less where memory runs out"
         )
 
     def __init__(self, model: Any, tokenizer: Any, path: Path | None = None, params: Params | None = None) -> None:
@@ -64,7 +66,7 @@ class FastLM(TokenLM):
         self.params = params or self.Params()
         attention.use(model)
         self._device = model.device
-        self._prefix: tuple[tuple[int, ...], DynamicCache] | None = None
+        self._prefixes: list[tuple[list[int], DynamicCache]] = []  # each continues the one before
         self._bytes_per_cached_token = 1
         self._plain_head = False
         self.halved = 0  # rows and batches that did not fit into memory
@@ -92,10 +94,8 @@ class FastLM(TokenLM):
     def score(self, sequences: Sequence[Scored]) -> list[tuple[float, bool]]:
         results: dict[int, tuple[float, bool]] = {}
         if self.no_sharing is None:
-            inputs = [sequence.tokens[:-1] for sequence in sequences]
-            unscored = [len(sequence.tokens) - sequence.n_targets for sequence in sequences]
-            for length, members in clusters(inputs, unscored):
-                results |= self._score_packed(sequences, members, length, self.params.row_tokens)
+            everything = list(range(len(sequences)))
+            results = self._score_cluster(sequences, everything, (), self.params.row_tokens, PREFIX_STEP)
         else:
             lengths = [len(sequence.tokens) for sequence in sequences]
             order = sorted(range(len(sequences)), key=lambda index: lengths[index])
@@ -104,22 +104,43 @@ class FastLM(TokenLM):
                 results |= dict(zip(batch, values, strict=True))
         return [results[index] for index in range(len(sequences))]
 
-    def _score_packed(
-        self, sequences: Sequence[Scored], members: list[int], length: int, row_tokens: int
+    def _score_cluster(
+        self, sequences: Sequence[Scored], members: list[int], prefixes: tuple[int, ...], row_tokens: int, least: int
     ) -> dict[int, tuple[float, bool]]:
-        """Requests that begin with the same `length` tokens: these once, then the rest in rows of `row_tokens`."""
-        rests = [sequence.tokens[length:-1] for sequence in sequences]
+        """Sequences with a beginning in common, which is computed once; then the rest in packed rows.
+
+        prefixes: the lengths of what they share, each continuing the one before, the last one the whole. Those that
+        share at least `least` tokens more form clusters of their own.
+        """
+        length = max(prefixes, default=0)
+        rests = [sequences[index].tokens[length:-1] for index in members]
+        unscored = [len(sequences[index].tokens) - sequences[index].n_targets - length for index in members]
         results: dict[int, tuple[float, bool]] = {}
-        for row in pack(rests, members, row_tokens):
-            try:
-                prefix = self._keys_and_values(sequences[members[0]].tokens[:length], row_tokens)
-                results |= self._score_row(sequences, row, prefix, length, row_tokens)
-            except (torch.OutOfMemoryError, RuntimeError) as error:
-                if row_tokens < 2 * _FEWEST_TOKENS or not _is_out_of_memory(error):
-                    raise
-                self._note_out_of_memory()
-                results |= self._score_packed(sequences, list(row.paths), length, row_tokens // 2)
+        for more, own in clusters(rests, unscored, least):
+            inside = [members[place] for place in own]
+            if more:  # what does not fit into a row is a stem to be kept
+                results |= self._score_cluster(sequences, inside, (*prefixes, length + more), row_tokens, row_tokens)
+            else:
+                for row in pack(rests, own, row_tokens):
+                    named = replace(row, paths={members[place]: path for place, path in row.paths.items()})
+                    results |= self._score_row_or_halves(sequences, named, prefixes, row_tokens)
         return results
+
+    def _score_row_or_halves(
+        self, sequences: Sequence[Scored], row: Packed, prefixes: tuple[int, ...], row_tokens: int
+    ) -> dict[int, tuple[float, bool]]:
+        """One packed row; where memory runs out, its sequences in rows of half as many tokens."""
+        members = list(row.paths)
+        try:
+            prefix = None
+            for length in prefixes:
+                prefix = self._keys_and_values(sequences[members[0]].tokens[:length], row_tokens)
+            return self._score_row(sequences, row, prefix, max(prefixes, default=0), row_tokens)
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if row_tokens < 2 * _FEWEST_TOKENS or not _is_out_of_memory(error):
+                raise
+        self._note_out_of_memory()
+        return self._score_cluster(sequences, members, prefixes, row_tokens // 2, row_tokens // 2)
 
     def _score_row(
         self, sequences: Sequence[Scored], row: Packed, prefix: DynamicCache | None, length: int, row_tokens: int
@@ -137,16 +158,16 @@ class FastLM(TokenLM):
             start = end
         return results
 
-    def _keys_and_values(self, tokens: list[int], row_tokens: int) -> DynamicCache | None:
-        """The cache after `tokens`, None after none; the last one asked for is kept."""
-        if not tokens:
-            return None
-        if self._prefix is None or self._prefix[0] != tuple(tokens):
-            self._prefix = None  # freed before the next one is made
-            cache = DynamicCache()
-            self._run(Packed.chain(tokens), cache, 0, [], [], row_tokens)
-            self._prefix = (tuple(tokens), cache)
-        return self._prefix[1]
+    def _keys_and_values(self, tokens: list[int], row_tokens: int) -> DynamicCache:
+        """The cache after `tokens`. Kept, with those that it continues, until another begins."""
+        while self._prefixes and self._prefixes[-1][0] != tokens[: len(self._prefixes[-1][0])]:
+            self._prefixes.pop()
+        known, cache = self._prefixes[-1] if self._prefixes else ([], DynamicCache())
+        if len(known) < len(tokens):
+            cache = fork(cache)
+            self._run(Packed.chain(tokens[len(known) :]), cache, len(known), [], [], row_tokens)
+            self._prefixes.append((tokens, cache))
+        return cache
 
     def _run(
         self,
@@ -196,7 +217,8 @@ class FastLM(TokenLM):
         if self._plain_head:
             hidden = self._body(**inputs).last_hidden_state[rows, columns]
             head = self.model.get_output_embeddings()
-            logits = map(head, hidden.split(_LOGITS_AT_ONCE))
+            pieces = zip(hidden.split(_LOGITS_AT_ONCE), targets.split(_LOGITS_AT_ONCE), strict=True)
+            logits = (exact_where_it_counts(head(own), own, head, t) for own, t in pieces)
         else:
             kept = columns.unique() if len(columns) else columns.new_zeros(1)
             whole = self.model(**inputs, logits_to_keep=kept).logits
@@ -303,8 +325,7 @@ class FastLM(TokenLM):
                 mask[index, mask.shape[1] - len(rests[index]) :] = 1
             cache = DynamicCache(config=self.model.config)
             if length:
-                prefix = self._keys_and_values(contexts[0][:length], self.params.row_tokens)
-                assert prefix is not None
+                prefix = self._keys_and_values(list(contexts[0][:length]), self.params.row_tokens)
                 cache = fork(prefix)
                 cache.batch_repeat_interleave(len(members))
             own = own.to(self.device)
@@ -359,7 +380,7 @@ class FastLM(TokenLM):
 
     def _note_out_of_memory(self) -> None:
         self.halved += 1
-        self._prefix = None
+        self._prefixes.clear()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -394,8 +415,11 @@ class FastLM(TokenLM):
     def _has_plain_head(self, tokens: list[int]) -> bool:
         """Whether logits are one linear of what the model gives without its head: some scale or cap them besides."""
         inputs = {"input_ids": torch.tensor([tokens], device=self.device), "use_cache": False}
+        head = self.model.get_output_embeddings()
+        if type(head) is not torch.nn.Linear or head._forward_hooks:
+            return False
         try:
-            own = self.model.get_output_embeddings()(self._body(**inputs).last_hidden_state)
+            own = head(self._body(**inputs).last_hidden_state)
         except (TypeError, RuntimeError, AttributeError):
             return False
         return torch.equal(own, self.model(**inputs).logits)
@@ -406,6 +430,21 @@ def score_tokens(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     logits = logits.float()
     chosen = logits.gather(1, targets[:, None])[:, 0]
     return chosen - logits.logsumexp(dim=1), logits.argmax(dim=1) == targets
+
+
+def exact_where_it_counts(logits: Tensor, hidden: Tensor, head: Any, targets: Tensor) -> Tensor:
+    """Logits [p, vocabulary] in float32: those of the targets [p] and of the likeliest tokens computed in it.
+
+    In half precision a logit of 20 is rounded to a sixteenth or an eighth, by which options would tie or change
+    places. hidden [p, d] is what the linear `head` made `logits` of.
+    """
+    if logits.dtype in (torch.float32, torch.float64):
+        return logits
+    ids = torch.cat([logits.topk(min(_LIKELIEST, logits.shape[1]), dim=1).indices, targets[:, None]], dim=1)
+    exact = torch.einsum("pd,pkd->pk", hidden.float(), head.weight[ids].float())  # [p, k]
+    if head.bias is not None:
+        exact += head.bias[ids].float()
+    return logits.float().scatter(1, ids, exact)
 
 
 def fork(cache: DynamicCache) -> DynamicCache:

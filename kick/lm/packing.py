@@ -72,26 +72,29 @@ def common_length(first: Tokens, second: Tokens) -> int:
     return length
 
 
-def shared_prefix(sequences: Sequence[Tokens], limit: int) -> int:
-    """How many tokens all `sequences` begin with, at most `limit`, cut down to a multiple of PREFIX_STEP."""
+def shared_prefix(sequences: Sequence[Tokens], limit: int, step: int = PREFIX_STEP) -> int:
+    """How many tokens all `sequences` begin with, at most `limit`, cut down to a multiple of `step`."""
     low, high = min(map(tuple, sequences)), max(map(tuple, sequences))  # all others lie between in dictionary order
-    return min(common_length(low, high), limit) // PREFIX_STEP * PREFIX_STEP
+    return min(common_length(low, high), limit) // step * step
 
 
-def clusters(sequences: Sequence[Tokens], unscored: Sequence[int]) -> list[tuple[int, list[int]]]:
+def clusters(
+    sequences: Sequence[Tokens], unscored: Sequence[int], least: int = PREFIX_STEP
+) -> list[tuple[int, list[int]]]:
     """Which sequences to answer together: (length of their shared prefix, their indices in dictionary order).
 
-    Two or more that begin with the same PREFIX_STEP tokens, none of them scored (`unscored` says how many a sequence
-    has), form a cluster; all the others form one without a prefix.
+    Two or more that begin with the same `least` tokens, none of them scored (`unscored` says how many a sequence has),
+    form a cluster; all the others form one without a prefix.
     """
     heads: dict[tuple[int, ...], list[int]] = {}
     for index in sorted(range(len(sequences)), key=lambda index: tuple(sequences[index])):
-        heads.setdefault(tuple(sequences[index][: min(PREFIX_STEP, unscored[index])]), []).append(index)
+        heads.setdefault(tuple(sequences[index][: max(0, min(least, unscored[index]))]), []).append(index)
     result, others = [], []
     for head, members in heads.items():
-        if len(head) == PREFIX_STEP and len(members) > 1:
+        if len(head) == least and len(members) > 1:
             limit = min(unscored[index] for index in members)
-            result.append((shared_prefix([sequences[index] for index in members], limit), members))
+            shared = shared_prefix([sequences[index] for index in members], limit, min(least, PREFIX_STEP))
+            result.append((shared, members))
         else:
             others += members
     return [*result, (0, others)] if others else result
