@@ -113,9 +113,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--limit", type=_positive, metavar="N", help="at most N questions of each suite")
     evaluate.add_argument("--data", default="hub", metavar="DIR", help="a folder, 'embedded' or 'hub' (default)")
     evaluate.add_argument("--lm", default="fast", metavar="NAME", help="which LM answers (default: fast)")
-    evaluate.add_argument("--batch-size", type=_positive, default=16, metavar="N", help="questions asked in one go")
+    evaluate.add_argument("--batch-size", type=_positive, default=64, metavar="N", help="questions asked in one go")
     evaluate.add_argument(
-        "--param", action="append", default=[], metavar="K=V", help="a parameter of the suite, or SUITE.K=V"
+        "--param", action="append", default=[], metavar="K=V", help="a parameter of the suite, SUITE.K=V, or lm.K=V"
     )
     evaluate.add_argument("--fresh", action="store_true", help="throw away what the folder holds and start again")
     _precision(evaluate)
@@ -153,6 +153,12 @@ def _parser() -> argparse.ArgumentParser:
     listing = command("list", "what is installed", "list_installed")
     listing.add_argument("what", choices=["compressors", "suites", "models", "lms"])
 
+    doctor = command("doctor", "look at this machine, or whether an LM answers as `fast` does")
+    doctor.add_argument("model", nargs="?", metavar="MODEL")
+    doctor.add_argument("--lm", metavar="NAME", help="compare this LM with `fast` on MODEL")
+    doctor.add_argument("--param", action="append", default=[], metavar="lm.K=V", help="a parameter of the LM")
+    _precision(doctor)
+
     inspect = command("inspect", "print a checkpoint's record and check that it is still true", "inspect_checkpoint")
     inspect.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
     return parser
@@ -181,7 +187,7 @@ def _quieten_libraries() -> None:
         "TRANSFORMERS_VERBOSITY": "error",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TQDM_DISABLE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
+        "TOKENIZERS_PARALLELISM": "true",
         "LOGLEVEL": "ERROR",
     }.items():
         os.environ.setdefault(key, value)

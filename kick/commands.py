@@ -40,7 +40,8 @@ def evaluate(options: Namespace) -> int:
     names = [name.strip() for name in options.suite.split(",") if name.strip()]
     if not names:
         raise ConfigError("--suite names no suite.", "For example --suite mmlu,perplexity.")
-    shared, own = _split_params(options.param, names)
+    lm_params, params = _lm_params(options.param)
+    shared, own = _split_params(params, names)
     suites = tuple(
         SuiteSpec(suite=name, params={**known, **own.get(name, {})}, limit=options.limit)
         for name, known in zip(names, _accepted(names, shared), strict=True)
@@ -50,7 +51,7 @@ def evaluate(options: Namespace) -> int:
         settings=(),
         suites=suites,
         data=options.data,
-        lm=LMSpec(name=options.lm, batch_size=options.batch_size),
+        lm=LMSpec(name=options.lm, batch_size=options.batch_size, params=lm_params),
         dtype=options.dtype,
         device=options.device,
     )
@@ -222,6 +223,21 @@ def export(options: Namespace) -> int:
     )
 
 
+def doctor(options: Namespace) -> int:
+    from kick.doctor import check_lm, examine
+
+    if options.lm is None:
+        return _print(options, *examine())
+    if options.model is None:
+        raise ConfigError("--lm without a model.", "For example kick doctor --lm vllm smollm2-135m.")
+    params, other = _lm_params(options.param)
+    if other:
+        raise ConfigError(f"--param {other[0]}: whose parameter is it?", "For example --param lm.python=PATH.")
+    text, document = check_lm(LMSpec(name=options.lm, params=params), options.model, options.dtype, options.device)
+    _print(options, text, document)
+    return 0 if document["agrees"] else 1
+
+
 def list_installed(options: Namespace) -> int:
     rows = list({"compressors": _compressors, "suites": _suites, "models": _models, "lms": _lms}[options.what]())
     width = max((len(row["name"]) for row in rows), default=0)
@@ -337,7 +353,12 @@ def _lms() -> Iterable[dict[str, Any]]:
     from kick.lm import find_lm
 
     for name in LMS:
-        yield {"name": name, "description": _first_line(sys.modules[find_lm(name).__module__].__doc__)}
+        kind = find_lm(name)
+        yield {
+            "name": name,
+            "description": _first_line(sys.modules[kind.__module__].__doc__),
+            "params": kind.Params.model_json_schema().get("properties", {}),
+        }
 
 
 def _first_line(text: str | None) -> str:
@@ -349,6 +370,24 @@ def _key_value(text: str) -> tuple[str, Any]:
     if not equals or not key:
         raise ConfigError(f"--param {text} has no '='.", "For example --param shots=5.")
     return key, configs.read_yaml(value, f"--param {key}")
+
+
+def _lm_params(given: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
+    """Parameters of the LM (`lm.python=PATH`), and the rest as given."""
+    params: dict[str, Any] = {}
+    rest = []
+    for text in given:
+        if text.startswith("lm."):
+            key, value = _key_value(text)
+            _, _, name = key.partition(".")
+            owner, dot, inner = name.partition(".")  # lm.models.dense=NAME
+            if dot:
+                params.setdefault(owner, {})[inner] = value
+            else:
+                params[name] = value
+        else:
+            rest.append(text)
+    return params, rest
 
 
 def _compress_params(given: Iterable[str], compressors: list[str]) -> tuple[dict[str, dict[str, Any]], CalibrationSpec]:

