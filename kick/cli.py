@@ -113,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--limit", type=_positive, metavar="N", help="at most N questions of each suite")
     evaluate.add_argument("--data", default="hub", metavar="DIR", help="a folder, 'embedded' or 'hub' (default)")
     evaluate.add_argument("--lm", default="fast", metavar="NAME", help="which LM answers (default: fast)")
-    evaluate.add_argument("--batch-size", type=_positive, default=64, metavar="N", help="questions asked in one go")
+    evaluate.add_argument("--batch-size", type=_positive, default=128, metavar="N", help="questions asked in one go")
     evaluate.add_argument(
         "--param", action="append", default=[], metavar="K=V", help="a parameter of the suite, SUITE.K=V, or lm.K=V"
     )

@@ -127,7 +127,7 @@ class Suite(ABC):
     """Asks a model questions and scores the answers.
 
     A subclass names itself, declares its parameters in `Params` and its metrics (the first is the primary one), makes
-    examples out of rows, and answers them. One whose answers a judge can grade has `judged_metrics` besides, which come
+    examples out of rows, and answers them. `most_at_once` bounds batches of long answers. One whose answers a judge can grade has `judged_metrics` besides, which come
     first where there are judgments. `needs_dense`: it compares with the dense model while it asks (`answer_beside`).
     `argument`: the parameter that may stand in its name, as in `lm_eval:arc_easy`.
     """
@@ -136,6 +136,7 @@ class Suite(ABC):
     metrics: tuple[Metric, ...]
     judged_metrics: tuple[Metric, ...] = ()
     needs_judge: ClassVar[bool] = False
+    most_at_once: ClassVar[int | None] = None  # for long answers: a batch is what a crash can lose
     needs_dense: ClassVar[bool] = False
     argument: ClassVar[str] = ""
     description: ClassVar[str] = ""
@@ -198,6 +199,7 @@ class Suite(ABC):
 
         An interrupted evaluation takes up at a whole batch, so a batch must depend on the list of examples alone.
         """
+        size = min(size, self.most_at_once or size)
         return [list(examples[start : start + size]) for start in range(0, len(examples), size)]
 
     def length(self, example: Example) -> int:

@@ -48,6 +48,7 @@ _SECOND = " Judge the answer to the user's second message; the first exchange is
 
 class MTBench(Suite):
     name = "mt_bench"
+    most_at_once = 32
     description = "two-turn conversations in eight categories (MT-Bench), graded by a judge"
     needs_judge = True
     judged_metrics = (RATING, WIN_RATE)

@@ -57,6 +57,7 @@ def _judged(name: str) -> Metric:
 
 class Summarization(Suite):
     name = "summarization"
+    most_at_once = 32
     description = "summaries of news stories of three lengths (CNN/DailyMail): ROUGE, copying, and a judge's criteria"
     judged_metrics = (_judged("quality"), *map(_judged, CRITERIA))
     metrics = (

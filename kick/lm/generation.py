@@ -1,7 +1,7 @@
 """Decoding in batches that shrink as rows end.
 
-Prompts are read in groups of similar length, so that little is padding, and decoded together. Greedy, or sampled with a
-seed: a row's random numbers depend on the seed and its own prompt alone, never on who else is in the batch.
+Greedy, or sampled with a seed: a row's random numbers depend on the seed and its own prompt alone, never on who else is
+in the batch.
 """
 
 import hashlib
@@ -10,12 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from kick.errors import KickError
-
-_PADDING = 1.25  # a group's padded tokens over its real ones
 
 
 @dataclass(frozen=True, order=True)
@@ -117,25 +114,6 @@ def random_numbers(contexts: Sequence[Sequence[int]], seed: int) -> list[np.rand
     return found
 
 
-def groups_by_length(lengths: Sequence[int]) -> list[list[int]]:
-    """Indices in groups of similar length, the shortest first: each group padded is little more than its tokens.
-
-    >>> groups_by_length([100, 10, 110, 11])
-    [[1, 3], [0, 2]]
-    """
-    groups: list[list[int]] = []
-    total = 0
-    for index in sorted(range(len(lengths)), key=lambda index: (lengths[index], index)):
-        longest = lengths[index]
-        if groups and longest * (len(groups[-1]) + 1) <= _PADDING * (total + longest):
-            groups[-1].append(index)
-            total += longest
-        else:
-            groups.append([index])
-            total = longest
-    return groups
-
-
 def batches_within(lengths: Sequence[int], order: Iterable[int], tokens: int) -> Iterator[list[int]]:
     """`order` cut into batches: the longest length times the number of rows is at most `tokens`, or it is one row."""
     batch: list[int] = []
@@ -148,18 +126,3 @@ def batches_within(lengths: Sequence[int], order: Iterable[int], tokens: int) ->
         batch.append(index)
     if batch:
         yield batch
-
-
-def merge(caches: Sequence[Any], widths: Sequence[int], prefix: int) -> Any:
-    """One cache of several, each of `prefix` tokens and then so many others: padded between the two to one width."""
-    longest = max(widths)
-    merged = caches[0]
-    for place, layer in enumerate(merged.layers):
-        for name in ("keys", "values"):
-            parts = []
-            for cache, width in zip(caches, widths, strict=True):
-                own = getattr(cache.layers[place], name)  # [rows, key heads, prefix + width, d]
-                rest = torch.nn.functional.pad(own[:, :, prefix:], (0, 0, longest - width, 0))
-                parts.append(torch.cat([own[:, :, :prefix], rest], dim=2))
-            setattr(layer, name, torch.cat(parts))
-    return merged

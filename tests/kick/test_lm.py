@@ -243,15 +243,15 @@ def test_where_memory_runs_out_the_batch_is_halved_and_the_texts_are_the_same(lm
     expected = generate(lm, prompts, [], 8)
     original = lm._read
 
-    def small(contexts):
+    def small(contexts, room):
         if len(contexts) > 2:
             raise torch.OutOfMemoryError("no room")
-        return original(contexts)
+        return original(contexts, room)
 
     monkeypatch.setattr(lm, "_read", small)
     assert generate(lm, prompts, [], 8) == expected
     assert lm.halved == 2  # five into two and three, three into one and two
-    monkeypatch.setattr(lm, "_read", lambda contexts: (_ for _ in ()).throw(torch.OutOfMemoryError("no room")))
+    monkeypatch.setattr(lm, "_read", lambda contexts, room: (_ for _ in ()).throw(torch.OutOfMemoryError("no room")))
     with pytest.raises(torch.OutOfMemoryError):
         generate(lm, prompts, [], 8)
 

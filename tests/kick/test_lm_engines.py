@@ -64,9 +64,8 @@ def test_a_chat_endpoint_gets_conversations_and_gives_no_likelihoods(lm, tiny_mo
     with ModelServer(lm) as server:
         other = served(tiny_model, server, api="chat")
         assert other.has_chat_template
-        talk = other.apply_chat_template(
-            [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
-        )
+        conversation = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+        talk = other.apply_chat_template(conversation)
         generate(other, [talk, "plain"], ["\n"], 4)
         asked = [body["messages"] for body in server.bodies]
         assert conversation in asked

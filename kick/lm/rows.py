@@ -1,0 +1,123 @@
+"""The rows of a generation batch: their keys and values, which of them are visible, and where each row is.
+
+`RoomyRows` writes each new token into tensors that have room for all that can come, and moves the last row into the
+place of one that has ended: nothing is copied from step to step. `NativeRows` holds the model's own cache, for models
+whose cache is something else than keys and values of all tokens.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+
+class RoomyLayer(DynamicLayer):
+    """Keys and values [rows, key heads, capacity, d]; the first `n_rows` rows and `length` columns are in use."""
+
+    def __init__(self, keys: Tensor, values: Tensor, length: int) -> None:
+        super().__init__()
+        self.lazy_initialization(keys, values)
+        self.all_keys, self.all_values = keys, values
+        self.n_rows, self.length = len(keys), length
+        self._show()
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        new = slice(self.length, self.length + key_states.shape[-2])
+        self.all_keys[: self.n_rows, :, new] = key_states
+        self.all_values[: self.n_rows, :, new] = value_states
+        self.length = new.stop
+        self._show()
+        return self.keys, self.values
+
+    def drop(self, row: int) -> None:
+        """The last row takes its place."""
+        self.n_rows -= 1
+        for tensor in (self.all_keys, self.all_values):
+            tensor[row, :, : self.length] = tensor[self.n_rows, :, : self.length]
+        self._show()
+
+    def _show(self) -> None:
+        self.keys = self.all_keys[: self.n_rows, :, : self.length]
+        self.values = self.all_values[: self.n_rows, :, : self.length]
+
+
+class RoomyRows:
+    """Rows of at most `width` tokens, aligned at the right, with room for `room` more.
+
+    like: a cache whose layers have the shapes, dtype and device of this model's keys and values.
+    """
+
+    def __init__(self, n_rows: int, width: int, room: int, like: DynamicCache) -> None:
+        self._width = width
+        self._cache = DynamicCache()
+        shape = n_rows, width + room
+        self._layers = [RoomyLayer(_empty(own.keys, *shape), _empty(own.values, *shape), width) for own in like.layers]
+        self._cache.layers = list(self._layers)
+        device = like.layers[0].keys.device
+        self._mask = torch.zeros(n_rows, width + room, dtype=torch.long, device=device)
+        self._mask[:, width:] = 1
+        self._places = torch.zeros(n_rows, 1, dtype=torch.long, device=device)  # of the last token read
+
+    def fill(self, row: int, cache: DynamicCache, columns: Sequence[int]) -> None:
+        """A row's tokens are those at `columns` of the one row in `cache`."""
+        start = self._width - len(columns)
+        index = torch.tensor(columns, device=self._mask.device)
+        for layer, read in zip(self._layers, cache.layers, strict=True):
+            layer.all_keys[row, :, start : self._width] = read.keys[0][:, index]
+            layer.all_values[row, :, start : self._width] = read.values[0][:, index]
+        self._mask[row, start : self._width] = 1
+        self._places[row] = len(columns) - 1
+
+    def drop(self, row: int) -> None:
+        """A row has ended; the last row takes its place."""
+        for layer in self._layers:
+            layer.drop(row)
+        last = len(self._places) - 1
+        self._mask[row], self._places[row] = self._mask[last], self._places[last]
+        self._mask, self._places = self._mask[:last], self._places[:last]
+
+    def inputs(self, tokens: Sequence[int]) -> dict[str, Any]:
+        """What the model is called with to read one more token in each row."""
+        self._places = self._places + 1
+        return {
+            "input_ids": torch.tensor(tokens, device=self._mask.device)[:, None],
+            "attention_mask": self._mask[:, : self._layers[0].length + 1],
+            "position_ids": self._places,
+            "past_key_values": self._cache,
+            "use_cache": True,
+        }
+
+
+class NativeRows:
+    """Rows in the model's own cache, padded at the left. mask [rows, tokens read]."""
+
+    def __init__(self, cache: Any, mask: Tensor) -> None:
+        self._cache, self._mask = cache, mask
+        self._places = mask.sum(dim=1, keepdim=True) - 1
+
+    def drop(self, row: int) -> None:
+        """A row has ended; the last row takes its place."""
+        order = list(range(len(self._mask) - 1))
+        if row < len(order):
+            order[row] = len(order)
+        index = torch.tensor(order, dtype=torch.long, device=self._mask.device)
+        self._cache.batch_select_indices(index)
+        self._mask, self._places = self._mask[index], self._places[index]
+
+    def inputs(self, tokens: Sequence[int]) -> dict[str, Any]:
+        """What the model is called with to read one more token in each row."""
+        self._mask = torch.cat([self._mask, self._mask.new_ones(len(self._mask), 1)], dim=1)
+        self._places = self._places + 1
+        return {
+            "input_ids": torch.tensor(tokens, device=self._mask.device)[:, None],
+            "attention_mask": self._mask,
+            "position_ids": self._places,
+            "past_key_values": self._cache,
+            "use_cache": True,
+        }
+
+
+def _empty(states: Tensor, n_rows: int, capacity: int) -> Tensor:
+    return states.new_zeros(n_rows, states.shape[1], capacity, states.shape[3])

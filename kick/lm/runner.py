@@ -1,0 +1,149 @@
+"""Forward passes of one model: packed rows after a kept prefix, in pieces that fit, and logits where they count.
+
+What "the head gets" is what logits are made of: hidden states where the model's head is one linear, which then runs on
+a few positions at a time; the logits themselves where a model scales or caps them besides.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache
+
+from kick.lm import attention
+from kick.lm.packing import Packed
+
+_LOGITS_AT_ONCE = 128  # positions whose logits are in memory at a time
+_LIKELIEST = 16  # tokens of a position whose logits are computed exactly in half precision
+
+
+class Runner:
+    """Runs `model`; remembers the keys and values of the beginnings that it was asked for last."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.device = model.device
+        attention.use(model)
+        self._prefixes: list[tuple[list[int], DynamicCache]] = []  # each continues the one before
+        self.plain_head = self._has_plain_head()
+
+    def forget(self) -> None:
+        """Free the kept prefixes, and what a failed attempt left behind."""
+        self._prefixes.clear()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def keys_and_values(self, tokens: list[int], most: int) -> DynamicCache:
+        """The cache after `tokens`, to be read only. Kept, with those that it continues, until another begins."""
+        while self._prefixes and self._prefixes[-1][0] != tokens[: len(self._prefixes[-1][0])]:
+            self._prefixes.pop()
+        known, cache = self._prefixes[-1] if self._prefixes else ([], DynamicCache())
+        if len(known) < len(tokens):
+            cache = fork(cache)
+            self.run(Packed.chain(tokens[len(known) :]), cache, len(known), [], most)
+            self._prefixes.append((tokens, cache))
+        return cache
+
+    def run(self, row: Packed, cache: DynamicCache | None, length: int, places: list[int], most: int) -> Tensor:
+        """A row after the `length` tokens in `cache`, which grows by it; a chain of more than `most` tokens in pieces.
+
+        What the head gets at `places` of the row, in ascending order for each piece: [p, d] or [p, vocabulary].
+        """
+        if len(row.tokens) > most and cache is None:
+            cache = DynamicCache()
+        found = []
+        for start, piece in row.pieces(most):
+            inside = [place - start for place in places if start <= place < start + len(piece.tokens)]
+            with attention.visible_prefix(length + start):
+                columns = torch.tensor(inside, dtype=torch.long, device=self.device)
+                found.append(self.at(self._inputs(piece, cache, length + start), torch.zeros_like(columns), columns))
+        return torch.cat(found)
+
+    def _inputs(self, row: Packed, cache: DynamicCache | None, length: int) -> dict[str, Any]:
+        mask = None
+        if length or not row.is_chain or attention.wants_mask(self.model):
+            seen = torch.from_numpy(row.attends(length)).to(self.device)
+            mask = torch.zeros(seen.shape, dtype=self.model.dtype, device=self.device)
+            mask = mask.masked_fill_(~seen, torch.finfo(self.model.dtype).min)[None, None]
+        return {
+            "input_ids": torch.tensor([row.tokens], device=self.device),
+            "position_ids": torch.tensor([row.depth], device=self.device) + length,
+            "attention_mask": mask,
+            "past_key_values": cache,
+            "use_cache": cache is not None,
+        }
+
+    def at(self, inputs: dict[str, Any], rows: Tensor, columns: Tensor) -> Tensor:
+        """What the head gets at place columns [p] of rows [p], when the model is called with `inputs`."""
+        if self.plain_head:
+            return self._body(**inputs).last_hidden_state[rows, columns]
+        kept = columns.unique() if len(columns) else columns.new_zeros(1)
+        return self.model(**inputs, logits_to_keep=kept).logits[rows, torch.searchsorted(kept, columns)]
+
+    def logits(self, found: Tensor, targets: Tensor | None = None) -> Tensor:
+        """[p, vocabulary] in float32 (or the model's double), from what the head gets.
+
+        In half precision a logit of 20 is rounded to a sixteenth or an eighth, by which options would tie or change
+        places: those of the likeliest tokens and of targets [p] are computed again in float32.
+        """
+        if not self.plain_head:
+            return found if found.dtype == torch.float64 else found.float()
+        head = self.model.get_output_embeddings()
+        logits = head(found)
+        if logits.dtype in (torch.float32, torch.float64):
+            return logits
+        ids = logits.topk(min(_LIKELIEST, logits.shape[1]), dim=1).indices
+        if targets is not None:
+            ids = torch.cat([ids, targets[:, None]], dim=1)
+        exact = torch.einsum("pd,pkd->pk", found.float(), head.weight[ids].float())  # [p, k]
+        if head.bias is not None:
+            exact += head.bias[ids].float()
+        return logits.float().scatter(1, ids, exact)
+
+    def score(self, found: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """From what the head gets at p places: log-likelihood of targets [p], whether each is the likeliest [p]."""
+        pieces = zip(found.split(_LOGITS_AT_ONCE), targets.split(_LOGITS_AT_ONCE), strict=True)
+        scored = [score_tokens(self.logits(own, wanted), wanted) for own, wanted in pieces]
+        return torch.cat([values for values, _ in scored]), torch.cat([greedy for _, greedy in scored])
+
+    @property
+    def _body(self) -> Any:
+        """The model without its head."""
+        return getattr(self.model, self.model.base_model_prefix)
+
+    @torch.inference_mode()
+    def _has_plain_head(self) -> bool:
+        """Whether logits are one linear of what the model gives without its head: some scale or cap them besides."""
+        head = self.model.get_output_embeddings()
+        if type(head) is not torch.nn.Linear or head._forward_hooks:
+            return False
+        vocabulary = self.model.get_input_embeddings().weight.shape[0]
+        inputs = {"input_ids": torch.arange(8, device=self.device)[None] % vocabulary, "use_cache": False}
+        try:
+            own = head(self._body(**inputs).last_hidden_state)
+        except (TypeError, RuntimeError, AttributeError):
+            return False
+        return torch.equal(own, self.model(**inputs).logits)
+
+
+def score_tokens(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """logits [p, vocabulary], targets [p] -> log-probabilities [p], and [p] whether each is the likeliest."""
+    chosen = logits.gather(1, targets[:, None])[:, 0]
+    return chosen - logits.logsumexp(dim=1), logits.argmax(dim=1) == targets
+
+
+def fork(cache: DynamicCache) -> DynamicCache:
+    """A cache that can grow without changing `cache`: the tensors are shared, a longer one is a new tensor."""
+    grown = copy.copy(cache)
+    grown.layers = [copy.copy(layer) for layer in cache.layers]
+    return grown
+
+
+def cached_bytes(cache: DynamicCache) -> int:
+    tensors = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
