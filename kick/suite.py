@@ -127,9 +127,10 @@ class Suite(ABC):
     """Asks a model questions and scores the answers.
 
     A subclass names itself, declares its parameters in `Params` and its metrics (the first is the primary one), makes
-    examples out of rows, and answers them. `most_at_once` bounds batches of long answers. One whose answers a judge can grade has `judged_metrics` besides, which come
+    examples out of rows, and answers them. One whose answers a judge can grade has `judged_metrics` besides, which come
     first where there are judgments. `needs_dense`: it compares with the dense model while it asks (`answer_beside`).
-    `argument`: the parameter that may stand in its name, as in `lm_eval:arc_easy`.
+    `most_at_once` bounds batches of long answers. `argument`: the parameter that may stand in its name, as in
+    `lm_eval:arc_easy`.
     """
 
     name: ClassVar[str]

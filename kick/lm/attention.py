@@ -17,6 +17,7 @@ from transformers.masking_utils import sdpa_mask
 
 NAME = "kick"
 _FEWEST_QUERIES = 64  # below, the fused kernel is as fast
+_SHARED = "_kick_shared"  # what a tensor of keys is told of those before it
 _visible = 0
 
 
@@ -28,7 +29,10 @@ def visible_prefix(length: int) -> Iterator[None]:
     try:
         yield
     finally:
-        _visible = 0
+        _SHARED = "_kick_shared"  # what a tensor of keys is told of those before it
+
+
+_visible = 0
 
 
 def attention(
@@ -40,6 +44,9 @@ def attention(
     """
     special = [options.get(name) for name in ("softcap", "position_bias", "cache", "s_aux")]
     if query.shape[2] == 1 and not any(each is not None for each in special):
+        shared = getattr(key, _SHARED, None)
+        if shared is not None:
+            return _after_shared(query, key, value, attention_mask, options.get("scaling"), *shared), None
         return _one_token(query, key, value, attention_mask, options.get("scaling")), None
     if (
         attention_mask is None
@@ -74,6 +81,36 @@ def _one_token(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, s
     return found.reshape(batch, 1, heads, value.shape[3])
 
 
+def share(keys: Tensor, shared_keys: Tensor, shared_values: Tensor) -> None:
+    """Say that before `keys` [rows, key heads, k, d] stand keys and values [1, key heads, prefix, d] of all rows."""
+    setattr(keys, _SHARED, (shared_keys, shared_values))
+
+
+def _after_shared(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float | None,
+    shared_key: Tensor,
+    shared_value: Tensor,
+) -> Tensor:
+    """As `_one_token`, where all rows begin with the same tokens: their keys and values are there once, for all rows.
+
+    mask [b, 1, 1, k] is about the rows' own keys; shared ones are visible to all.
+    """
+    batch, heads, _, size = query.shape
+    grouped = query.view(batch, key.shape[1], heads // key.shape[1], size) * (scale or size**-0.5)
+    own = (grouped @ key.transpose(-1, -2)).float()  # [b, key heads, heads of each, k]
+    if mask is not None:
+        own = own.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else own + mask
+    before = torch.einsum("bgnd,gpd->bgnp", grouped, shared_key[0]).float()
+    weights = torch.cat([before, own], dim=-1).softmax(dim=-1).to(value.dtype)
+    prefix = before.shape[-1]
+    found = torch.einsum("bgnp,gpd->bgnd", weights[..., :prefix], shared_value[0]) + weights[..., prefix:] @ value
+    return found.reshape(batch, 1, heads, value.shape[3])
+
+
 def use(model: Any) -> None:
     """Let `model` attend by this where it runs on a CPU with torch's fused attention."""
     if model.config._attn_implementation == "sdpa" and model.device.type == "cpu":
@@ -82,6 +119,10 @@ def use(model: Any) -> None:
         model.set_attn_implementation(NAME)
 
 
+def used_by(model: Any) -> bool:
+    return model.config._attn_implementation == NAME
+
+
 def wants_mask(model: Any) -> bool:
     """Whether plain products are used, which know causality from the mask alone."""
-    return model.config._attn_implementation == NAME and model.dtype == torch.bfloat16
+    return used_by(model) and model.dtype == torch.bfloat16

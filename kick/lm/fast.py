@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from kick.errors import KickError
+from kick.lm import attention
 from kick.lm.base import Scored, TokenLM
 from kick.lm.generation import Completion, Decoding, batches_within, choose, random_numbers
 from kick.lm.packing import PREFIX_STEP, Packed, clusters, pack, shared_prefix
@@ -58,7 +59,9 @@ class FastLM(TokenLM):
         self.runner = Runner(model)
         self._bytes_per_cached_token = 1
         self.halved = 0  # rows and batches that did not fit into memory
+        self._shares_in_decoding = False
         self.no_sharing = self._why_no_sharing()
+        self._shares_in_decoding = self.no_sharing is None and self._can_share_in_decoding()
 
     @classmethod
     def from_checkpoint(cls, path: Path, params: Params, dtype: str, device: str) -> "FastLM":
@@ -223,6 +226,10 @@ class FastLM(TokenLM):
         length = shared_prefix(contexts, min(map(len, contexts)) - 1) if len(contexts) > 1 else 0
         rests = [context[length:] for context in contexts]
         order = sorted(range(len(rests)), key=lambda index: tuple(rests[index]))
+        shared = None
+        if length and self._shares_in_decoding:
+            shared = self.runner.keys_and_values(list(contexts[0][:length]), most)
+        before = length if shared is not None else 0  # tokens that stand once for all rows
         rows, found = None, {}
         for row in pack(rests, order, most):
             cache, _ = self._after(contexts[0], (length,) if length else (), most)
@@ -230,9 +237,9 @@ class FastLM(TokenLM):
             ends = torch.tensor([path[-1] for path in row.paths.values()])
             distinct, back = ends.unique(return_inverse=True)
             after = self.runner.run(row, cache, length, distinct.tolist(), most)[back]
-            rows = rows or RoomyRows(len(contexts), max(map(len, contexts)), room, cache)
+            rows = rows or RoomyRows(len(contexts), max(map(len, contexts)) - before, room, cache, shared)
             for (index, path), own in zip(row.paths.items(), after, strict=True):
-                rows.fill(index, cache, [*range(length), *(length + place for place in path)])
+                rows.fill(index, cache, [*range(before, length), *(length + place for place in path)])
                 found[index] = own
         assert rows is not None
         return rows, torch.stack([found[index] for index in range(len(contexts))])
@@ -311,6 +318,21 @@ class FastLM(TokenLM):
         except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
             return f"its attention does not take packed rows ({type(error).__name__}: {str(error)[:120]})"
         return None
+
+    @torch.inference_mode()
+    def _can_share_in_decoding(self) -> bool:
+        """Whether rows decoded after one copy of a shared prefix come out as rows that hold it themselves."""
+        if not attention.used_by(self.model) or self.max_length < PREFIX_STEP + 4:
+            return False
+        vocabulary = self.model.get_input_embeddings().weight.shape[0]
+        prefix = [(5 * place + 2) % vocabulary for place in range(PREFIX_STEP)]
+        first = torch.arange(2, device=self.device)
+        found = []
+        for self._shares_in_decoding in (False, True):
+            rows, _ = self._read([[*prefix, 3, 4], [*prefix, 5]], 1)
+            found.append(self.runner.logits(self.runner.at(rows.inputs([6, 7]), first, torch.zeros_like(first))))
+        own, shared = (logits.log_softmax(-1) for logits in found)
+        return bool((own - shared).abs().max() <= _AGREEMENT.get(self.model.dtype, 0.25))
 
 
 def drop(items: list[Any], place: int) -> None:

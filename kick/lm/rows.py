@@ -12,12 +12,18 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from kick.lm import attention
+
 
 class RoomyLayer(DynamicLayer):
-    """Keys and values [rows, key heads, capacity, d]; the first `n_rows` rows and `length` columns are in use."""
+    """Keys and values [rows, key heads, capacity, d]; the first `n_rows` rows and `length` columns are in use.
 
-    def __init__(self, keys: Tensor, values: Tensor, length: int) -> None:
+    shared: keys and values [1, key heads, prefix, d] of what all rows begin with, which stand before them.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, length: int, shared: tuple[Tensor, Tensor] | None) -> None:
         super().__init__()
+        self.shared = shared
         self.lazy_initialization(keys, values)
         self.all_keys, self.all_values = keys, values
         self.n_rows, self.length = len(keys), length
@@ -29,6 +35,8 @@ class RoomyLayer(DynamicLayer):
         self.all_values[: self.n_rows, :, new] = value_states
         self.length = new.stop
         self._show()
+        if self.shared is not None:
+            attention.share(self.keys, *self.shared)
         return self.keys, self.values
 
     def drop(self, row: int) -> None:
@@ -46,14 +54,24 @@ class RoomyLayer(DynamicLayer):
 class RoomyRows:
     """Rows of at most `width` tokens, aligned at the right, with room for `room` more.
 
-    like: a cache whose layers have the shapes, dtype and device of this model's keys and values.
+    like: a cache whose layers have the shapes, dtype and device of this model's keys and values. shared: the cache of
+    what all rows begin with, where the model attends to it without a copy for each row.
     """
 
-    def __init__(self, n_rows: int, width: int, room: int, like: DynamicCache) -> None:
+    def __init__(
+        self, n_rows: int, width: int, room: int, like: DynamicCache, shared: DynamicCache | None = None
+    ) -> None:
         self._width = width
+        self._before = shared.get_seq_length() if shared is not None else 0
         self._cache = DynamicCache()
         shape = n_rows, width + room
-        self._layers = [RoomyLayer(_empty(own.keys, *shape), _empty(own.values, *shape), width) for own in like.layers]
+        prefixes = [(own.keys, own.values) for own in shared.layers] if shared is not None else None
+        self._layers = [
+            RoomyLayer(
+                _empty(own.keys, *shape), _empty(own.values, *shape), width, prefixes[index] if prefixes else None
+            )
+            for index, own in enumerate(like.layers)
+        ]
         self._cache.layers = list(self._layers)
         device = like.layers[0].keys.device
         self._mask = torch.zeros(n_rows, width + room, dtype=torch.long, device=device)
@@ -61,14 +79,14 @@ class RoomyRows:
         self._places = torch.zeros(n_rows, 1, dtype=torch.long, device=device)  # of the last token read
 
     def fill(self, row: int, cache: DynamicCache, columns: Sequence[int]) -> None:
-        """A row's tokens are those at `columns` of the one row in `cache`."""
+        """A row's own tokens, after what is shared, are those at `columns` of the one row in `cache`."""
         start = self._width - len(columns)
         index = torch.tensor(columns, device=self._mask.device)
         for layer, read in zip(self._layers, cache.layers, strict=True):
             layer.all_keys[row, :, start : self._width] = read.keys[0][:, index]
             layer.all_values[row, :, start : self._width] = read.values[0][:, index]
         self._mask[row, start : self._width] = 1
-        self._places[row] = len(columns) - 1
+        self._places[row] = self._before + len(columns) - 1
 
     def drop(self, row: int) -> None:
         """A row has ended; the last row takes its place."""

@@ -79,7 +79,7 @@ class Runner:
         if self.plain_head:
             return self._body(**inputs).last_hidden_state[rows, columns]
         kept = columns.unique() if len(columns) else columns.new_zeros(1)
-        return self.model(**inputs, logits_to_keep=kept).logits[rows, torch.searchsorted(kept, columns)]
+        return self.model(**inputs, logits_to_keep=kept).logits[rows, torch.searchsorted(kept, columns.contiguous())]
 
     def logits(self, found: Tensor, targets: Tensor | None = None) -> Tensor:
         """[p, vocabulary] in float32 (or the model's double), from what the head gets.

@@ -14,6 +14,7 @@ from kick.lm import attention, find_lm, generate, loglikelihoods, rolling_loglik
 from kick.lm.fast import FastLM
 from kick.lm.generation import batches_within, sample
 from kick.lm.packing import PREFIX_STEP, Packed, clusters, pack, shared_prefix
+from kick.lm.runner import Runner
 
 
 def one_by_one(model, context, continuation):
@@ -113,6 +114,123 @@ def test_any_mix_of_requests_scores_like_one_by_one(lm, requests):
         assert is_greedy == expected_greedy
 
 
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 3), words, st.lists(st.integers(2, 9), min_size=0, max_size=5)),
+        min_size=1,
+        max_size=10,
+    ),
+    st.sampled_from([16, 33, 64, 200]),
+    st.integers(0, 6),
+)
+@settings(max_examples=25, deadline=None)
+def test_any_number_of_tokens_in_a_row_and_any_lack_of_memory_give_the_same_scores(tokenizer, requests, most, failures):
+    """Stems longer than a row, nested; empty continuations; forward passes that run out of memory on their way."""
+    stem = [10 + place % 50 for place in range(150)]
+    heads = ([], stem[:PREFIX_STEP], stem, [*stem, *range(100, 100 + PREFIX_STEP + 3)])
+    pairs = [(heads[head] + context, continuation) for head, context, continuation in requests]
+    lm = FastLM(make_tiny_llama(), tokenizer, params=FastLM.Params(row_tokens=most))
+    forward, left = lm.model.model.forward, [failures]
+
+    def fails_at_first(*arguments, **options):
+        if options["input_ids"].shape[1] > 20 and left[0]:
+            left[0] -= 1
+            raise torch.OutOfMemoryError("no room")
+        return forward(*arguments, **options)
+
+    lm.model.model.forward = fails_at_first
+    try:
+        found = ask(lm, pairs)
+    except torch.OutOfMemoryError:
+        assert failures > int(np.log2(most / 16))  # halved down to sixteen tokens at least
+        return
+    for (value, is_greedy), (context, continuation) in zip(found, pairs, strict=True):
+        expected = one_by_one(make_tiny_llama(), context, continuation) if continuation else (0.0, True)
+        assert value == pytest.approx(expected[0], abs=1e-4)
+        assert is_greedy == expected[1]
+
+
+def test_long_questions_of_one_subject_are_computed_once_for_all_options(tokenizer):
+    """Tokens that pass the model: the few-shot part once, each stem once, each option's own tokens."""
+    lm = FastLM(make_tiny_llama(), tokenizer, params=FastLM.Params(row_tokens=64))
+    head = [10 + place % 50 for place in range(2 * PREFIX_STEP)]
+    stems = [[100 + question, *(60 + place % 30 for place in range(99))] for question in range(3)]
+    pairs = [(head + stem, [option]) for stem in stems for option in (2, 3, 4, 5)]
+    forward, seen = lm.model.model.forward, []
+
+    def count(*arguments, **options):
+        seen.append(options["input_ids"].shape[1])
+        return forward(*arguments, **options)
+
+    lm.model.model.forward = count
+    ask(lm, pairs)
+    assert sum(seen) == len(head) + sum(map(len, stems))
+
+
+def test_empty_texts_are_scored_too(lm):
+    empty = loglikelihoods(lm, [("", ""), ("The sea", ""), ("  ", "is"), ("", "is")])
+    assert empty[:2] == [(0.0, True), (0.0, True)]
+    assert empty[2][0] != empty[3][0]  # the spaces belong to what is scored
+    assert rolling_loglikelihoods(lm, ["", "Rain"])[0] == 0.0
+
+
+def test_a_text_is_tokenised_once_for_all_models(tokenizer, monkeypatch):
+    texts = []
+    original = type(tokenizer).__call__
+
+    def spy(self, text, *arguments, **options):
+        texts.extend([text] if isinstance(text, str) else text)
+        return original(self, text, *arguments, **options)
+
+    monkeypatch.setattr(type(tokenizer), "__call__", spy)
+    pairs = [("A question met once", f" option {number}") for number in range(3)]
+    first = loglikelihoods(FastLM(make_tiny_llama(), tokenizer), pairs)
+    assert sorted(texts) == sorted(["A question met once", *("A question met once" + option for _, option in pairs)])
+    assert loglikelihoods(FastLM(make_tiny_llama(), tokenizer), pairs) == first
+    assert len(texts) == 4
+
+
+def test_no_more_than_some_positions_have_logits_at_a_time(tokenizer):
+    lm = FastLM(make_tiny_llama(), tokenizer)
+    sizes = []
+    lm.model.lm_head.register_forward_pre_hook(lambda module, inputs: sizes.append(inputs[0].shape[0]))
+    text = "Rivers carve valleys over thousands of years and carry sand to the sea. " * 30
+    assert rolling_loglikelihoods(lm, [text])[0] < 0
+    assert sum(sizes) == len(lm.tok_encode(text, add_special_tokens=False))
+    assert max(sizes) <= 128
+
+
+def test_a_model_that_caps_its_logits_scores_like_one_by_one(tokenizer):
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=8, vocab_size=600, final_logit_softcapping=1.0, layer_types=["full_attention"] * 2,
+        initializer_range=0.2, attn_implementation="eager",
+    )  # fmt: skip
+    lm = FastLM(Gemma2ForCausalLM(config).eval(), tokenizer)
+    assert not lm.runner.plain_head
+    pairs = [([11, 12, 13], [4, 5]), ([11, 12], [13, 6]), ([20], [21])]
+    for (value, _), pair in zip(ask(lm, pairs), pairs, strict=True):
+        assert value == pytest.approx(one_by_one(lm.model, *pair)[0], abs=1e-4)
+
+
+def test_half_precision_does_not_round_the_logits_that_count():
+    model = make_tiny_llama(tie_word_embeddings=False).bfloat16()
+    runner = Runner(model)
+    torch.manual_seed(0)
+    hidden = (torch.randn(5, 32) * 8).bfloat16()
+    targets = torch.tensor([3, 4, 5, 6, 7])
+    exact = hidden.float() @ model.lm_head.weight.float().T
+    found = runner.logits(hidden, targets)
+    assert found.dtype == torch.float32
+    assert torch.allclose(found.gather(1, targets[:, None]), exact.gather(1, targets[:, None]), atol=1e-4)
+    assert torch.equal(found.argmax(1), exact.argmax(1))
+    rounded = model.lm_head(hidden).float()
+    assert not torch.allclose(rounded.gather(1, targets[:, None]), exact.gather(1, targets[:, None]), atol=1e-3)
+
+
 def test_a_kept_prefix_gives_the_same_numbers_as_a_recomputed_one(tokenizer):
     head = list(range(10, 10 + PREFIX_STEP))
     pairs = [([*head, 3], [4, 5]), ([*head, 6], [7])]
@@ -190,6 +308,22 @@ def test_generation_after_a_shared_prefix_is_generation_alone(lm, tokenizer):
     for prompt, text in zip(prompts, generate(lm, prompts, [], 10), strict=True):
         tokens = greedy(lm.model, tokenizer(prompt)["input_ids"], 10, tokenizer.eos_token_id)
         assert text == tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def test_a_shared_prefix_stands_once_for_all_rows_of_a_batch(lm, monkeypatch):
+    assert lm._shares_in_decoding
+    head = "Question: what runs but never walks? Answer: a river.\n\n" * 6
+    prompts = [head + f"Question: {word}?" for word in ("Who", "Where", "When", "Why")]
+    together = generate(lm, prompts, [], 6)
+    sizes = []
+    original = lm._read
+    monkeypatch.setattr(lm, "_read", lambda *a: sizes.append(read := original(*a)) or read)
+    assert generate(lm, prompts, [], 6) == together
+    layer = sizes[0][0]._layers[0]
+    tokens = [len(lm.tok_encode(prompt)) for prompt in prompts]
+    assert layer.all_keys.shape[2] == max(tokens) - layer.shared[0].shape[2] + 6
+    monkeypatch.setattr(lm, "_shares_in_decoding", False)
+    assert generate(lm, prompts, [], 6) == together
 
 
 def test_a_stop_string_ends_a_completion_and_is_not_part_of_it(lm):

@@ -53,3 +53,24 @@ def test_equal_scores(lm, tiny_model, kind, params):
     results = found["results"][name]
     for metric in ("accuracy",) if kind is MMLU else ("contains", "exact_match", "f1"):
         assert results[f"{metric},none"] == pytest.approx(own[metric]), metric
+
+
+def test_the_fast_lm_is_a_model_of_stock_lm_eval(lm, tiny_model):
+    """`--model kick`, as lm-eval's own command line makes it; the scores are those of the LM asked by itself."""
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    import kick.lm.for_lm_eval  # noqa: F401 (registers the model)
+
+    manager = TaskManager(
+        include_path=str(files("kick_tasks").joinpath("for_lm_eval")),
+        include_defaults=False,
+        metadata={"data": "embedded", "limit": LIMIT, "pretrained": str(tiny_model), "shots": 1},
+    )
+    options = {"tasks": ["kick_mmlu"], "task_manager": manager, "bootstrap_iters": 0, "log_samples": True}
+    arguments = f"pretrained={tiny_model},dtype=float32,row_tokens=64"
+    named = simple_evaluate("kick", model_args=arguments, batch_size=4, device="cpu", **options)
+    given = simple_evaluate(lm, **options)
+    pairs = zip(named["samples"]["kick_mmlu"], given["samples"]["kick_mmlu"], strict=True)
+    for a, b in pairs:
+        assert [float(r[0][0]) for r in a["resps"]] == pytest.approx([float(r[0][0]) for r in b["resps"]], abs=1e-4)
