@@ -105,7 +105,8 @@ class FastLM(TokenLM):
         """
         length = max(prefixes, default=0)
         rests = [sequences[index].tokens[length:-1] for index in members]
-        unscored = [len(sequences[index].tokens) - sequences[index].n_targets - length for index in members]
+        # the token before the first target has to be in the row: it predicts it
+        unscored = [len(sequences[index].tokens) - sequences[index].n_targets - 1 - length for index in members]
         results: dict[int, tuple[float, bool]] = {}
         for more, own in clusters(rests, unscored, least):
             inside = [members[place] for place in own]

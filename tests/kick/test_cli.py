@@ -92,7 +92,7 @@ def test_compress_and_inspect(tiny_model, tmp_path, capsys):
         (["evaluate", "MODEL", "--suite", "mmul"], "Did you mean 'mmlu'"),
         (["evaluate", "MODEL", "--suite", "mmlu,factoid_qa", "--param", "text=c4"], "unknown key 'text'"),
         (["evaluate", "MODEL", "--suite", "mmlu", "--param", "perplexity.text=c4"], "no suite 'perplexity' is asked"),
-        (["evaluate", "MODEL", "--suite", "mmlu", "--data", "embedded", "--lm", "vllm"], "no lm named 'vllm'"),
+        (["evaluate", "MODEL", "--suite", "mmlu", "--data", "embedded", "--lm", "vlm"], "no lm named 'vlm'"),
     ],
 )
 def test_wrong_arguments_write_nothing(tiny_model, tmp_path, capsys, arguments, says):

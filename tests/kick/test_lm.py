@@ -150,6 +150,17 @@ def test_any_number_of_tokens_in_a_row_and_any_lack_of_memory_give_the_same_scor
         assert is_greedy == expected[1]
 
 
+@pytest.mark.parametrize("more", [-1, 0, 1])
+@pytest.mark.parametrize("most", [16, 64, 1024])
+def test_contexts_as_long_as_a_kept_prefix(tokenizer, more, most):
+    """The last token of a context predicts the first target: it is never part of what is only kept."""
+    lm = FastLM(make_tiny_llama(), tokenizer, params=FastLM.Params(row_tokens=most))
+    context = [10 + place % 50 for place in range(PREFIX_STEP + more)]
+    pairs = [(context, [5, 6]), (context, [7]), (context, [5])]
+    for (value, _), pair in zip(ask(lm, pairs), pairs, strict=True):
+        assert value == pytest.approx(one_by_one(lm.model, *pair)[0], abs=1e-4)
+
+
 def test_long_questions_of_one_subject_are_computed_once_for_all_options(tokenizer):
     """Tokens that pass the model: the few-shot part once, each stem once, each option's own tokens."""
     lm = FastLM(make_tiny_llama(), tokenizer, params=FastLM.Params(row_tokens=64))
