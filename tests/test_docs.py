@@ -143,6 +143,55 @@ def test_the_commands_of_the_page_on_judges(tmp_path, monkeypatch, tiny_model, c
     assert server.asked
 
 
+def test_the_page_on_lms(tmp_path, tiny_model, capsys):
+    import yaml
+
+    from kick.config import parse
+    from kick.lm import find_lm, params_of
+    from kick.settings import Variant
+
+    for line in blocks("docs/lms.md", "console")[0].strip().split("\n"):
+        assert run(line, ("smollm2-135m", tiny_model)) == 0, line
+    engine, server, noise = blocks("docs/lms.md", "yaml")
+    for text in (engine, server):
+        config = parse({"model": "m", "suites": ["perplexity"], **yaml.safe_load(text)}, "docs/lms.md")
+        params = params_of(config.lm)
+    find_lm("server").check(params, ["dense", "wanda@0.5"])
+    settings = parse({"model": "m", "suites": ["perplexity"], **yaml.safe_load(noise)}, "docs/lms.md").all_settings()
+    assert [prepare(setting) for setting in settings] == [[]] * 3
+    assert settings[1].variant == Variant(dtype="bfloat16")
+
+    (script,) = blocks("docs/lms.md", "bash")
+    tasks = tmp_path / "tasks"
+    tasks.mkdir()
+    (tasks / "task.yaml").write_text(TASK.format(rows=tmp_path / "rows.json"))
+    (tmp_path / "rows.json").write_text('{"q": "Rain is", "options": ["wet", "dry"], "answer": 0}\n' * 3)
+    for old, new in (
+        ("python -m", f"{sys.executable} -m"),
+        ("MODEL", str(tiny_model)),
+        ("arc_easy", f"rain --include_path {tasks} --device cpu --output_path {tmp_path}"),
+    ):
+        assert old in script
+        script = script.replace(old, new)
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (results,) = tmp_path.rglob("results*.json")
+    assert "rain" in json.loads(results.read_text())["results"]
+
+
+TASK = """
+task: rain
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {rows}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{q}}}}"
+doc_to_choice: options
+doc_to_target: answer
+metric_list: [{{metric: acc}}]
+"""
+
+
 def test_kicks_questions_in_stock_lm_eval_as_documented(tmp_path, tiny_model):
     (script,) = blocks("docs/data.md", "bash")
     for old, new in (
