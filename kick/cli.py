@@ -139,6 +139,12 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("run", type=Path, metavar="RUN")
     report.add_argument("--out", type=Path, metavar="DIR", help="write there instead of into the run")
 
+    compare = command("compare", "two settings of a run side by side: paired tests and the answers that changed")
+    compare.add_argument("run", type=Path, metavar="RUN")
+    compare.add_argument("first", metavar="SETTING")
+    compare.add_argument("second", metavar="SETTING")
+    compare.add_argument("--show", type=int, default=3, metavar="N", help="answers of each suite that changed")
+
     export = command("export", "write a checkpoint in another format: plain Hugging Face, packed GPTQ, GGUF")
     export.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
     export.add_argument("--format", required=True, metavar="hf|gptq|gguf")

@@ -206,6 +206,15 @@ def report(options: Namespace) -> int:
     return _print(options, tables.leaderboard_markdown(results) + f"\nReport: {out / 'report.html'}", document)
 
 
+def compare(options: Namespace) -> int:
+    from kick.report.pairs import in_words, pairs
+    from kick.report.results import read_results
+
+    found = pairs(read_results(options.run), options.first, options.second)
+    document = {"first": options.first, "second": options.second, "suites": [pair.as_row() for pair in found]}
+    return _print(options, in_words(found, options.first, options.second, options.show), document)
+
+
 def export(options: Namespace) -> int:
     write = find_format(options.format)
     found = checkpoints.read(options.checkpoint)

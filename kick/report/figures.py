@@ -22,6 +22,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from kick.compare import Estimate
 from kick.files import safe_name
 from kick.report.results import Axis, Results, SettingResult
+from kick.report.tables import PERPLEXITY_MARGIN
 from kick.settings import DENSE
 from kick.statistics import TOLERANCE
 
@@ -66,6 +67,8 @@ def draw_all(results: Results, folder: Path) -> list[Drawn]:
                 ]
         if results.task_suites and any(results.mean_retained(result.name) for result in results.compressed):
             drawn.append(_save(folder, *_size_against_retained(results)))
+            if results.perplexity_suite is not None:
+                drawn.insert(0, _save(folder, *_perplexity_against_capability(results, results.perplexity_suite)))
     return drawn
 
 
@@ -261,6 +264,49 @@ def _size_against_retained(results: Results) -> tuple[Figure, str, str, str]:
         f"Mean over {', '.join(results.task_suites)}; bars: 95 % intervals."
     )
     return figure, "size-against-retained", "Size against mean retained score", caption
+
+
+def _perplexity_against_capability(results: Results, suite: str) -> tuple[Figure, str, str, str]:
+    """Right: perplexity says it is worse. Down: tasks say so. What lies low on the left is what perplexity hides."""
+    figure, axes = plt.subplots()
+    axes.axhline(100 * (1 - TOLERANCE), color="0.25", linewidth=1.0, linestyle=(0, (4, 3)))
+    _label_line(axes, 100 * (1 - TOLERANCE), "95 % of dense")
+    axes.plot(1.0, 100, marker="*", markersize=13, color="0.2", linestyle="none", label="dense")
+    labelled: set[str] = set()
+    largest = 1.0
+    for result in results.compressed:
+        mean, pair = results.mean_retained(result.name), results.comparison(result.name, suite)
+        if mean is None or pair is None or not pair.retained > 0:
+            continue
+        style = _method_style(results, result.family)
+        method = result.family.removesuffix(" N:M")
+        x, y = 1 / pair.retained, 100 * mean[0]
+        wide = [[max(0.0, x - 1 / pair.interval.high)], [max(0.0, 1 / pair.interval.low - x)]]
+        tall = [[max(0.0, y - 100 * mean[1].low)], [max(0.0, 100 * mean[1].high - y)]]
+        axes.errorbar(
+            x, y, xerr=wide, yerr=tall, color=style["color"], marker=style["marker"], markersize=5.5, capsize=2,
+            linewidth=0.9, linestyle="none", label=None if method in labelled else method, zorder=3,
+        )  # fmt: skip
+        labelled.add(method)
+        largest = max(largest, x)
+        axes.annotate(result.setting.levels, (x, y), xytext=(4, 4), textcoords="offset points", fontsize=7.5)
+    axes.axvspan(1.0, 1 + PERPLEXITY_MARGIN, color="0.25", alpha=0.08, linewidth=0)
+    axes.set_xscale("log")
+    axes.set_xlim(left=0.9, right=1.15 * max(largest, 1 + 2 * PERPLEXITY_MARGIN))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
+    axes.set_xlabel("perplexity over the dense model's")
+    axes.set_ylabel("mean retained score (%)")
+    axes.set_ylim(bottom=0)
+    axes.set_title("Perplexity against capability", loc="left", fontsize=11)
+    axes.legend(loc="best", fontsize=9)
+    caption = (
+        f"Each setting's perplexity ({suite}, logarithmic) beside the mean share of the dense score that is left over "
+        f"{', '.join(results.task_suites)}; bars: 95 % intervals. Grey: perplexity rises by at most "
+        f"{PERPLEXITY_MARGIN:.0%}; what lies below the dashed line there looks fine by perplexity and is not."
+    )
+    return figure, "perplexity-against-capability", "Perplexity against capability", caption
 
 
 def _packed_bytes(record: dict[str, Any]) -> float:

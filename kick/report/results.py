@@ -151,6 +151,16 @@ class Results:
         return [result for result in self.settings if not result.setting.is_dense]
 
     @cached_property
+    def variants(self) -> list[SettingResult]:
+        """The dense model asked again in another way: what differs is noise."""
+        return [result for result in self.settings if result.setting.is_dense and result.name != DENSE]
+
+    @cached_property
+    def perplexity_suite(self) -> str | None:
+        """The first suite whose primary metric is a perplexity."""
+        return next((name for name in self.suites if self.metric(name).transform == "exp"), None)
+
+    @cached_property
     def families(self) -> list[str]:
         return list(dict.fromkeys(result.family for result in self.compressed))
 

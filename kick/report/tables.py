@@ -15,6 +15,10 @@ SCORE_COLUMNS = tuple(
 )
 
 
+PERPLEXITY_MARGIN = 0.10
+"""A perplexity that rises by no more than this is often called fine."""
+
+
 def scores_csv(results: Results) -> str:
     """One row for each setting, suite, metric and group. p_value is unadjusted; flips counts both directions.
 
@@ -96,6 +100,38 @@ def _leader(results: Results, result: SettingResult) -> dict[str, Any]:
             f"{suite}_left_out": found.truncated + found.failed if found else 0,
         }
     return row
+
+
+def unseen_by_perplexity(results: Results, margin: float = PERPLEXITY_MARGIN) -> list[dict[str, Any]]:
+    """Settings whose perplexity rose by at most `margin` (relative) while a suite says that they do not match."""
+    measure = results.perplexity_suite
+    rows: list[dict[str, Any]] = []
+    if measure is None:
+        return rows
+    for result in results.compressed:
+        perplexity = results.comparison(result.name, measure)
+        if perplexity is None or not 1 / perplexity.retained <= 1 + margin:
+            continue
+        lost = [
+            {"suite": suite, "pair": pair}
+            for suite in results.suites
+            if suite != measure
+            and (pair := results.comparison(result.name, suite)) is not None
+            and pair.verdict == "not matching"
+        ]
+        if lost:
+            rows.append({"setting": result.name, "increase": 1 / perplexity.retained - 1, "lost": lost})
+    return rows
+
+
+def noise(results: Results) -> list[dict[str, Any]]:
+    """How far scores move when the dense model itself is asked in another way: a row for each way and suite."""
+    return [
+        {"setting": result.name, "suite": suite, "pair": pair}
+        for result in results.variants
+        for suite in results.suites
+        if (pair := results.comparison(result.name, suite)) is not None
+    ]
 
 
 def leaderboard_csv(results: Results) -> str:

@@ -7,6 +7,7 @@ import xml.etree.ElementTree
 
 import pytest
 
+from kick import cli
 from kick.errors import RunError
 from kick.files import sha256_of
 from kick.report import read_results, tables, write_report
@@ -313,3 +314,55 @@ def test_a_head_that_is_counted_makes_no_other_shape():
     assert result.axis == "bits"
     result.record["layers"]["another.block"] = {"weights": 100}
     assert result.axis == "size"
+
+
+def test_what_perplexity_does_not_see(tmp_path):
+    """Perplexity is exp(2.495) against exp(1.3 * 2.495) by hand: up by 111 %; with a wider margin a setting is seen."""
+    root = write_run(tmp_path / "run", SETTINGS, ["factoid_qa", "perplexity"])
+    results = read_results(root)
+    assert tables.unseen_by_perplexity(results) == []
+    rows = tables.unseen_by_perplexity(results, margin=1.2)
+    assert [row["setting"] for row in rows] == ["magnitude@0.5", "wanda@2:4"]  # the others keep what they knew
+    assert rows[0]["increase"] == pytest.approx(2.718281828 ** (0.3 * 2.495) - 1, rel=1e-5)
+    assert [lost["suite"] for lost in rows[0]["lost"]] == ["factoid_qa"]
+    write_report(root)
+    assert (root / "figures" / "perplexity-against-capability.svg").is_file()
+    assert "What perplexity does not see" in (root / "report.html").read_text()
+
+
+def test_the_noise_floor_is_the_dense_model_beside_itself(tmp_path):
+    root = write_run(tmp_path / "run", [*SETTINGS, ("again", 0.0)], ["factoid_qa"])
+    run = json.loads((root / "run.json").read_text())
+    run["settings"][-1] |= {"compressor": "dense", "label": "again", "params": {"dtype": "bfloat16"}}
+    (root / "run.json").write_text(json.dumps(run))
+    results = read_results(root)
+    assert [result.name for result in results.variants] == ["again"]
+    assert "again" not in {result.name for result in results.compressed}
+    (row,) = tables.noise(results)
+    assert (row["suite"], row["pair"].flips) == ("factoid_qa", 40)
+    write_report(root)
+    assert "Noise floor" in (root / "report.html").read_text()
+
+
+def test_two_settings_side_by_side(run, capsys):
+    arguments = ["compare", str(run), "magnitude@0.2", "magnitude@0.5"]
+    assert cli.main([*arguments, "--json"]) == 0
+    found = {row["suite"]: row for row in json.loads(capsys.readouterr().out)["suites"]}
+    factoid = found["factoid_qa"]
+    # of the 97 that fit: the small one has q001 to q060 right, the large one q000 to q019
+    assert (factoid["n"], factoid["lost"], factoid["won"]) == (97, 41, 1)
+    assert factoid["retained"] == pytest.approx(20 / 60)
+    assert factoid["verdict"] == "not matching"
+    assert factoid["p_value"] == pytest.approx(2 * 43 * 0.5**42, rel=1e-6)  # 0 or 1 of 42 in one direction
+    assert factoid["p_holm"] == pytest.approx(2 * factoid["p_value"])  # of two suites, the smaller p-value
+    assert len(factoid["flipped"]) == 42
+    assert factoid["flipped"][-1]["id"] == "q000"  # what was won comes last
+    assert factoid["flipped"][0]["prompt"].endswith("Why?")
+    assert found["perplexity"]["retained"] == 1.0
+    assert cli.main([*arguments, "--show", "1"]) == 0
+    text = capsys.readouterr().out
+    assert "| factoid_qa (contains) | 97 | 0.619 | 0.206 | 33 %" in text
+    assert "42 answers changed" in text
+    assert "\u202e" not in text
+    assert cli.main(["compare", str(run), "magnitude@0.2", "magnitude@0.6"]) == 2
+    assert "Did you mean 'magnitude@0." in capsys.readouterr().err
