@@ -113,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--limit", type=_positive, metavar="N", help="at most N questions of each suite")
     evaluate.add_argument("--data", default="hub", metavar="DIR", help="a folder, 'embedded' or 'hub' (default)")
     evaluate.add_argument("--lm", default="fast", metavar="NAME", help="which LM answers (default: fast)")
-    evaluate.add_argument("--batch-size", type=_positive, default=128, metavar="N", help="questions asked in one go")
+    evaluate.add_argument("--batch-size", type=_positive, default=64, metavar="N", help="questions asked in one go")
     evaluate.add_argument(
         "--param", action="append", default=[], metavar="K=V", help="a parameter of the suite, SUITE.K=V, or lm.K=V"
     )
@@ -138,6 +138,10 @@ def _parser() -> argparse.ArgumentParser:
     report = command("report", "make tables, figures and report.html of a run again")
     report.add_argument("run", type=Path, metavar="RUN")
     report.add_argument("--out", type=Path, metavar="DIR", help="write there instead of into the run")
+
+    board = command("leaderboard", "several runs as one static site")
+    board.add_argument("runs", type=Path, nargs="+", metavar="RUN")
+    board.add_argument("--out", type=Path, default=Path("leaderboard"), metavar="DIR", help="default: leaderboard")
 
     compare = command("compare", "two settings of a run side by side: paired tests and the answers that changed")
     compare.add_argument("run", type=Path, metavar="RUN")

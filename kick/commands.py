@@ -206,6 +206,14 @@ def report(options: Namespace) -> int:
     return _print(options, tables.leaderboard_markdown(results) + f"\nReport: {out / 'report.html'}", document)
 
 
+def leaderboard(options: Namespace) -> int:
+    from kick.report.leaderboard import write_leaderboard
+
+    rows = write_leaderboard(options.runs, options.out)
+    text = "\n".join(f"{row['place'] or '–':>3}  {row['model']}  {row['setting']}" for row in rows)
+    return _print(options, f"{text}\nSite: {options.out / 'index.html'}", rows)
+
+
 def compare(options: Namespace) -> int:
     from kick.report.pairs import in_words, pairs
     from kick.report.results import read_results
@@ -271,7 +279,8 @@ def inspect_checkpoint(options: Namespace) -> int:
 
 
 def _print(options: Namespace, text: str, document: Any) -> int:
-    print(to_json(document) if options.json else text)
+    shown = to_json(document) if options.json else text
+    print(shown.encode("utf-8", "replace").decode("utf-8"))  # answers of models may hold half characters
     return 0
 
 

@@ -147,10 +147,9 @@ class FastLM(TokenLM):
         self, tokens: Sequence[int], prefixes: tuple[int, ...], row_tokens: int
     ) -> tuple[DynamicCache | None, int]:
         """A cache after the longest of `prefixes` of `tokens`, which may grow, and its length; None after none."""
-        cache = None
-        for length in prefixes:
-            cache = self.runner.keys_and_values(list(tokens[:length]), row_tokens)
-        return (None, 0) if cache is None else (fork(cache), prefixes[-1])
+        if not prefixes:
+            return None, 0
+        return fork(self.runner.keys_and_values(tokens, prefixes, row_tokens)), prefixes[-1]
 
     def _add_up(self, found: Tensor, targets: Tensor, counts: list[int]) -> list[tuple[float, bool]]:
         """For each of the sequences, of which `counts` targets each stand in a row: its score."""
@@ -229,7 +228,7 @@ class FastLM(TokenLM):
         order = sorted(range(len(rests)), key=lambda index: tuple(rests[index]))
         shared = None
         if length and self._shares_in_decoding:
-            shared = self.runner.keys_and_values(list(contexts[0][:length]), most)
+            shared = self.runner.keys_and_values(contexts[0], [length], most)
         before = length if shared is not None else 0  # tokens that stand once for all rows
         rows, found = None, {}
         for row in pack(rests, order, most):

@@ -5,6 +5,7 @@ a few positions at a time; the logits themselves where a model scales or caps th
 """
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -34,16 +35,22 @@ class Runner:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def keys_and_values(self, tokens: list[int], most: int) -> DynamicCache:
-        """The cache after `tokens`, to be read only. Kept, with those that it continues, until another begins."""
-        while self._prefixes and self._prefixes[-1][0] != tokens[: len(self._prefixes[-1][0])]:
-            self._prefixes.pop()
-        known, cache = self._prefixes[-1] if self._prefixes else ([], DynamicCache())
-        if len(known) < len(tokens):
+    def keys_and_values(self, tokens: Sequence[int], prefixes: Sequence[int], most: int) -> DynamicCache:
+        """The cache after the longest of `prefixes`, lengths of beginnings of `tokens` that continue each other.
+
+        To be read only. The last ones asked for are kept, each as computed from the one before it in `prefixes`, and
+        from no other: so that what comes out does not depend on what was asked earlier, to the last bit.
+        """
+        for depth, length in enumerate(prefixes):
+            wanted = list(tokens[:length])
+            if depth < len(self._prefixes) and self._prefixes[depth][0] == wanted:
+                continue
+            del self._prefixes[depth:]
+            known, cache = self._prefixes[-1] if self._prefixes else ([], DynamicCache())
             cache = fork(cache)
-            self.run(Packed.chain(tokens[len(known) :]), cache, len(known), [], most)
-            self._prefixes.append((tokens, cache))
-        return cache
+            self.run(Packed.chain(wanted[len(known) :]), cache, len(known), [], most)
+            self._prefixes.append((wanted, cache))
+        return self._prefixes[len(prefixes) - 1][1]
 
     def run(self, row: Packed, cache: DynamicCache | None, length: int, places: list[int], most: int) -> Tensor:
         """A row after the `length` tokens in `cache`, which grows by it; a chain of more than `most` tokens in pieces.

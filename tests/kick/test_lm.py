@@ -247,6 +247,9 @@ def test_a_kept_prefix_gives_the_same_numbers_as_a_recomputed_one(tokenizer):
     pairs = [([*head, 3], [4, 5]), ([*head, 6], [7])]
     warm = FastLM(make_tiny_llama(), tokenizer)
     ask(warm, [([*head, 8], [9]), ([*head, 9], [9])])
+    long = [*head, *range(20, 20 + PREFIX_STEP)]
+    longer = [(long, [5]), (long, [6])]
+    assert ask(warm, longer) == ask(FastLM(make_tiny_llama(), tokenizer), longer)  # not continued from the shorter one
     assert ask(warm, pairs) == ask(FastLM(make_tiny_llama(), tokenizer), pairs)  # to the last bit
 
 

@@ -3,6 +3,7 @@
 import csv
 import html.parser
 import json
+import re
 import xml.etree.ElementTree
 
 import pytest
@@ -366,3 +367,46 @@ def test_two_settings_side_by_side(run, capsys):
     assert "\u202e" not in text
     assert cli.main(["compare", str(run), "magnitude@0.2", "magnitude@0.6"]) == 2
     assert "Did you mean 'magnitude@0." in capsys.readouterr().err
+
+
+def test_runs_become_one_site(tmp_path):
+    first = write_run(tmp_path / "first", SETTINGS[:3], ["factoid_qa"])
+    second = write_run(tmp_path / "second", [SETTINGS[0], SETTINGS[4]], ["factoid_qa", "perplexity"])
+    out = tmp_path / "site"
+    assert cli.main(["leaderboard", str(first), str(second), "--out", str(out)]) == 0
+    rows = json.loads((out / "leaderboard.json").read_text())
+    places = {row["setting"]: row["place"] for row in rows}
+    assert places == {"dense": None, "magnitude@0.2": 1, "magnitude@0.5": 2, "wanda@2:4": 2}  # equal losses share one
+    assert [row["setting"] for row in rows][:3] == ["dense", "dense", "magnitude@0.2"]
+    with open(out / "leaderboard.csv", newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [row["place"] for row in table] == ["", "", "1", "2", "2"]
+    assert table[2]["perplexity"] == ""  # that run did not ask it
+    assert (out / "methods" / "wanda.html").is_file()
+    page = (out / "index.html").read_text()
+    assert "&lt;b&gt;model&lt;/b&gt;" in page
+    assert "<b>model" not in page
+    for target in re.findall(r'href="([^"]+)"', page):
+        assert (out / target).is_file(), target
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"dtype": "bfloat16"}, "was computed in bfloat16"),
+        (
+            {"suites": {"factoid_qa": {"source": "x", "params": {"shots": 1}, "questions": 100, "data": "d"}}},
+            "params is",
+        ),
+        ({"suites": {"factoid_qa": {"source": "x", "params": {}, "questions": 100, "data": "e"}}}, "data is 'e'"),
+        ({}, "magnitude@0.2 of <b>model</b> is in"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(tmp_path, capsys, change, says):
+    first = write_run(tmp_path / "first", SETTINGS[:2], ["factoid_qa"])
+    second = write_run(tmp_path / "second", SETTINGS[:2] if not change else SETTINGS[:1], ["factoid_qa"])
+    run = json.loads((second / "run.json").read_text())
+    (second / "run.json").write_text(json.dumps(run | change))
+    assert cli.main(["leaderboard", str(first), str(second), "--out", str(tmp_path / "site")]) == 2
+    assert says in capsys.readouterr().err
+    assert not (tmp_path / "site").exists()

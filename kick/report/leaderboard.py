@@ -1,0 +1,148 @@
+"""Several runs as one static site: an overview, a page for each model and each method, CSV and JSON.
+
+Only what was asked the same can stand in one column. Where two runs asked a suite of one name differently (other
+questions, parameters, prompts or templates), or computed in another precision, they are refused, and it is said why.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment
+from markupsafe import Markup
+
+from kick.errors import RunError
+from kick.files import check_writable, safe_name, write_text
+from kick.report import tables
+from kick.report.results import Results, read_results
+from kick.settings import DENSE
+
+_SAME = ("suite", "plugin", "params", "questions", "data")  # of a suite, for two runs to be compared on it
+_COLUMNS = (
+    "place", "model", "setting", "method", "sparsity", "bits_per_weight", "million_parameters", "megabytes",
+    "mean_retained", "mean_retained_ci_low", "mean_retained_ci_high", "run",
+)  # fmt: skip
+
+
+def write_leaderboard(runs: Sequence[Path], out: Path) -> list[dict[str, Any]]:
+    """The site into `out`; its rows, the best first. Raises RunError for runs that cannot be compared."""
+    found = [read_results(run) for run in runs]
+    check_comparable(found)
+    check_writable(out)
+    rows = ranked([row for results in found for row in _rows(results)])
+    suites = list(dict.fromkeys(suite for results in found for suite in results.suites))
+    metrics = {suite: next(r.metric(suite).name for r in found if suite in r.suites) for suite in suites}
+    pages = {"index.html": ("All models and methods", rows)}
+    for key, folder in (("model", "models"), ("method", "methods")):
+        for value in dict.fromkeys(row[key] for row in rows):
+            own = [row for row in rows if row[key] == value or (key == "method" and row["setting"] == DENSE)]
+            pages[f"{folder}/{safe_name(value)}.html"] = (value, own)
+    for name, (title, own) in pages.items():
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        write_text(out / name, _page(title, own, suites, metrics, found, root="../" if "/" in name else ""))
+    write_text(out / "leaderboard.csv", _csv(rows, suites))
+    write_text(out / "leaderboard.json", json.dumps(rows, indent=1, ensure_ascii=False))
+    return rows
+
+
+def check_comparable(found: Sequence[Results]) -> None:
+    """Raise RunError where runs of one name of suite, or one model and setting, say different things."""
+    first = found[0]
+    seen: dict[tuple[str, str], Results] = {}
+    for results in found:
+        if results.run["dtype"] != first.run["dtype"]:
+            raise RunError(
+                f"{results.path} was computed in {results.run['dtype']}, {first.path} in {first.run['dtype']}.",
+                "Only runs in one precision can be compared.",
+            )
+        for result in results.settings:
+            key = results.run["model"]["name"], result.name
+            if key in seen and result.name != DENSE:
+                raise RunError(
+                    f"{key[1]} of {key[0]} is in {seen[key].path} and in {results.path}.", "Name one of them."
+                )
+            seen[key] = results
+    for suite in dict.fromkeys(suite for results in found for suite in results.suites):
+        asked = [(results, _asked(results, suite)) for results in found if suite in results.suites]
+        for results, own in asked[1:]:
+            for name, value in own.items():
+                if value != asked[0][1][name]:
+                    raise RunError(
+                        f"{results.path} and {asked[0][0].path} asked '{suite}' differently: {name} is {value!r} in "
+                        f"one and {asked[0][1][name]!r} in the other.",
+                        "Give one of the two suites a label, or leave out a run.",
+                    )
+
+
+def _asked(results: Results, suite: str) -> dict[str, Any]:
+    """How a suite was asked: what has to be the same for two columns to be one."""
+    given = results.run["suites"][suite]
+    return {name: given.get(name) for name in _SAME} | {"decided": results.get(DENSE, suite).suite_record}
+
+
+def _rows(results: Results) -> Iterator[dict[str, Any]]:
+    methods = {result.name: result.setting.compressors for result in results.settings}
+    for row in tables.leaderboard(results):
+        yield {
+            **row,
+            "model": results.run["model"]["name"],
+            "method": methods[row["setting"]],
+            "run": str(results.path),
+        }
+
+
+def ranked(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """With the place of each: one more than the number of rows that are clearly better, whose intervals lie above.
+
+    So rows that cannot be told apart share a place. Dense is the measure and takes none.
+    """
+    own = [row for row in rows if row["setting"] != DENSE and row["mean_retained_ci_high"] is not None]
+    placed = []
+    for row in rows:
+        better = None
+        if row in own:
+            better = sum(other["mean_retained_ci_low"] > row["mean_retained_ci_high"] for other in own)
+        placed.append({**row, "place": None if better is None else better + 1})
+    return sorted(placed, key=lambda row: (row["setting"] != DENSE, -(row["mean_retained"] or 0.0), row["setting"]))
+
+
+def _page(
+    title: str,
+    rows: list[dict[str, Any]],
+    suites: list[str],
+    metrics: dict[str, str],
+    found: Sequence[Results],
+    root: str,
+) -> str:
+    here = files("kick.report")
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"number": tables.number, "percent": tables.percent, "bits": tables.bits}
+    environment.filters["file"] = safe_name
+    return environment.from_string(here.joinpath("leaderboard.html.j2").read_text(encoding="utf-8")).render(
+        style=Markup(here.joinpath("report.css").read_text(encoding="utf-8")),
+        title=title,
+        rows=rows,
+        suites=suites,
+        metrics=metrics,
+        runs=found,
+        root=root,
+        mean_cell=tables.mean_cell,
+        DENSE=DENSE,
+    )
+
+
+def _csv(rows: list[dict[str, Any]], suites: list[str]) -> str:
+    columns = [
+        *_COLUMNS,
+        *(f"{suite}{part}" for suite in suites for part in ("", "_ci_low", "_ci_high", "_verdict", "_n")),
+    ]
+    text = io.StringIO()
+    writer: csv.DictWriter[str] = csv.DictWriter(text, columns, restval="", extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({key: "" if value is None else value for key, value in row.items()})
+    return text.getvalue()
