@@ -12,7 +12,7 @@ from kick.calibration import CalibrationSpec
 from kick.compress import Recipe, compress
 from kick.errors import KickError
 from kick.lm import load_lm
-from kick.lm.parity import TOLERANCE, compare
+from kick.lm.parity import TOLERANCE, ask, compare
 from kick.lm.spec import LMSpec
 from kick.settings import DENSE, Setting
 
@@ -66,18 +66,17 @@ def check_lm(spec: LMSpec, model: str, dtype: str, device: str) -> tuple[str, di
     device, dtype = models.choose(device, dtype)
     with _checkpoint(model, dtype, device) as path:
         reference = load_lm(LMSpec(), path, dtype, device)
+        expected = ask(reference)
+        reference.close()
         other = load_lm(spec, path, dtype, device)
-        try:
-            rows = compare(reference, other, dtype)
-            record = other.record()
-        finally:
-            other.close()
+        rows, record = compare(expected, ask(other), dtype), other.record()
+        other.close()
     lines = [", ".join(f"{key} {value}" for key, value in record.items())]
     for row in rows:
         unit = "of the texts differ" if row.kind == "greedy generation" else "nats at most"
-        found = f"not given: {row.reason}" if row.difference is None else f"{row.difference:.2g} {unit}"
+        found = row.reason if row.difference is None else f"{row.difference:.2g} {unit}"
         lines.append(f"{row.kind} ({row.n}): {found}{'' if row.agrees else '  DISAGREES'}")
-    agrees = all(row.agrees for row in rows)
+    agrees = all(row.agrees for row in rows) and any(row.difference is not None for row in rows)
     lines.append(f"{'agrees' if agrees else 'DISAGREES'} with fast (tolerance {TOLERANCE[dtype]:g} in {dtype})")
     return "\n".join(lines), {"agrees": agrees, "lm": record, "requests": [row.as_row() for row in rows]}
 

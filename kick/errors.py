@@ -42,6 +42,10 @@ class DataError(KickError):
     """Rows that are missing or malformed."""
 
 
+class NotGivenError(KickError):
+    """What an LM does not give by its nature: whole distributions, likelihoods of a prompt."""
+
+
 class RunError(KickError):
     """A run folder that cannot be used as asked."""
 

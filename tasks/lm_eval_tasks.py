@@ -49,17 +49,18 @@ class LMEval(Suite):
     def __init__(self, params: BaseModel | None = None) -> None:
         super().__init__(params)
         self._tasks: dict[str, Any] = {}
+        self._made: dict[str, Any] = {}  # the documents of each task
         self._left_out: set[str] = set()
 
     # Questions
 
     def examples(self, source: DataSource) -> list[Example]:
         """Prompts are made here, in the order of the documents: few-shot examples are drawn in that order."""
-        self._tasks = self._load(source)
+        self._tasks, self._made = self._load(source), {}
         self.metrics = self._metrics()
         found = []
         for name, task in self._tasks.items():
-            for number, doc in enumerate(task.eval_docs):
+            for number, doc in enumerate(self._docs(name)):
                 instances = self._instances(task, doc, number)
                 content = {
                     "task": name,
@@ -128,6 +129,12 @@ class LMEval(Suite):
     def length(self, example: Example) -> int:
         return sum(len(str(arguments)) for _, arguments in example.content["requests"])
 
+    def _docs(self, name: str) -> Any:
+        """A task's questions; lm-eval makes all of them anew each time it is asked for them."""
+        if name not in self._made:
+            self._made[name] = self._tasks[name].eval_docs
+        return self._made[name]
+
     # Answers
 
     def answer(self, lm: Any, examples: Sequence[Example]) -> Iterator[Sample]:
@@ -136,7 +143,7 @@ class LMEval(Suite):
         instances: list[list[Any]] = []
         by_kind: dict[str, list[Any]] = {}
         for example in examples:
-            doc = self._tasks[example.content["task"]].eval_docs[example.content["number"]]
+            doc = self._docs(example.content["task"])[example.content["number"]]
             own = []
             for index, (kind, arguments) in enumerate(example.content["requests"]):
                 # only contexts are conversations: not a rolling text, nor the empty context of an unconditional score

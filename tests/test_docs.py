@@ -36,7 +36,7 @@ def test_the_commands_of_the_first_sweep(tmp_path, monkeypatch, tiny_model, caps
     (sweep,) = blocks("docs/first-sweep.md", "yaml")
     (tmp_path / "first.yaml").write_text(sweep.replace("smollm2-135m", str(tiny_model)))
     lines = [line for block in blocks("docs/first-sweep.md", "console") for line in block.strip().split("\n")]
-    assert len(lines) == 6
+    assert len(lines) == 8
     for line in lines:
         assert run(line, ("smollm2-135m", tiny_model)) == 0, line
     assert "wanda@2:4" in (tmp_path / "runs/one/scores.csv").read_text()  # a checkpoint keeps its setting's name

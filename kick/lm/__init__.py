@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from kick.errors import ConfigError, KickError, unknown_name
+from kick.errors import ConfigError, NotGivenError, unknown_name
 from kick.lm.spec import LMSpec
 from kick.spec import explain
 
@@ -22,9 +22,9 @@ LMS = {
 }
 
 
-def load_lm(spec: LMSpec, path: Path, dtype: str, device: str) -> Any:
-    """The model in directory `path` behind the LM that `spec` names."""
-    return find_lm(spec.name).from_checkpoint(path, params_of(spec), dtype=dtype, device=device)
+def load_lm(spec: LMSpec, path: Path, dtype: str, device: str, setting: str = "dense") -> Any:
+    """The model in directory `path`, the checkpoint of `setting`, behind the LM that `spec` names."""
+    return find_lm(spec.name).from_checkpoint(path, params_of(spec), dtype=dtype, device=device, setting=setting)
 
 
 def params_of(spec: LMSpec) -> Any:
@@ -80,10 +80,10 @@ def generate(
 def next_token_logprobs(lm: Any, text: str) -> "Tensor":
     """Log-probabilities [tokens, vocabulary] (float32) of the whole vocabulary at each token of `text`.
 
-    Raises KickError if this LM does not give them: servers and most engines show a few tokens only.
+    Raises NotGivenError if this LM does not give them: servers and most engines show a few tokens only.
     """
     if not hasattr(lm, "next_token_logprobs"):
-        raise KickError(f"{type(lm).__name__} does not give whole distributions.", "Use the LM 'fast'.")
+        raise NotGivenError(f"{type(lm).__name__} does not give whole distributions.", "Use the LM 'fast'.")
     return lm.next_token_logprobs(text)
 
 

@@ -29,10 +29,7 @@ def visible_prefix(length: int) -> Iterator[None]:
     try:
         yield
     finally:
-        _SHARED = "_kick_shared"  # what a tensor of keys is told of those before it
-
-
-_visible = 0
+        _visible = 0
 
 
 def attention(

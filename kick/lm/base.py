@@ -6,6 +6,7 @@ asked the same.
 """
 
 import hashlib
+import itertools
 from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
@@ -38,9 +39,13 @@ class TokenLM(TemplateLM):
         self._encoder = Encoder(tokenizer)
 
     @classmethod
-    def check(cls, params: Any, settings: Iterable[str]) -> None:
-        """Raise ConfigError for what can be seen to be wrong before a model is loaded. settings: their names."""
+    def check(cls, params: Any, settings: Iterable[str]) -> dict[str, str]:
+        """Raise ConfigError for what can be seen to be wrong before a model is loaded. settings: their names.
+
+        What decides answers besides kick and its own interpreter: versions of engines.
+        """
         del params, settings
+        return {}
 
     @abstractmethod
     def score(self, sequences: Sequence[Scored]) -> list[tuple[float, bool]]:
@@ -155,7 +160,8 @@ class TokenLM(TemplateLM):
                     f"{decoding.most} new tokens do not fit a context of {self.max_length}.",
                     "Ask for fewer new tokens.",
                 )
-            texts = self.complete([contexts[index][-room:] for index in members], decoding)
+            own = [contexts[index][-room:] or [self.prefix_token_id] for index in members]
+            texts = self.complete(own, decoding)
             for index, text in zip(members, texts, strict=True):
                 results[index] = text
         return results
@@ -165,12 +171,13 @@ class Encoder:
     """Text to token ids, remembered: a prompt is met once an option, a question once a setting."""
 
     _remembered: ClassVar[OrderedDict[tuple[str, str, bool | None], np.ndarray]] = OrderedDict()
-    _held = 0  # tokens
+    _held = 0  # tokens, and what texts take as many bytes as
+    _numbers = itertools.count()
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         backend = getattr(tokenizer, "backend_tokenizer", None)
-        identity = backend.to_str() if backend is not None else str(id(tokenizer))
+        identity = backend.to_str() if backend is not None else f"tokenizer {next(self._numbers)} of this process"
         self._key = hashlib.sha256(f"{tokenizer.bos_token} {identity}".encode()).hexdigest()
 
     def __call__(self, texts: Sequence[tuple[str, bool | None]]) -> list[list[int]]:
@@ -196,6 +203,7 @@ class Encoder:
     def _remember(self, new: dict[tuple[str, bool | None], np.ndarray]) -> None:
         for key, ids in new.items():
             self._remembered[(self._key, *key)] = ids
-            Encoder._held += ids.size
+            Encoder._held += ids.size + len(key[0]) // 4
         while Encoder._held > _REMEMBERED_TOKENS:
-            Encoder._held -= self._remembered.popitem(last=False)[1].size
+            (_, text, _), ids = self._remembered.popitem(last=False)
+            Encoder._held -= ids.size + len(text) // 4

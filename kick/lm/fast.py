@@ -8,6 +8,7 @@ What a call computes depends on that call's requests alone (a kept prefix gives 
 so an interrupted evaluation that asks the same batches again gets the same answers.
 """
 
+import gc
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -25,7 +26,7 @@ from kick.lm import attention
 from kick.lm.base import Scored, TokenLM
 from kick.lm.generation import Completion, Decoding, batches_within, choose, random_numbers
 from kick.lm.packing import PREFIX_STEP, Packed, clusters, pack, shared_prefix
-from kick.lm.rows import NativeRows, RoomyRows
+from kick.lm.rows import NativeRows, RereadRow, RoomyRows
 from kick.lm.runner import Runner, cached_bytes, fork, is_out_of_memory
 from kick.models import load_model, load_tokenizer
 
@@ -52,20 +53,32 @@ class FastLM(TokenLM):
 
     def __init__(self, model: Any, tokenizer: Any, path: Path | None = None, params: Params | None = None) -> None:
         super().__init__(tokenizer, getattr(model.config, "max_position_embeddings", None) or 2048)
-        self.model = model
+        self.model: Any = model
         self.path = path
         self.params = params or self.Params()
         self._device = model.device
-        self.runner = Runner(model)
+        self.runner: Any = Runner(model)
         self._bytes_per_cached_token = 1
         self.halved = 0  # rows and batches that did not fit into memory
+        self._batches = self._keeps_cache = True
         self._shares_in_decoding = False
         self.no_sharing = self._why_no_sharing()
-        self._shares_in_decoding = self.no_sharing is None and self._can_share_in_decoding()
+        if self.no_sharing is None:
+            self._shares_in_decoding = self._can_share_in_decoding()
+        else:
+            self._batches = self._keeps_cache = self._can_step()
 
     @classmethod
-    def from_checkpoint(cls, path: Path, params: Params, dtype: str, device: str) -> "FastLM":
+    def from_checkpoint(cls, path: Path, params: Params, dtype: str, device: str, setting: str = "") -> "FastLM":
+        del setting
         return cls(load_model(path, dtype, device), load_tokenizer(path), path, params)
+
+    def close(self) -> None:
+        on_gpu = self.device.type == "cuda"
+        self.model = self.runner = None
+        gc.collect()
+        if on_gpu:
+            torch.cuda.empty_cache()  # for the engine that may come next
 
     def record(self) -> dict[str, Any]:
         return {
@@ -76,6 +89,7 @@ class FastLM(TokenLM):
             "row_tokens": self.params.row_tokens,
             "shares_prefixes": self.no_sharing is None,
             **({"why_not": self.no_sharing} if self.no_sharing else {}),
+            **({} if self._batches else {"generates": "one row at a time"}),
             **({"out_of_memory": self.halved} if self.halved else {}),
         }
 
@@ -192,18 +206,17 @@ class FastLM(TokenLM):
     def complete(self, contexts: Sequence[list[int]], decoding: Decoding) -> list[str]:
         order = sorted(range(len(contexts)), key=lambda index: tuple(contexts[index]))  # what begins alike is together
         lengths = [len(context) + decoding.most for context in contexts]
-        work = partial(self._generate_some, contexts, decoding, random_numbers(contexts, decoding.seed))
+        work = partial(self._generate_some, contexts, decoding)
         results: dict[int, str] = {}
-        for batch in batches_within(lengths, order, self._most_cached_tokens()):
+        for batch in batches_within(lengths, order, self._most_cached_tokens() if self._batches else 1):
             results |= dict(zip(batch, self._halving(batch, work), strict=True))
         return [results[index] for index in range(len(contexts))]
 
     @torch.inference_mode()
-    def _generate_some(
-        self, contexts: Sequence[list[int]], decoding: Decoding, rngs: list[Any], chosen: list[int]
-    ) -> list[str]:
+    def _generate_some(self, contexts: Sequence[list[int]], decoding: Decoding, chosen: list[int]) -> list[str]:
         """Completions of the contexts at the places `chosen`."""
         ends = self._end_tokens()
+        rngs = random_numbers(contexts, decoding.seed)  # anew, also where this is a second attempt
         completions = [Completion(decoding, ends, self._text, rngs[index]) for index in chosen]
         alive = list(completions)  # in the order of `rows`
         read = self._read if self.no_sharing is None else self._read_padded
@@ -217,8 +230,13 @@ class FastLM(TokenLM):
                 drop(tokens, row)
             if not alive:
                 return [completion.text() for completion in completions]
-            first = torch.arange(len(alive), device=self.device)
-            found = self.runner.at(rows.inputs(tokens), first, torch.zeros_like(first))
+            found = self._last(rows.inputs(tokens))
+
+    def _last(self, inputs: dict[str, Any]) -> Tensor:
+        """What the head gets after the last token of each row."""
+        n_rows, width = inputs["input_ids"].shape
+        rows = torch.arange(n_rows, device=self.device)
+        return self.runner.at(inputs, rows, torch.full_like(rows, width - 1))
 
     def _read(self, contexts: Sequence[list[int]], room: int) -> tuple[RoomyRows, Tensor]:
         """Prompts in packed rows, each shared beginning once: rows to go on from, and what the head gets after each."""
@@ -244,9 +262,12 @@ class FastLM(TokenLM):
         assert rows is not None
         return rows, torch.stack([found[index] for index in range(len(contexts))])
 
-    def _read_padded(self, contexts: Sequence[list[int]], room: int) -> tuple[NativeRows, Tensor]:
-        """Prompts in one padded batch, into the model's own kind of cache."""
+    def _read_padded(self, contexts: Sequence[list[int]], room: int) -> tuple[NativeRows | RereadRow, Tensor]:
+        """Prompts in one padded batch, into the model's own kind of cache; or one prompt, into none."""
         del room
+        if not self._keeps_cache:
+            row = RereadRow(contexts[0], self.device)
+            return row, self._last(row.inputs([]))
         tokens, mask = self._padded(contexts, left=True)
         cache = DynamicCache(config=self.model.config)
         inputs = {
@@ -256,8 +277,7 @@ class FastLM(TokenLM):
             "past_key_values": cache,
             "use_cache": True,
         }
-        rows = torch.arange(len(contexts), device=self.device)
-        return NativeRows(cache, mask), self.runner.at(inputs, rows, torch.full_like(rows, tokens.shape[1] - 1))
+        return NativeRows(cache, mask), self._last(inputs)
 
     def _end_tokens(self) -> set[int]:
         configured = self.model.generation_config.eos_token_id if self.model.generation_config else None
@@ -297,6 +317,8 @@ class FastLM(TokenLM):
     @torch.inference_mode()
     def _why_no_sharing(self) -> str | None:
         """None if packed rows after a kept prefix give the same scores as whole rows; else the reason, in words."""
+        if reason := _counts_places(self.model.config):
+            return reason
         vocabulary = self.model.get_input_embeddings().weight.shape[0]
         tokens = [(7 * place + 3) % vocabulary for place in range(24)]
         sequences = [Scored(t, 3) for t in (tokens[:20], [*tokens[:18], tokens[22], tokens[23]], tokens[:19])]
@@ -326,13 +348,50 @@ class FastLM(TokenLM):
             return False
         vocabulary = self.model.get_input_embeddings().weight.shape[0]
         prefix = [(5 * place + 2) % vocabulary for place in range(PREFIX_STEP)]
-        first = torch.arange(2, device=self.device)
         found = []
-        for self._shares_in_decoding in (False, True):
-            rows, _ = self._read([[*prefix, 3, 4], [*prefix, 5]], 1)
-            found.append(self.runner.logits(self.runner.at(rows.inputs([6, 7]), first, torch.zeros_like(first))))
-        own, shared = (logits.log_softmax(-1) for logits in found)
-        return bool((own - shared).abs().max() <= _AGREEMENT.get(self.model.dtype, 0.25))
+        try:
+            for self._shares_in_decoding in (False, True):
+                rows, _ = self._read([[*prefix, 3, 4], [*prefix, 5]], 1)
+                found.append(self.runner.logits(self._last(rows.inputs([6, 7]))))
+        except torch.OutOfMemoryError:
+            raise
+        except (TypeError, ValueError, RuntimeError, IndexError, AttributeError):
+            return False
+        return self._agree(*found)
+
+    @torch.inference_mode()
+    def _can_step(self) -> bool:
+        """Whether a padded batch in the model's own cache goes on as each row read whole does.
+
+        Recurrent states may take in padding, and some models keep nothing in a cache that they are given.
+        """
+        vocabulary = self.model.get_input_embeddings().weight.shape[0]
+        contexts = [[(7 * place + 3) % vocabulary for place in range(n)] for n in (12, 7)]
+        try:
+            rows, _ = self._read_padded(contexts, 1)
+            rows.drop(0)
+            after = self.runner.logits(self._last(rows.inputs([5])))
+        except torch.OutOfMemoryError:
+            raise
+        except (TypeError, ValueError, RuntimeError, IndexError, AttributeError):
+            return False
+        return self._agree(after, self.runner.logits(self._last(RereadRow(contexts[1], self.device).inputs([5]))))
+
+    def _agree(self, first: Tensor, second: Tensor) -> bool:
+        """Whether logits [rows, vocabulary] give the same distributions, but for rounding."""
+        difference = (first.log_softmax(-1) - second.log_softmax(-1)).abs().max()
+        return bool(difference <= _AGREEMENT.get(self.model.dtype, 0.25))
+
+
+def _counts_places(config: Any) -> str | None:
+    """In words, what in a model depends on how far apart tokens stand in memory, or on the longest row; else None."""
+    if getattr(config, "window_size", None):
+        return f"its attention has a window of {config.window_size} tokens"
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = {str(own.get("rope_type")) for own in (rope, *rope.values()) if isinstance(own, dict)}
+    if found := kinds & {"dynamic", "longrope"}:
+        return f"its rotary frequencies depend on the longest row ({', '.join(sorted(found))})"
+    return None
 
 
 def drop(items: list[Any], place: int) -> None:

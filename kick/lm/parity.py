@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from kick.errors import KickError
+from kick.errors import KickError, NotGivenError
 from kick.lm import generate, loglikelihoods, rolling_loglikelihoods
 
 TOLERANCE = {"float32": 0.01, "bfloat16": 0.5, "float16": 0.1}
@@ -25,6 +25,8 @@ _PAIRS = [
 _TEXT = "Water boils at a lower temperature on a mountain, because the pressure of the air is lower there."
 _PROMPTS = (_QUESTION, "Once upon a time there was")
 _NEW_TOKENS = 16
+_CONTINUATIONS, _WHOLE_TEXT, _GENERATION = "continuations", "whole text", "greedy generation"
+_ALLOWED = {_CONTINUATIONS: 1.0, _WHOLE_TEXT: 4.0, _GENERATION: 0.0}  # times the tolerance: a text is longer
 
 
 @dataclass(frozen=True)
@@ -44,33 +46,48 @@ class Parity:
         return asdict(self)
 
 
-def compare(reference: Any, other: Any, dtype: str) -> list[Parity]:
-    """Both LMs asked the same, by kind of request. Texts are compared, but only likelihoods decide: ties may fall."""
-    tolerance = TOLERANCE[dtype]
-    n_tokens = len(reference.tok_encode(_TEXT)) / 8
-
-    def likelihoods() -> tuple[int, float, float]:
-        pairs = zip(loglikelihoods(reference, _PAIRS), loglikelihoods(other, _PAIRS), strict=True)
-        return len(_PAIRS), max(abs(a - b) for (a, _), (b, _) in pairs), tolerance
-
-    def rolling() -> tuple[int, float, float]:
-        (a,), (b,) = rolling_loglikelihoods(reference, [_TEXT]), rolling_loglikelihoods(other, [_TEXT])
-        return 1, abs(a - b), tolerance * n_tokens
-
-    def texts() -> tuple[int, float, float]:
-        a, b = (generate(lm, _PROMPTS, ["\n"], _NEW_TOKENS) for lm in (reference, other))
-        return len(a), sum(x != y for x, y in zip(a, b, strict=True)) / len(a), 1.0
-
-    return [
-        _outcome("continuations", likelihoods),
-        _outcome("whole text", rolling),
-        _outcome("greedy generation", texts),
-    ]
+Answers = dict[str, list[Any] | KickError]
+"""What an LM said, by kind of request; or why it said nothing."""
 
 
-def _outcome(kind: str, work: Callable[[], tuple[int, float, float]]) -> Parity:
-    try:
-        n, difference, allowed = work()
-    except KickError as error:
-        return Parity(kind, 0, None, True, error.message)
-    return Parity(kind, n, difference, difference <= allowed)
+def ask(lm: Any) -> Answers:
+    """Every request, asked of one LM."""
+    work: dict[str, Callable[[], list[Any]]] = {
+        _CONTINUATIONS: lambda: [value for value, _ in loglikelihoods(lm, _PAIRS)],
+        _WHOLE_TEXT: lambda: rolling_loglikelihoods(lm, [_TEXT]),
+        _GENERATION: lambda: generate(lm, _PROMPTS, ["\n"], _NEW_TOKENS),
+    }
+    answers: Answers = {}
+    for kind, asking in work.items():
+        try:
+            answers[kind] = asking()
+        except KickError as error:
+            answers[kind] = error
+    return answers
+
+
+def compare(reference: Answers | str, other: Answers | str, dtype: str) -> list[Parity]:
+    """Two LMs' answers by kind of request. Only likelihoods decide: of two texts one may follow a tie elsewhere.
+
+    A text instead of answers says why an LM gave none at all. What an LM cannot give by its nature is no disagreement.
+    """
+    if isinstance(reference, str) or isinstance(other, str):
+        reason = next(each for each in (reference, other) if isinstance(each, str))
+        return [Parity(kind, 0, None, False, reason) for kind in _ALLOWED]
+    rows = []
+    for kind, allowed in _ALLOWED.items():
+        a, b = reference[kind], other[kind]
+        failed = [each for each in (a, b) if isinstance(each, KickError)]
+        if failed:
+            natural = all(isinstance(each, NotGivenError) for each in failed)
+            rows.append(Parity(kind, 0, None, natural, failed[0].message))
+            continue
+        assert isinstance(a, list)
+        assert isinstance(b, list)
+        if kind == _GENERATION:
+            difference = sum(x != y for x, y in zip(a, b, strict=True)) / len(a)
+            rows.append(Parity(kind, len(a), difference, True))
+            continue
+        difference = max(abs(x - y) for x, y in zip(a, b, strict=True))
+        rows.append(Parity(kind, len(a), difference, difference <= allowed * TOLERANCE[dtype]))
+    return rows

@@ -2,7 +2,7 @@
 
 `RoomyRows` writes each new token into tensors that have room for all that can come, and moves the last row into the
 place of one that has ended: nothing is copied from step to step. `NativeRows` holds the model's own cache, for models
-whose cache is something else than keys and values of all tokens.
+whose cache is something else than keys and values of all tokens; `RereadRow` none.
 """
 
 from collections.abc import Sequence
@@ -121,7 +121,7 @@ class NativeRows:
         if row < len(order):
             order[row] = len(order)
         index = torch.tensor(order, dtype=torch.long, device=self._mask.device)
-        self._cache.batch_select_indices(index)
+        self._cache.reorder_cache(index)  # every kind of layer has it
         self._mask, self._places = self._mask[index], self._places[index]
 
     def inputs(self, tokens: Sequence[int]) -> dict[str, Any]:
@@ -135,6 +135,20 @@ class NativeRows:
             "past_key_values": self._cache,
             "use_cache": True,
         }
+
+
+class RereadRow:
+    """One row of a model that keeps nothing between calls: it is read again for every token."""
+
+    def __init__(self, tokens: Sequence[int], device: Any) -> None:
+        self._tokens, self._device = list(tokens), device
+
+    def drop(self, row: int) -> None:
+        """The only one has ended."""
+
+    def inputs(self, tokens: Sequence[int]) -> dict[str, Any]:
+        self._tokens += tokens
+        return {"input_ids": torch.tensor([self._tokens], device=self._device), "use_cache": False}
 
 
 def _empty(states: Tensor, n_rows: int, capacity: int) -> Tensor:

@@ -15,13 +15,11 @@ from typing import Any, Literal, TypeVar
 import openai
 from pydantic import BaseModel, ConfigDict, Field
 
-from kick import checkpoint as checkpoints
-from kick.errors import ConfigError, KickError
+from kick.errors import ConfigError, KickError, NotGivenError
 from kick.files import read_json
 from kick.lm.base import Scored, TokenLM
 from kick.lm.generation import Decoding
 from kick.models import load_tokenizer
-from kick.settings import DENSE
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -43,14 +41,11 @@ class ServerLM(TokenLM):
         timeout: float = Field(default=600.0, gt=0, description="seconds for one reply")
         max_model_len: int | None = Field(default=None, ge=16, description="tokens; default: the model's own context")
 
-    def __init__(self, path: Path, params: Params) -> None:
+    def __init__(self, path: Path, params: Params, setting: str) -> None:
         context = read_json(path / "config.json").get("max_position_embeddings") or 2048
         context = params.max_model_len or context
         super().__init__(load_tokenizer(path), context - 2)  # the last target, and a token that is always generated
         self.params = params
-        setting = DENSE
-        if (path / checkpoints.RECORD).is_file():
-            setting = checkpoints.read(path).record["setting_name"]
         self.check(params, [setting])
         self._model = params.models[setting]
         self._key = os.environ.get(params.key_env) or "none"
@@ -59,18 +54,19 @@ class ServerLM(TokenLM):
         )
 
     @classmethod
-    def from_checkpoint(cls, path: Path, params: Params, dtype: str, device: str) -> "ServerLM":
+    def from_checkpoint(cls, path: Path, params: Params, dtype: str, device: str, setting: str) -> "ServerLM":
         del dtype, device  # the server's business
-        return cls(path, params)
+        return cls(path, params, setting)
 
     @classmethod
-    def check(cls, params: Any, settings: Iterable[str]) -> None:
+    def check(cls, params: Any, settings: Iterable[str]) -> dict[str, str]:
         missing = [setting for setting in settings if setting not in params.models]
         if missing:
             raise ConfigError(
                 f"lm 'server': no served model is named for the setting '{missing[0]}'.",
                 f"For example models: {{'{missing[0]}': NAME}}, with NAME as the endpoint calls it.",
             )
+        return {}
 
     def record(self) -> dict[str, Any]:
         return {"name": "server", "model": self._model, **self.params.model_dump(include={"base_url", "api", "prompt"})}
@@ -87,10 +83,11 @@ class ServerLM(TokenLM):
     # Likelihoods
 
     def score(self, sequences: Sequence[Scored]) -> list[tuple[float, bool]]:
-        if self.params.api == "chat":
-            raise KickError(
-                "a chat endpoint gives no log-probabilities of the prompt, which this suite ranks by.",
-                "Use api: completions, or ask suites that generate.",
+        if self.params.api == "chat" or self.params.prompt == "text":
+            kind = "a chat endpoint" if self.params.api == "chat" else "an endpoint that takes no token ids"
+            raise NotGivenError(
+                f"{kind} gives no log-probabilities of the prompt, which this suite ranks by.",
+                "Use api: completions with prompt: tokens, or ask suites that generate.",
             )
         return self._all(self._score, sequences)
 
@@ -104,8 +101,9 @@ class ServerLM(TokenLM):
         values = (found.token_logprobs or []) if found else []
         best = (found.top_logprobs or []) if found else []
         scored = slice(len(sequence.tokens) - sequence.n_targets, len(sequence.tokens))
-        if len(values[scored]) < sequence.n_targets or len(best[scored]) < sequence.n_targets or None in values[scored]:
-            raise KickError(
+        expected = (len(sequence.tokens), len(sequence.tokens) + 1)  # with the generated token, or without
+        if len(values) not in expected or len(best) not in expected or None in values[scored]:
+            raise NotGivenError(
                 f"the endpoint {self.params.base_url} gives no log-probabilities of the prompt (echo), which this "
                 "suite ranks by.",
                 "vLLM and SGLang give them; elsewhere ask suites that generate.",
@@ -124,7 +122,9 @@ class ServerLM(TokenLM):
         return self._all(lambda context: self._complete(context, decoding), contexts)
 
     def _complete(self, context: list[int], decoding: Decoding) -> str:
-        prompt = context if self.params.prompt == "tokens" else self.tokenizer.decode(context)
+        prompt: list[int] | str = context
+        if self.params.prompt == "text":  # a server puts the beginning-of-text token there itself
+            prompt = self.tokenizer.decode(context[context[:1] == [self.tokenizer.bos_token_id] :])
         reply = self._ask(
             lambda: self._client.completions.create(model=self._model, prompt=prompt, **_options(decoding))
         )

@@ -4,7 +4,6 @@ The engine lives in a process of its own, in this interpreter or in another (`py
 token ids and JSON are all that crosses. Ending the process gives all memory back, so that models follow each other.
 """
 
-import atexit
 import json
 import os
 import re
@@ -61,7 +60,7 @@ class VLLM(TokenLM):
         context = params.max_model_len or context
         super().__init__(load_tokenizer(path), context - 2)  # the last target, and the token that vLLM always generates
         self.params, self._dtype, self._device_name = params, dtype, device
-        self._worker = Worker(params.python, device, params.batch_invariant)
+        self._worker = Worker(params.python, device, params.tensor_parallel_size, params.batch_invariant)
         self._engine = self._worker.ask(
             engine={
                 "model": str(path.absolute()),
@@ -77,12 +76,13 @@ class VLLM(TokenLM):
         )
 
     @classmethod
-    def from_checkpoint(cls, path: Path, params: Params, dtype: str, device: str) -> "VLLM":
+    def from_checkpoint(cls, path: Path, params: Params, dtype: str, device: str, setting: str) -> "VLLM":
+        del setting
         return cls(path, params, dtype, device)
 
     @classmethod
-    def check(cls, params: Any, settings: Iterable[str]) -> None:
-        interpreter.version_in(params.python, _DISTRIBUTIONS, "lm 'vllm'")
+    def check(cls, params: Any, settings: Iterable[str]) -> dict[str, str]:
+        return {"vllm": interpreter.version_in(params.python, _DISTRIBUTIONS, "lm 'vllm'")}
 
     def record(self) -> dict[str, Any]:
         return {
@@ -125,13 +125,13 @@ class VLLM(TokenLM):
 class Worker:
     """The process of an engine: one question at a time, JSON lines both ways."""
 
-    def __init__(self, python: str, device: str, batch_invariant: bool) -> None:
+    def __init__(self, python: str, device: str, gpus: int, batch_invariant: bool) -> None:
         environment = interpreter.quiet_environment()
         environment |= {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
         if batch_invariant:
             environment["VLLM_BATCH_INVARIANT"] = "1"
         if device.startswith("cuda:"):
-            environment["CUDA_VISIBLE_DEVICES"] = device.partition(":")[2]
+            environment["CUDA_VISIBLE_DEVICES"] = _visible_devices(int(device.partition(":")[2]), gpus)
         self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 (as long as we)
         self._process = subprocess.Popen(
             [
@@ -148,7 +148,6 @@ class Worker:
             start_new_session=True,  # an engine has children: they are ended together
         )
         self._finalizer = weakref.finalize(self, _end, self._process)
-        atexit.register(self._finalizer)
 
     def ask(self, **request: Any) -> Any:
         """The worker's result. Raises KickError with what it said last if it failed or died."""
@@ -168,6 +167,15 @@ class Worker:
 
     def close(self) -> None:
         self._finalizer()
+
+
+def _visible_devices(first: int, count: int) -> str:
+    """`count` GPUs from the one that is called cuda:`first` here, as the other process has to be told."""
+    here = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    wanted = range(first, first + count)
+    if here and wanted[-1] >= len(here):
+        raise KickError(f"cuda:{first} and {count - 1} after it are asked for; {len(here)} GPUs are visible.")
+    return ",".join(here[index] if here else str(index) for index in wanted)
 
 
 def _cause(log: str) -> str:

@@ -61,7 +61,9 @@ def pairs(results: Results, first: str, second: str) -> list[Pair]:
             continue
         score, other = a.scores[metric, group], b.scores[metric, group]
         outcome = compare.compare(score, other, a.estimates[metric, group].signal)
-        flipped = _flipped(results, suite, score.metric.value, a.samples, b.samples)
+        flipped = []
+        if outcome.lost is not None:  # where answers are right or wrong
+            flipped = _flipped(results, suite, score.metric.value, a.samples, b.samples)
         found.append(Pair(suite, metric, score.point, other.point, outcome, float("nan"), flipped))
     if not found:
         raise RunError(f"{first} and {second} have no suite in common.", "See the leaderboard for what failed.")

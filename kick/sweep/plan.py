@@ -52,6 +52,7 @@ class Plan:
     suites: list[PlannedSuite]
     calibration: Calibration | None  # drawn once for all settings, None if none needs it
     inputs: dict[str, list[dict[str, str]]]  # what the stages of a setting read besides the source
+    engines: list[dict[str, str]]  # versions of what answers outside this interpreter
     given: checkpoints.Checkpoint | None = None  # evaluated as it is: the plan's only setting
 
     def recipe(self, setting: Setting) -> Recipe:
@@ -73,6 +74,7 @@ class Plan:
             "model": self.fingerprint,
             "dtype": self.dtype,
             "device": self.device,
+            "engines": self.engines,
             "calibration": {
                 **self.config.calibration.model_dump(mode="json"),
                 "tokens": self.calibration.fingerprint if self.calibration else "",
@@ -132,8 +134,8 @@ def make_plan(config: SweepConfig, as_is: bool = False) -> Plan:
                 f"the suite '{planned.name}' compares with the dense model, which a checkpoint by itself is not.",
                 "Ask it in a sweep, where `dense` is always run.",
             )
-    for spec in lms(config):
-        find_lm(spec.name).check(params_of(spec), [setting.name for setting in settings])
+    names = [setting.name for setting in settings]
+    engines = [find_lm(spec.name).check(params_of(spec), names) for spec in lms(config)]
     device, dtype = models.choose(config.device, config.dtype)
     path = models.fetch(source)
     calibration = None
@@ -150,6 +152,7 @@ def make_plan(config: SweepConfig, as_is: bool = False) -> Plan:
         suites,
         calibration,
         inputs,
+        engines,
         given,
     )
 

@@ -5,6 +5,7 @@ import traceback
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from kick.checkpoint import Checkpoint
 from kick.compress import compress
 from kick.errors import CheckpointError, KickError
 from kick.lm import load_lm
-from kick.lm.parity import compare
+from kick.lm.parity import Answers, ask, compare
 from kick.lm.spec import LMSpec
 from kick.progress import Progress
 from kick.settings import DENSE, Setting
@@ -60,7 +61,8 @@ def run(plan: Plan, store: Store, progress: Progress, debug: bool = False) -> Su
         for spec in lms_of(plan, setting, suites):
             own = [suite for suite in suites if plan.lm_of(setting, suite) == spec]
             try:
-                lm = load_lm(spec, workshop.checkpoint(setting).path, plan.dtype_of(setting), plan.device)
+                path = workshop.checkpoint(setting).path
+                lm = load_lm(spec, path, plan.dtype_of(setting), plan.device, setting.name)
             except Exception as error:  # whatever a compressor does wrong costs its own setting only
                 for suite in own:
                     failed(setting, suite, error)
@@ -69,8 +71,8 @@ def run(plan: Plan, store: Store, progress: Progress, debug: bool = False) -> Su
                 clock.start(f"{setting.name}: {suite.name}", suite.name, len(suite.examples))
                 try:
                     evaluation = store.evaluation(setting.name, suite.name)
-                    dense = workshop.dense_lm(setting, suite, lm) if suite.suite.needs_dense else None
-                    evaluate(lm, dense, suite, evaluation, plan.key(setting, suite), spec.batch_size, clock)
+                    beside = partial(workshop.dense_lm, setting, suite, lm) if suite.suite.needs_dense else _nobody
+                    evaluate(lm, beside(), suite, evaluation, plan.key(setting, suite), spec.batch_size, clock)
                     summary.done += 1
                 except Exception as error:  # likewise for a suite
                     failed(setting, suite, error)
@@ -91,21 +93,26 @@ def check_parity(plan: Plan, store: Store, workshop: "Workshop") -> None:
     first, *others = [spec for place, spec in enumerate(specs) if spec not in specs[:place]]
     if not others or store.parity() is not None:
         return
-    path = workshop.checkpoint(plan.settings[0]).path
-    reference = load_lm(first, path, plan.dtype, plan.device)
+    asked: list[tuple[LMSpec, Answers | str]] = []
+    for spec in (first, *others):  # one after the other: each may want all of a GPU
+        try:
+            lm = load_lm(spec, workshop.checkpoint(plan.settings[0]).path, plan.dtype, plan.device)
+            asked.append((spec, ask(lm)))
+            lm.close()
+        except KickError as error:  # its evaluations will fail with the same reason, the others need not
+            asked.append((spec, error.message))
     rows = []
-    for spec in others:
-        other = load_lm(spec, path, plan.dtype, plan.device)
-        found = compare(reference, other, plan.dtype)
-        other.close()
-        rows += [{"reference": first.name, "lm": spec.name, "params": spec.params, **row.as_row()} for row in found]
-        for row in found:
+    for spec, answers in asked[1:]:
+        for row in compare(asked[0][1], answers, plan.dtype):
+            rows.append({"reference": first.name, "lm": spec.name, "params": spec.params, **row.as_row()})
             if not row.agrees:
-                workshop.clock.progress.note(
-                    f"lm '{spec.name}' disagrees with '{first.name}' on {row.kind}: by {row.difference:.3g}"
-                )
-    reference.close()
+                what = row.reason or f"by {row.difference:.3g}"
+                workshop.clock.progress.note(f"lm '{spec.name}' disagrees with '{first.name}' on {row.kind}: {what}")
     store.keep_parity(rows)
+
+
+def _nobody() -> None:
+    """No other model is asked beside."""
 
 
 def lms_of(plan: Plan, setting: Setting, suites: Iterable[PlannedSuite]) -> list[LMSpec]:

@@ -285,7 +285,8 @@ def test_other_architectures_score_like_one_by_one(kind, tokenizer):
     from test_blocks import tiny
 
     lm = FastLM(tiny(kind, vocab_size=600), tokenizer)
-    pairs = [([11, 12, 13], [4, 5]), ([11, 12], [13, 6]), ([20], [21])]
+    stem = [10 + place % 7 for place in range(40)]
+    pairs = [([11, 12, 13], [4, 5]), ([11, 12], [13, 6]), ([20], [21]), ([*stem, 8], [5]), ([*stem, 9], [5, 6])]
     for (value, _), pair in zip(ask(lm, pairs), pairs, strict=True):
         assert value == pytest.approx(one_by_one(lm.model, *pair)[0], abs=1e-4)
 
@@ -409,6 +410,66 @@ def test_batches_stay_within_a_number_of_cached_tokens():
     assert list(batches_within([50, 1], [0, 1], 18)) == [[0], [1]]  # a long one is a batch by itself
 
 
+def test_a_batch_that_runs_out_of_memory_on_its_way_samples_the_same_texts(lm, monkeypatch):
+    prompts = [f"{word} is" for word in ("Rain", "Snow", "Wind", "Fog")]
+    expected = generate(lm, prompts, [], 8, temperature=1.0, seed=5)
+    original, steps = lm._last, []
+
+    def fails_later(inputs):
+        steps.append(inputs["input_ids"].shape[0])
+        if len(steps) == 4:
+            raise torch.OutOfMemoryError("no room")
+        return original(inputs)
+
+    monkeypatch.setattr(lm, "_last", fails_later)
+    assert generate(lm, prompts, [], 8, temperature=1.0, seed=5) == expected
+    assert steps[3] == 4
+
+
+def test_an_empty_prompt_follows_a_prefix_token(lm, tokenizer):
+    tokens = greedy(lm.model, [tokenizer.bos_token_id], 6, tokenizer.eos_token_id)
+    expected = tokenizer.decode(tokens, skip_special_tokens=True)
+    assert generate(lm, [""], [], 6) == [expected]
+    assert generate(lm, ["The sea is", "", "A"], [], 6)[1] == expected
+
+
+def recurrent(kind):
+    """Tiny models whose state is no keys and values of all tokens."""
+    import transformers as t
+
+    torch.manual_seed(0)
+    common = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 600, "initializer_range": 0.2}
+    if kind == "mamba":
+        return t.MambaForCausalLM(t.MambaConfig(**common, state_size=8, use_mambapy=False)).eval()
+    attention = {"intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = t.Lfm2Config(**common, **attention, layer_types=["conv", "full_attention"], max_position_embeddings=512)
+    return t.Lfm2ForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("kind", ["mamba", "lfm2"])
+def test_models_with_recurrent_states_are_asked_row_by_row(kind, tokenizer):
+    lm = FastLM(recurrent(kind), tokenizer)
+    assert not lm.record()["shares_prefixes"]
+    pairs = [([11, 12, 13], [4, 5]), (list(range(10, 40)), [13, 6]), ([20], [21])]
+    for (value, _), pair in zip(ask(lm, pairs), pairs, strict=True):
+        assert value == pytest.approx(one_by_one(lm.model, *pair)[0], abs=1e-4)
+    prompts = ["The river ran", "A", "Bread is made of flour, water"]
+    for prompt, text in zip(prompts, generate(lm, prompts, [], 8), strict=True):
+        tokens = greedy(lm.model, tokenizer(prompt)["input_ids"], 8, tokenizer.eos_token_id)
+        assert text == tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"window_size": 256}, "a window of 256 tokens"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "depend on the longest row"),
+    ],
+)
+def test_what_depends_on_places_in_memory_is_not_packed(tokenizer, change, says):
+    assert says in FastLM(make_tiny_llama(**change), tokenizer).record()["why_not"]
+
+
 def test_beams_are_refused(lm):
     request = type("Request", (), {"args": ("x", {"until": [], "num_beams": 4})})
     with pytest.raises(KickError, match="beam search"):
@@ -432,6 +493,7 @@ def test_attention_by_plain_products_is_attention(visible):
     eager, _ = eager_attention_forward(module, *half, mask(torch.bfloat16), scaling=0.1)
     with attention.visible_prefix(visible):
         own, _ = attention.attention(module, *half, mask(torch.bfloat16), scaling=0.1)
+    assert attention._visible == 0
     assert own.shape == expected.shape
     assert (own - expected).abs().max() <= 2 * (eager - expected).abs().max()
     assert (own - expected).abs().max() < 0.02
@@ -459,7 +521,7 @@ def test_an_unknown_lm_lists_the_known_ones():
 def test_scores_are_those_of_hflm(lm, tokenizer):
     from lm_eval.models.huggingface import HFLM
 
-    peer = HFLM(pretrained=lm.model, tokenizer=tokenizer, batch_size=2)
+    peer = HFLM(pretrained=make_tiny_llama(), tokenizer=tokenizer, batch_size=2)  # its own attention, not kick's
     pairs = [
         ("The sea is", " wide"),
         ("The sea is", " deep and cold"),

@@ -12,7 +12,7 @@ from kick import cli
 from kick.errors import ConfigError, KickError
 from kick.lm import generate, load_lm, loglikelihoods, rolling_loglikelihoods
 from kick.lm.fast import FastLM
-from kick.lm.parity import compare
+from kick.lm.parity import ask, compare
 from kick.lm.spec import LMSpec
 
 PAIRS = [("The sea is", " wide"), ("The sea is", " deep and cold"), ("", "Rain"), ("A ", "b")]
@@ -24,7 +24,7 @@ def lm(tokenizer):
 
 
 def served(path, server, **params):
-    params = {"base_url": server.url, "models": {"dense": "tiny"}, **params}
+    params = {"base_url": server.url, "models": {"dense": "tiny"}, "retries": 1, **params}
     return load_lm(LMSpec(name="server", params=params), path, "float32", "cpu")
 
 
@@ -72,13 +72,14 @@ def test_a_chat_endpoint_gets_conversations_and_gives_no_likelihoods(lm, tiny_mo
         assert [{"role": "user", "content": "plain"}] in asked
         with pytest.raises(KickError, match="chat endpoint gives no log-probabilities"):
             loglikelihoods(other, PAIRS)
+        with pytest.raises(KickError, match="takes no token ids gives no log-probabilities"):
+            loglikelihoods(served(tiny_model, server, prompt="text"), PAIRS)
 
 
 def test_failures_that_pass_are_retried(lm, tiny_model):
     with ModelServer(lm, faults=2) as server:
-        assert generate(served(tiny_model, server, concurrency=1), ["The sea"], [], 4) == generate(
-            lm, ["The sea"], [], 4
-        )
+        other = served(tiny_model, server, concurrency=1, retries=2)
+        assert generate(other, ["The sea"], [], 4) == generate(lm, ["The sea"], [], 4)
         assert len(server.bodies) == 3
 
 
@@ -130,7 +131,8 @@ def test_evaluating_a_served_model_from_the_command_line(lm, tiny_model, tmp_pat
 
 
 def test_an_lm_agrees_with_itself_and_not_with_a_shifted_one(lm, tiny_model, tokenizer):
-    assert all(row.agrees and row.difference == 0 for row in compare(lm, lm, "float32"))
+    answers = ask(lm)
+    assert all(row.agrees and row.difference == 0 for row in compare(answers, answers, "float32"))
 
     class Shifted(FastLM):
         def tok_encode(self, string, add_special_tokens=None, **kwargs):
@@ -139,7 +141,7 @@ def test_an_lm_agrees_with_itself_and_not_with_a_shifted_one(lm, tiny_model, tok
         def _loglikelihood_tokens(self, requests, **kwargs):  # as an engine that adds a token in front
             return super()._loglikelihood_tokens([(words, [5, *context], more) for words, context, more in requests])
 
-    rows = {row.kind: row for row in compare(lm, Shifted(make_tiny_llama(), tokenizer), "float32")}
+    rows = {row.kind: row for row in compare(answers, ask(Shifted(make_tiny_llama(), tokenizer)), "float32")}
     assert not rows["continuations"].agrees
     assert not rows["whole text"].agrees
 
@@ -158,6 +160,34 @@ def test_the_doctor_compares_an_lm_with_fast(lm, tiny_model, capsys):
     assert "DISAGREES" in capsys.readouterr().out
 
 
+def test_an_lm_that_cannot_be_asked_does_not_agree(tiny_model, capsys):
+    arguments = ["doctor", str(tiny_model), "--lm", "server", "--param", "lm.base_url=http://127.0.0.1:9/v1"]
+    assert cli.main([*arguments, "--param", "lm.models.dense=tiny", "--param", "lm.retries=0"]) == 1
+    assert "DISAGREES with fast" in capsys.readouterr().out
+
+
+def test_a_chat_endpoint_is_not_blamed_for_what_it_cannot_give(lm, tiny_model):
+    with ModelServer(lm) as server:
+        rows = {row.kind: row for row in compare(ask(lm), ask(served(tiny_model, server, api="chat")), "float32")}
+    assert [row.agrees for row in rows.values()] == [True, True, True]
+    assert "chat endpoint gives no log-probabilities" in rows["continuations"].reason
+
+
+def test_an_lm_that_does_not_start_costs_its_own_suites_only(tiny_model, tmp_path, capsys):
+    lm = {"name": "server", "params": {"base_url": "http://127.0.0.1:9/v1", "models": {"dense": "x"}, "retries": 0}}
+    suites = [{"suite": "factoid_qa", "limit": 3, "lm": lm}, {"suite": "mmlu", "params": {"shots": 0}, "limit": 3}]
+    sweep = {"model": str(tiny_model), "suites": suites, "data": "embedded"}
+    (tmp_path / "sweep.yaml").write_text(json.dumps(sweep))
+    assert cli.main(["sweep", str(tmp_path / "sweep.yaml"), "--out", str(tmp_path / "run")]) == 1
+    statuses = [
+        json.loads((tmp_path / "run" / "evaluations" / "dense" / suite / "scores.json").read_text())["status"]
+        for suite in ("factoid_qa", "mmlu")
+    ]
+    assert statuses == ["failed", "complete"]
+    parity = json.loads((tmp_path / "run" / "run.json").read_text())["parity"]
+    assert not any(row["agrees"] for row in parity)
+
+
 def test_the_doctor_looks_at_the_machine(capsys):
     assert cli.main(["doctor", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -173,7 +203,7 @@ def test_a_suite_may_have_an_lm_of_its_own_and_dense_may_be_asked_again(lm, tiny
     with ModelServer(lm) as server:
         other = {
             "name": "server",
-            "params": {"base_url": server.url, "models": {"dense": "tiny", "dense again": "tiny"}},
+            "params": {"base_url": server.url, "models": {"dense": "tiny", "dense again": "another"}},
         }
         sweep = {
             "model": str(tiny_model),
@@ -193,6 +223,7 @@ def test_a_suite_may_have_an_lm_of_its_own_and_dense_may_be_asked_again(lm, tiny
         for suite in ("factoid_qa", "mmlu")
     }
     assert [lm["name"] for lm in lms.values()] == ["server", "fast", "server", "fast"]
+    assert [lms[setting, "factoid_qa"]["model"] for setting in ("dense", "dense again")] == ["tiny", "another"]
     assert lms["dense", "mmlu"]["dtype"] == "float32"
     assert lms["dense again", "mmlu"]["dtype"] == "bfloat16"
     parity = json.loads((run / "run.json").read_text())["parity"]
@@ -308,10 +339,21 @@ def test_vllm_scores_the_real_model_as_fast_does(real_checkpoint):
     params = {"python": os.environ["KICK_TEST_VLLM"]}
     other = load_lm(LMSpec(name="vllm", params=params), real_checkpoint.path, "float32", "cpu")
     own = load_lm(LMSpec(), real_checkpoint.path, "float32", "cpu")
-    rows = compare(own, other, "float32")
+    rows = compare(ask(own), ask(other), "float32")
     other.close()
     assert all(row.agrees for row in rows)
     assert rows[0].difference < 1e-2
+
+
+@pytest.mark.parametrize(("visible", "expected"), [("", "1,2"), ("4,5,6", "5,6")])
+def test_an_engine_sees_the_gpus_that_are_meant(monkeypatch, visible, expected):
+    from kick.lm.vllm import _visible_devices
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert _visible_devices(1, 2) == expected
+    if visible:
+        with pytest.raises(KickError, match="3 GPUs are visible"):
+            _visible_devices(2, 2)
 
 
 def test_parameters_of_an_lm_are_checked():

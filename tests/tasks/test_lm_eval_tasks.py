@@ -202,3 +202,16 @@ def test_a_suite_with_and_without_something_after_the_colon():
         plugins.suite_of("mmlu:letters")
     with pytest.raises(DataError, match="do not come with kick"):
         LMEval(LMEval.Params(task="arc_easy")).examples(DataSource.parse("embedded"))
+
+
+def test_answering_makes_no_documents_anew(local, lm, monkeypatch):
+    from lm_eval.api.task import Task
+
+    made = []
+    original = Task.eval_docs.fget
+    monkeypatch.setattr(Task, "eval_docs", property(lambda task: made.append(task.task_name) or original(task)))
+    suite = LMEval(LMEval.Params(task="hellaswag"))
+    examples = suite.examples(DataSource.parse(str(local)))
+    before = list(made)
+    assert len(list(suite.answer(lm, examples))) == ROWS
+    assert made == before
