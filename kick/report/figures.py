@@ -125,9 +125,7 @@ def _score_against(axis: Axis, results: Results, suite: str) -> tuple[Figure, st
     )
     if metric.transform == "exp":
         axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-        axes.yaxis.set_minor_formatter(NullFormatter())
-        axes.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
+        _name_ticks(axes.yaxis, ",.0f")
     if axis == "bits":
         axes.invert_xaxis()  # compression grows to the right everywhere
     else:
@@ -209,11 +207,32 @@ def _label_line(axes: Axes, y: float, text: str, side: str = "center") -> None:
     )  # fmt: skip
 
 
+def _name_ticks(axis: Any, form: str) -> None:
+    """Ticks of a logarithmic axis at 1, 2 and 5, written in `form`."""
+    axis.set_major_formatter(FuncFormatter(lambda value, _: format(value, form)))
+    axis.set_minor_formatter(NullFormatter())
+    axis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
+
+
+def _bars(value: float, low: float, high: float) -> list[list[float]]:
+    """An interval as matplotlib wants it: how far it reaches below and above."""
+    return [[max(0.0, value - low)], [max(0.0, high - value)]]
+
+
+def _finish_retained(axes: Axes, xlabel: str, title: str) -> None:
+    """What all figures of the mean retained score have in common."""
+    axes.axhline(100 * (1 - TOLERANCE), color="0.25", linewidth=1.0, linestyle=(0, (4, 3)))
+    _label_line(axes, 100 * (1 - TOLERANCE), "95 % of dense")
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel("mean retained score (%)")
+    axes.set_ylim(bottom=0)
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.legend(loc="best", fontsize=9)
+
+
 def _size_against_retained(results: Results) -> tuple[Figure, str, str, str]:
     """What is on disk, and beside it what the weights would take packed."""
     figure, axes = plt.subplots()
-    axes.axhline(100 * (1 - TOLERANCE), color="0.25", linewidth=1.0, linestyle=(0, (4, 3)))
-    _label_line(axes, 100 * (1 - TOLERANCE), "95 % of dense")
     dense = next(result for result in results.settings if result.setting.is_dense)
     if dense.record:
         axes.plot(
@@ -228,7 +247,7 @@ def _size_against_retained(results: Results) -> tuple[Figure, str, str, str]:
         method = result.family.removesuffix(" N:M")
         y = 100 * mean[0]
         disk, packed = result.record["bytes"] / 1e6, _packed_bytes(result.record) / 1e6
-        bars = [[max(0.0, y - 100 * mean[1].low)], [max(0.0, 100 * mean[1].high - y)]]
+        bars = _bars(y, 100 * mean[1].low, 100 * mean[1].high)
         axes.plot([packed, disk], [y, y], color=style["color"], linewidth=0.7, alpha=0.5)
         axes.errorbar(
             packed,
@@ -252,11 +271,7 @@ def _size_against_retained(results: Results) -> tuple[Figure, str, str, str]:
         axes.annotate(
             result.setting.levels, (packed, y), xytext=(0, 6), textcoords="offset points", ha="right", fontsize=7.5
         )
-    axes.set_xlabel("megabytes of weights")
-    axes.set_ylabel("mean retained score (%)")
-    axes.set_ylim(bottom=0)
-    axes.set_title("Size against what was retained", loc="left", fontsize=11)
-    axes.legend(loc="best", fontsize=9)
+    _finish_retained(axes, "megabytes of weights", "Size against what was retained")
     caption = (
         "Filled: bytes on disk, where a zero or a quantised weight takes the room of any other. Open: packed, as codes "
         "with their scales (kick export) or, of pruned layers, as non-zero weights and a bit mask (a format that "
@@ -269,8 +284,6 @@ def _size_against_retained(results: Results) -> tuple[Figure, str, str, str]:
 def _perplexity_against_capability(results: Results, suite: str) -> tuple[Figure, str, str, str]:
     """Right: perplexity says it is worse. Down: tasks say so. What lies low on the left is what perplexity hides."""
     figure, axes = plt.subplots()
-    axes.axhline(100 * (1 - TOLERANCE), color="0.25", linewidth=1.0, linestyle=(0, (4, 3)))
-    _label_line(axes, 100 * (1 - TOLERANCE), "95 % of dense")
     axes.plot(1.0, 100, marker="*", markersize=13, color="0.2", linestyle="none", label="dense")
     labelled: set[str] = set()
     largest = 1.0
@@ -281,8 +294,8 @@ def _perplexity_against_capability(results: Results, suite: str) -> tuple[Figure
         style = _method_style(results, result.family)
         method = result.family.removesuffix(" N:M")
         x, y = 1 / pair.retained, 100 * mean[0]
-        wide = [[max(0.0, x - 1 / pair.interval.high)], [max(0.0, 1 / pair.interval.low - x)]]
-        tall = [[max(0.0, y - 100 * mean[1].low)], [max(0.0, 100 * mean[1].high - y)]]
+        wide = _bars(x, 1 / pair.interval.high, 1 / pair.interval.low)
+        tall = _bars(y, 100 * mean[1].low, 100 * mean[1].high)
         axes.errorbar(
             x, y, xerr=wide, yerr=tall, color=style["color"], marker=style["marker"], markersize=5.5, capsize=2,
             linewidth=0.9, linestyle="none", label=None if method in labelled else method, zorder=3,
@@ -293,14 +306,8 @@ def _perplexity_against_capability(results: Results, suite: str) -> tuple[Figure
     axes.axvspan(1.0, 1 + PERPLEXITY_MARGIN, color="0.25", alpha=0.08, linewidth=0)
     axes.set_xscale("log")
     axes.set_xlim(left=0.9, right=1.15 * max(largest, 1 + 2 * PERPLEXITY_MARGIN))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.xaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
-    axes.set_xlabel("perplexity over the dense model's")
-    axes.set_ylabel("mean retained score (%)")
-    axes.set_ylim(bottom=0)
-    axes.set_title("Perplexity against capability", loc="left", fontsize=11)
-    axes.legend(loc="best", fontsize=9)
+    _name_ticks(axes.xaxis, "g")
+    _finish_retained(axes, "perplexity over the dense model's", "Perplexity against capability")
     caption = (
         f"Each setting's perplexity ({suite}, logarithmic) beside the mean share of the dense score that is left over "
         f"{', '.join(results.task_suites)}; bars: 95 % intervals. Grey: perplexity rises by at most "

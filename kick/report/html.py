@@ -3,10 +3,8 @@
 import json
 import math
 from dataclasses import dataclass
-from importlib.resources import files
 from typing import Any
 
-from jinja2 import Environment
 from markupsafe import Markup
 
 from kick import statistics
@@ -14,7 +12,9 @@ from kick.levels import Bits, Sparsity
 from kick.report import tables
 from kick.report.figures import Drawn
 from kick.report.results import Results
+from kick.report.template import render
 from kick.settings import DENSE
+from kick.spec import distinct
 from kick.suite import Sample
 
 ANSWERS_PER_SUITE = 6
@@ -22,18 +22,13 @@ _LONG = 1500
 
 
 def page(results: Results, drawn: list[Drawn]) -> str:
-    here = files("kick.report")
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"number": tables.number, "percent": tables.percent, "bits": tables.bits}
-    template = environment.from_string(here.joinpath("report.html.j2").read_text(encoding="utf-8"))
-    return template.render(
-        style=Markup(here.joinpath("report.css").read_text(encoding="utf-8")),
+    return render(
+        "report.html.j2",
         results=results,
         run=results.run,
         frontier=_frontier(results),
         leaderboard=tables.leaderboard(results),
         score_cell=tables.score_cell,
-        mean_cell=tables.mean_cell,
         comparisons=_comparisons(results),
         unseen=tables.unseen_by_perplexity(results),
         perplexity_margin=tables.PERPLEXITY_MARGIN,
@@ -46,7 +41,6 @@ def page(results: Results, drawn: list[Drawn]) -> str:
         brought=[(r, facts) for r in results.compressed if (facts := _brought(r.record))],
         facts=_facts(results),
         config=json.dumps(results.run["config"], indent=2, ensure_ascii=False),
-        DENSE=DENSE,
     )
 
 
@@ -180,11 +174,7 @@ def _brought(record: dict[str, Any] | None) -> dict[str, Any] | None:
 
 def _lm_records(results: Results) -> list[dict[str, Any]]:
     """What the LMs said of themselves, whether they share prefixes and if not why: one, if all suites have the same."""
-    found: list[dict[str, Any]] = []
-    for evaluation in results.evaluations.values():
-        if evaluation.lm and evaluation.lm not in found:
-            found.append(evaluation.lm)
-    return found
+    return distinct(evaluation.lm for evaluation in results.evaluations.values() if evaluation.lm)
 
 
 def _parity(row: dict[str, Any]) -> str:

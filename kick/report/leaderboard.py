@@ -4,21 +4,15 @@ Only what was asked the same can stand in one column. Where two runs asked a sui
 questions, parameters, prompts or templates), or computed in another precision, they are refused, and it is said why.
 """
 
-import csv
-import io
-import json
 from collections.abc import Iterator, Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment
-from markupsafe import Markup
-
 from kick.errors import RunError
-from kick.files import check_writable, safe_name, write_text
+from kick.files import check_writable, safe_name, write_json, write_text
 from kick.report import tables
 from kick.report.results import Results, read_results
+from kick.report.template import render
 from kick.settings import DENSE
 
 _SAME = ("suite", "plugin", "params", "questions", "data")  # of a suite, for two runs to be compared on it
@@ -26,6 +20,7 @@ _COLUMNS = (
     "place", "model", "setting", "method", "sparsity", "bits_per_weight", "million_parameters", "megabytes",
     "mean_retained", "mean_retained_ci_low", "mean_retained_ci_high", "run",
 )  # fmt: skip
+_OF_A_SUITE = ("", "_ci_low", "_ci_high", "_verdict", "_n")
 
 
 def write_leaderboard(runs: Sequence[Path], out: Path) -> list[dict[str, Any]]:
@@ -43,9 +38,12 @@ def write_leaderboard(runs: Sequence[Path], out: Path) -> list[dict[str, Any]]:
             pages[f"{folder}/{safe_name(value)}.html"] = (value, own)
     for name, (title, own) in pages.items():
         (out / name).parent.mkdir(parents=True, exist_ok=True)
-        write_text(out / name, _page(title, own, suites, metrics, found, root="../" if "/" in name else ""))
-    write_text(out / "leaderboard.csv", _csv(rows, suites))
-    write_text(out / "leaderboard.json", json.dumps(rows, indent=1, ensure_ascii=False))
+        root = "../" if "/" in name else ""
+        values = {"title": title, "rows": own, "suites": suites, "metrics": metrics, "runs": found, "root": root}
+        write_text(out / name, render("leaderboard.html.j2", **values))
+    columns = [*_COLUMNS, *(f"{suite}{part}" for suite in suites for part in _OF_A_SUITE)]
+    write_text(out / "leaderboard.csv", tables.csv_text(columns, rows))
+    write_json(out / "leaderboard.json", rows)
     return rows
 
 
@@ -101,48 +99,8 @@ def ranked(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     So rows that cannot be told apart share a place. Dense is the measure and takes none.
     """
     own = [row for row in rows if row["setting"] != DENSE and row["mean_retained_ci_high"] is not None]
-    placed = []
-    for row in rows:
-        better = None
-        if row in own:
-            better = sum(other["mean_retained_ci_low"] > row["mean_retained_ci_high"] for other in own)
-        placed.append({**row, "place": None if better is None else better + 1})
+    placed = [{**row, "place": None} for row in rows if row not in own]
+    for row in own:
+        better = sum(other["mean_retained_ci_low"] > row["mean_retained_ci_high"] for other in own)
+        placed.append({**row, "place": better + 1})
     return sorted(placed, key=lambda row: (row["setting"] != DENSE, -(row["mean_retained"] or 0.0), row["setting"]))
-
-
-def _page(
-    title: str,
-    rows: list[dict[str, Any]],
-    suites: list[str],
-    metrics: dict[str, str],
-    found: Sequence[Results],
-    root: str,
-) -> str:
-    here = files("kick.report")
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"number": tables.number, "percent": tables.percent, "bits": tables.bits}
-    environment.filters["file"] = safe_name
-    return environment.from_string(here.joinpath("leaderboard.html.j2").read_text(encoding="utf-8")).render(
-        style=Markup(here.joinpath("report.css").read_text(encoding="utf-8")),
-        title=title,
-        rows=rows,
-        suites=suites,
-        metrics=metrics,
-        runs=found,
-        root=root,
-        mean_cell=tables.mean_cell,
-        DENSE=DENSE,
-    )
-
-
-def _csv(rows: list[dict[str, Any]], suites: list[str]) -> str:
-    columns = [
-        *_COLUMNS,
-        *(f"{suite}{part}" for suite in suites for part in ("", "_ci_low", "_ci_high", "_verdict", "_n")),
-    ]
-    text = io.StringIO()
-    writer: csv.DictWriter[str] = csv.DictWriter(text, columns, restval="", extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({key: "" if value is None else value for key, value in row.items()})
-    return text.getvalue()

@@ -1,6 +1,6 @@
 """Two settings of a run side by side: paired tests on every suite, and the answers that changed between them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from kick import compare, statistics
@@ -68,10 +68,7 @@ def pairs(results: Results, first: str, second: str) -> list[Pair]:
     if not found:
         raise RunError(f"{first} and {second} have no suite in common.", "See the leaderboard for what failed.")
     adjusted = statistics.holm([pair.comparison.p_value for pair in found])
-    return [
-        Pair(p.suite, p.metric, p.first, p.second, p.comparison, holm, p.flipped)
-        for p, holm in zip(found, adjusted, strict=True)
-    ]
+    return [replace(pair, holm=holm) for pair, holm in zip(found, adjusted, strict=True)]
 
 
 def _flipped(

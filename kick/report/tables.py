@@ -3,7 +3,7 @@
 import csv
 import io
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from kick.report.results import Results, SettingResult
@@ -24,7 +24,7 @@ def scores_csv(results: Results) -> str:
 
     A setting that failed on a suite has one row with n 0, the primary metric and empty numbers.
     """
-    return _csv(SCORE_COLUMNS, _score_rows(results))
+    return csv_text(SCORE_COLUMNS, _score_rows(results))
 
 
 def _score_rows(results: Results) -> Iterable[dict[str, Any]]:
@@ -136,7 +136,7 @@ def noise(results: Results) -> list[dict[str, Any]]:
 
 def leaderboard_csv(results: Results) -> str:
     rows = leaderboard(results)
-    return _csv(list(rows[0]), rows)
+    return csv_text(list(rows[0]), rows)
 
 
 def leaderboard_markdown(results: Results) -> str:
@@ -199,12 +199,13 @@ def percent(value: Any) -> str:
     return "–" if not isinstance(value, int | float) or math.isnan(value) else f"{100 * value:.0f} %"
 
 
-def _csv(columns: Iterable[str], rows: Iterable[dict[str, Any]]) -> str:
+def csv_text(columns: Sequence[str], rows: Iterable[dict[str, Any]]) -> str:
+    """Rows as CSV: those of their values that have a column; what is missing or no finite number stays empty."""
     text = io.StringIO()
-    writer: csv.DictWriter[str] = csv.DictWriter(text, list(columns), restval="", lineterminator="\n")
+    writer: csv.DictWriter[str] = csv.DictWriter(text, columns, restval="", lineterminator="\n")
     writer.writeheader()
     for row in rows:
-        writer.writerow({key: _cell(value) for key, value in row.items()})
+        writer.writerow({key: _cell(row.get(key)) for key in columns})
     return text.getvalue()
 
 

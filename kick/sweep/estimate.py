@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from kick.doctor import product_speed
+from kick.meter import product_speed
 from kick.progress import duration
 from kick.sweep.plan import Plan
 from kick.sweep.run import missing_evaluations

@@ -22,7 +22,7 @@ from kick.lm import find_lm, params_of
 from kick.lm.spec import LMSpec
 from kick.models import ModelSource
 from kick.settings import Setting, digest
-from kick.spec import explain
+from kick.spec import distinct, explain
 from kick.suite import DataSource, Example, Suite, data_fingerprint, subset
 
 _RELEVANT_VERSIONS = ("torch", "transformers", "tokenizers", "lm-eval")
@@ -159,12 +159,8 @@ def make_plan(config: SweepConfig, as_is: bool = False) -> Plan:
 
 def lms(config: SweepConfig) -> list[LMSpec]:
     """The LMs that a sweep uses, the main one first."""
-    found: list[LMSpec] = []
     own = [suite.lm for suite in config.suites] + [setting.variant.lm for setting in config.all_settings()]
-    for spec in (config.lm, *own):
-        if spec is not None and spec not in found:
-            found.append(spec)
-    return found
+    return distinct(spec for spec in (config.lm, *own) if spec is not None)
 
 
 def _check_judged(config: SweepConfig) -> None:

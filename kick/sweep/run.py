@@ -5,7 +5,6 @@ import traceback
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from kick.lm.parity import Answers, ask, compare
 from kick.lm.spec import LMSpec
 from kick.progress import Progress
 from kick.settings import DENSE, Setting
+from kick.spec import distinct
 from kick.sweep.clock import COMPRESS, Clock
 from kick.sweep.evaluate import evaluate
 from kick.sweep.plan import Plan, PlannedSuite, lms
@@ -71,8 +71,15 @@ def run(plan: Plan, store: Store, progress: Progress, debug: bool = False) -> Su
                 clock.start(f"{setting.name}: {suite.name}", suite.name, len(suite.examples))
                 try:
                     evaluation = store.evaluation(setting.name, suite.name)
-                    beside = partial(workshop.dense_lm, setting, suite, lm) if suite.suite.needs_dense else _nobody
-                    evaluate(lm, beside(), suite, evaluation, plan.key(setting, suite), spec.batch_size, clock)
+                    evaluate(
+                        lm,
+                        workshop.dense_lm(setting, suite, lm) if suite.suite.needs_dense else None,
+                        suite,
+                        evaluation,
+                        plan.key(setting, suite),
+                        spec.batch_size,
+                        clock,
+                    )
                     summary.done += 1
                 except Exception as error:  # likewise for a suite
                     failed(setting, suite, error)
@@ -89,8 +96,7 @@ def run(plan: Plan, store: Store, progress: Progress, debug: bool = False) -> Su
 
 def check_parity(plan: Plan, store: Store, workshop: "Workshop") -> None:
     """Where several LMs answer, whether they say the same of the dense model; once a run, kept in run.json."""
-    specs = [spec.model_copy(update={"batch_size": 1}) for spec in lms(plan.config)]
-    first, *others = [spec for place, spec in enumerate(specs) if spec not in specs[:place]]
+    first, *others = distinct(spec.model_copy(update={"batch_size": 1}) for spec in lms(plan.config))
     if not others or store.parity() is not None:
         return
     asked: list[tuple[LMSpec, Answers | str]] = []
@@ -111,17 +117,9 @@ def check_parity(plan: Plan, store: Store, workshop: "Workshop") -> None:
     store.keep_parity(rows)
 
 
-def _nobody() -> None:
-    """No other model is asked beside."""
-
-
 def lms_of(plan: Plan, setting: Setting, suites: Iterable[PlannedSuite]) -> list[LMSpec]:
     """The LMs that answer `suites` for `setting`: each is loaded once."""
-    found: list[LMSpec] = []
-    for suite in suites:
-        if (spec := plan.lm_of(setting, suite)) not in found:
-            found.append(spec)
-    return found
+    return distinct(plan.lm_of(setting, suite) for suite in suites)
 
 
 def missing_evaluations(plan: Plan, store: Store) -> dict[str, list[PlannedSuite]]:
