@@ -9,7 +9,6 @@ so an interrupted evaluation that asks the same batches again gets the same answ
 """
 
 import gc
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -23,7 +22,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from kick.errors import KickError
-from kick.lm import attention
+from kick.lm import attention, memory
 from kick.lm.base import Scored, TokenLM
 from kick.lm.generation import Completion, Decoding, batches_within, choose, row_seeds
 from kick.lm.packing import PREFIX_STEP, Packed, clusters, pack, shared_prefix
@@ -32,10 +31,6 @@ from kick.lm.runner import Runner, cached_bytes, fork, is_out_of_memory
 from kick.models import load_model, load_tokenizer
 from kick.spec import Spec
 
-CACHE_SHARE = 0.15
-"""Of the machine's memory that keys and values of a generation batch may take: fixed, so that batches are too."""
-
-_FEWEST_TOKENS = 16  # in a row, after halving
 _AGREEMENT = {torch.float32: 1e-3, torch.float64: 1e-6}  # log-likelihoods with and without packing; half precision 0.25
 _NOT_SUPPORTED = (TypeError, ValueError, RuntimeError, IndexError, AttributeError)  # what a model raises that can't
 
@@ -48,15 +43,17 @@ class FastLM(TokenLM):
     """
 
     class Params(Spec):
-        row_tokens: int = Field(
-            default=1024, ge=_FEWEST_TOKENS, description="tokens computed at once; less where memory runs out"
+        row_tokens: int | None = Field(
+            default=None,
+            ge=memory.FEWEST_ROW_TOKENS,
+            description="tokens computed at once, by default what memory allows; less where it runs out",
         )
 
     def __init__(self, model: Any, tokenizer: Any, path: Path | None = None, params: Params | None = None) -> None:
         super().__init__(tokenizer, getattr(model.config, "max_position_embeddings", None) or 2048)
         self.model: Any = model
         self.path = path
-        self.params = params or self.Params()
+        self.row_tokens = (params or self.Params()).row_tokens or memory.row_tokens(model)
         self._device = model.device
         self.runner: Any = Runner(model)
         self._bytes_per_cached_token = 1
@@ -87,7 +84,7 @@ class FastLM(TokenLM):
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "device": str(self.model.device),
             "attention": self.model.config._attn_implementation,
-            "row_tokens": self.params.row_tokens,
+            "row_tokens": self.row_tokens,
             "shares_prefixes": self.no_sharing is None,
             **({"why_not": self.no_sharing} if self.no_sharing else {}),
             **({} if self._batches else {"generates": "one row at a time"}),
@@ -101,11 +98,11 @@ class FastLM(TokenLM):
         results: dict[int, tuple[float, bool]] = {}
         if self.no_sharing is None:
             everything = list(range(len(sequences)))
-            results = self._score_cluster(sequences, everything, (), self.params.row_tokens, PREFIX_STEP)
+            results = self._score_cluster(sequences, everything, (), self.row_tokens, PREFIX_STEP)
         else:
             lengths = [len(sequence.tokens) for sequence in sequences]
             order = sorted(range(len(sequences)), key=lambda index: lengths[index])
-            for batch in batches_within(lengths, order, 4 * self.params.row_tokens):
+            for batch in batches_within(lengths, order, 4 * self.row_tokens):
                 values = self._halving(batch, partial(self._score_padded, sequences))
                 results |= dict(zip(batch, values, strict=True))
         return [results[index] for index in range(len(sequences))]
@@ -141,7 +138,7 @@ class FastLM(TokenLM):
         try:
             return self._score_row(sequences, row, prefixes, row_tokens)
         except (torch.OutOfMemoryError, RuntimeError) as error:
-            if row_tokens < 2 * _FEWEST_TOKENS or not is_out_of_memory(error):
+            if row_tokens < 2 * memory.FEWEST_ROW_TOKENS or not is_out_of_memory(error):
                 raise
         self._note_out_of_memory()
         return self._score_cluster(sequences, members, prefixes, row_tokens // 2, row_tokens // 2)
@@ -244,7 +241,7 @@ class FastLM(TokenLM):
 
     def _read(self, contexts: Sequence[list[int]], room: int) -> tuple[RoomyRows, Tensor]:
         """Prompts in packed rows, each shared beginning once: rows to go on from, and what the head gets after each."""
-        most = self.params.row_tokens
+        most = self.row_tokens
         length = shared_prefix(contexts, min(map(len, contexts)) - 1) if len(contexts) > 1 else 0
         rests = [context[length:] for context in contexts]
         order = sorted(range(len(rests)), key=lambda index: tuple(rests[index]))
@@ -295,11 +292,7 @@ class FastLM(TokenLM):
 
     def _most_cached_tokens(self) -> int:
         """How many tokens' keys and values a generation batch may hold."""
-        if self.device.type == "cuda":
-            memory = torch.cuda.get_device_properties(self.device).total_memory
-        else:
-            memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        return max(self.max_length, int(CACHE_SHARE * memory / self._bytes_per_cached_token))
+        return max(self.max_length, memory.most_cached_tokens(self.device, self._bytes_per_cached_token))
 
     def _halving(self, rows: list[int], work: Callable[[list[int]], list[Any]]) -> list[Any]:
         """`work(rows)`; where memory runs out, both halves one after the other."""
@@ -334,8 +327,8 @@ class FastLM(TokenLM):
             kinds = {type(layer).__name__ for layer in cache.layers if type(layer) is not DynamicLayer}
             if kinds:
                 return f"its cache has layers of kind {', '.join(sorted(kinds))}"
-            (row,) = pack([sequence.tokens[15:-1] for sequence in sequences], range(3), self.params.row_tokens)
-            for index, (value, _) in self._score_row(sequences, row, (15,), self.params.row_tokens).items():
+            (row,) = pack([sequence.tokens[15:-1] for sequence in sequences], range(3), self.row_tokens)
+            for index, (value, _) in self._score_row(sequences, row, (15,), self.row_tokens).items():
                 difference = abs(value - alone[index][0])
                 if not difference <= _AGREEMENT.get(self.model.dtype, 0.25):
                     return f"packed rows differ by {difference:.2g} from whole ones"

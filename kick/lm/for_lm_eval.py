@@ -27,7 +27,7 @@ class Kick(FastLM):
         pretrained: str,
         dtype: str = "auto",
         device: str | None = None,
-        row_tokens: int = FastLM.Params().row_tokens,
+        row_tokens: int | None = None,
         batch_size: Any = None,
         max_batch_size: Any = None,
     ) -> None:

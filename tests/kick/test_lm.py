@@ -10,7 +10,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from kick.errors import KickError
-from kick.lm import attention, find_lm, generate, loglikelihoods, rolling_loglikelihoods
+from kick.lm import attention, find_lm, generate, loglikelihoods, memory, rolling_loglikelihoods
 from kick.lm.fast import FastLM
 from kick.lm.generation import batches_within, sample
 from kick.lm.packing import PREFIX_STEP, Packed, clusters, pack, shared_prefix
@@ -555,3 +555,21 @@ def test_mmlu_on_the_real_model_scores_like_stock_hflm(real_checkpoint, mirror, 
         assert ours.output == theirs.output
         for a, b in zip(ours.choices, theirs.choices, strict=True):
             assert a["loglikelihood"] == pytest.approx(b["loglikelihood"], abs=1e-3)
+
+
+# How much at once
+
+
+@pytest.mark.parametrize(("free_mb", "expected"), [(100_000, 1024), (10, 256), (1, 32), (0, 16)])
+def test_a_row_is_as_long_as_a_tenth_of_the_free_memory_takes(free_mb, expected, monkeypatch):
+    model = make_tiny_llama()
+    config = model.config
+    values = 8 * config.hidden_size + 3 * config.intermediate_size
+    monkeypatch.setattr(memory, "free_bytes", lambda device: free_mb * 1_000_000 * values // 512)
+    # as if a token took 512 values of 4 bytes: a tenth of 10 MB holds 488 tokens
+    assert memory.row_tokens(model) == expected
+
+
+def test_free_memory_is_no_more_than_all_of_it():
+    device = torch.device("cpu")
+    assert 0 < memory.free_bytes(device) <= memory.total_bytes(device)

@@ -1,0 +1,54 @@
+"""How many tokens a model can be given at once: from the memory of the machine or GPU that it stands on."""
+
+import os
+from typing import Any
+
+import torch
+
+CACHE_SHARE = 0.15
+"""Of all memory, what keys and values of a generation batch may take: fixed, so that batches are too."""
+
+ROW_SHARE = 0.1
+"""Of the memory that is free, what computing one row may take."""
+
+MOST_ROW_TOKENS = {"cpu": 1024, "cuda": 4096}
+"""Longer rows are no faster: products of this many rows keep a CPU's or a GPU's units busy."""
+
+FEWEST_ROW_TOKENS = 16
+
+_LIVE_HIDDEN, _LIVE_INTERMEDIATE = 8, 3  # vectors of a token that stand in memory at once inside a block
+
+
+def row_tokens(model: Any) -> int:
+    """Tokens of a row that `model` computes at once: a power of two that the free memory allows."""
+    config, device = model.config.get_text_config(), model.device
+    hidden = config.hidden_size
+    intermediate = getattr(config, "intermediate_size", None) or 4 * hidden
+    values = _LIVE_HIDDEN * hidden + _LIVE_INTERMEDIATE * intermediate
+    fits = ROW_SHARE * free_bytes(device) / (values * model.dtype.itemsize)
+    tokens = MOST_ROW_TOKENS.get(device.type, MOST_ROW_TOKENS["cpu"])
+    while tokens > FEWEST_ROW_TOKENS and tokens > fits:
+        tokens //= 2
+    return tokens
+
+
+def most_cached_tokens(device: torch.device, bytes_per_token: int) -> int:
+    """How many tokens' keys and values a generation batch may hold."""
+    return int(CACHE_SHARE * total_bytes(device) / bytes_per_token)
+
+
+def total_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def free_bytes(device: torch.device) -> int:
+    """What is not in use now; on a CPU what the system calls available, page cache included."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):  # not Linux
+        return total_bytes(device) // 2
