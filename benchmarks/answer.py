@@ -69,7 +69,14 @@ def main() -> int:
     parser.add_argument("--vllm", metavar="PYTHON", help="an interpreter that has vLLM")
     parser.add_argument("--out", type=Path, default=Path("answer.json"))
     options = parser.parse_args()
-    store = Runs(options.out, {"data": options.data, "vllm": options.vllm})
+    store = Runs(
+        options.out,
+        {
+            "data": options.data,
+            "vllm": options.vllm,
+            "checkpoint": str(options.out.resolve().with_suffix(".checkpoint")),
+        },
+    )
     sides = options.side or [
         "fast:float32",
         "fast:bfloat16",
@@ -165,7 +172,9 @@ def agreement(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> str:
 def run_job(job: dict[str, Any]) -> dict[str, Any]:
     if job["side"] in ("fast", "vllm"):
         path = models.fetch(models.find_source(MODEL))
-        spec = LMSpec(name=job["side"], params={"python": job["vllm"]} if job["side"] == "vllm" else {})
+        spec = LMSpec()
+        if job["side"] == "vllm":
+            path, spec = _directory(path, Path(job["checkpoint"])), LMSpec(name="vllm", params={"python": job["vllm"]})
         lm = load_lm(spec, path, job["dtype"], "cpu")
     else:
         lm = _hflm(job["dtype"], job["batch"])
@@ -204,6 +213,14 @@ def planned_suite(workload: str, data: str) -> PlannedSuite:
         return planned
     by_words = sorted(planned.examples, key=lambda example: abs(len(example.content["article"].split()) - 500))
     return replace(planned, examples=by_words[:20])  # stories of about 500 words
+
+
+def _directory(path: Path, folder: Path) -> Path:
+    """The model as a directory, which engines want; made once."""
+    if not (folder / "config.json").is_file():
+        models.load_tokenizer(path).save_pretrained(folder)
+        models.load_model(path, "float32", "cpu").save_pretrained(folder)
+    return folder
 
 
 def _hflm(dtype: str, batch: int) -> Any:

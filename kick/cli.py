@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command is None:
         parser.print_help()
         return USAGE
-    _quieten_libraries()
+    quieten_libraries()
     try:
         _load_plugins(options.plugin)
         return _command(options.command)(options)
@@ -90,11 +90,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     sweep.add_argument("--data", metavar="DIR", help="where questions come from: a folder, 'embedded' or 'hub'")
     sweep.add_argument("--limit", type=_positive, metavar="N", help="at most N questions of each suite")
-    sweep.add_argument("--executor", choices=["local"], default="local", help="where evaluations run")
+    sweep.add_argument(
+        "--executor", choices=["local", "ray", "slurm", "inline"], help="where evaluations run (default: the file's)"
+    )
     sweep.add_argument(
         "--dry-run", action="store_true", help="say what would run, what is there, and what it would cost"
     )
     sweep.add_argument("--fresh", action="store_true", help="throw away what the folder holds and start again")
+    _tracker(sweep)
 
     compress = command("compress", "write one compressed checkpoint")
     compress.add_argument("model", metavar="MODEL")
@@ -138,6 +141,16 @@ def _parser() -> argparse.ArgumentParser:
     report = command("report", "make tables, figures and report.html of a run again")
     report.add_argument("run", type=Path, metavar="RUN")
     report.add_argument("--out", type=Path, metavar="DIR", help="write there instead of into the run")
+    report.add_argument(
+        "--figures",
+        nargs="?",
+        const="",
+        metavar="NAME[,NAME]",
+        help="only these (* fits any); without names: list them",
+    )
+
+    report.add_argument("--lm-eval", type=Path, metavar="DIR", help="also write results files as lm-eval's into DIR")
+    _tracker(report)
 
     board = command("leaderboard", "several runs as one static site")
     board.add_argument("runs", type=Path, nargs="+", metavar="RUN")
@@ -174,6 +187,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _tracker(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--log-to", choices=["mlflow", "wandb"], help="log the results of every setting there too")
+
+
 def _precision(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype",
@@ -191,7 +208,7 @@ def _positive(text: str) -> int:
     return value
 
 
-def _quieten_libraries() -> None:
+def quieten_libraries() -> None:
     """Progress bars and advice of libraries would bury ours. What the user set stays."""
     for key, value in {
         "TRANSFORMERS_VERBOSITY": "error",

@@ -1,5 +1,6 @@
 """What each command does: read its options, call the stage, print the result."""
 
+import os
 import sys
 from argparse import Namespace
 from collections.abc import Iterable
@@ -15,12 +16,13 @@ from kick.compress import compress as make_checkpoint
 from kick.config import SuiteSpec, SweepConfig
 from kick.errors import CheckpointError, ConfigError, KickError
 from kick.export import find_format
-from kick.files import check_writable, to_json
+from kick.files import check_writable, safe_name, to_json
 from kick.judge.spec import JudgeSpec
 from kick.lm import LMS
 from kick.lm.spec import LMSpec
 from kick.progress import duration, progress
 from kick.settings import Setting, parse_setting
+from kick.sweep.executors.spec import ExecutorSpec
 
 
 def sweep(options: Namespace) -> int:
@@ -32,8 +34,26 @@ def sweep(options: Namespace) -> int:
             s.model_copy(update={"limit": min(options.limit, s.limit or options.limit)}) for s in config.suites
         )
         config = config.model_copy(update={"suites": suites})
+    if name := options.executor or os.environ.get("KICK_EXECUTOR"):
+        changed = {**config.executor.model_dump(), "name": name}
+        config = config.model_copy(update={"executor": configs.parse_part(ExecutorSpec, changed, "--executor")})
     out = options.out or Path("runs") / options.config.stem
-    return _run(config, out, options)
+    if isinstance(config.model, str):
+        return _run(config, out, options)
+    return _run_models(config, out, options)
+
+
+def _run_models(config: SweepConfig, out: Path, options: Namespace) -> int:
+    """A run of its own for each model, in a folder of its name, and a leaderboard of all."""
+    codes = []
+    for name in config.models:
+        codes.append(_run(config.model_copy(update={"model": name}), out / safe_name(name), options))
+    if not options.dry_run:
+        from kick.report.leaderboard import write_leaderboard
+
+        write_leaderboard([out / safe_name(name) for name in config.models], out)
+        print(f"All models: {out / 'index.html'}", file=sys.stderr)
+    return max(codes)
 
 
 def evaluate(options: Namespace) -> int:
@@ -54,6 +74,7 @@ def evaluate(options: Namespace) -> int:
         lm=LMSpec(name=options.lm, batch_size=options.batch_size, params=lm_params),
         dtype=options.dtype,
         device=options.device,
+        executor=ExecutorSpec(name="inline"),  # one model: nothing to share out
     )
     return _run(config, options.out, options, as_is=True)
 
@@ -82,6 +103,7 @@ def _run(config: SweepConfig, out: Path, options: Namespace, as_is: bool = False
     from kick.report import tables, write_report
 
     results = write_report(out)
+    _log(options, results)
     document = {
         "run": str(out),
         "report": str(out / "report.html"),
@@ -200,10 +222,33 @@ def _judge(run: Path, spec: JudgeSpec) -> Any:
 def report(options: Namespace) -> int:
     from kick.report import tables, write_report
 
-    results = write_report(options.run, options.out)
+    if options.figures == "":
+        return _list_figures(options)
+    names = [name.strip() for name in (options.figures or "*").split(",")]
+    results = write_report(options.run, options.out, names)
+    if options.lm_eval:
+        from kick.report.lm_eval import write_lm_eval
+
+        write_lm_eval(results, options.lm_eval)
+    _log(options, results)
     out = options.out or options.run
     document = {"report": str(out / "report.html"), "leaderboard": tables.leaderboard(results)}
     return _print(options, tables.leaderboard_markdown(results) + f"\nReport: {out / 'report.html'}", document)
+
+
+def _log(options: Namespace, results: Any) -> None:
+    if getattr(options, "log_to", None):
+        from kick.report.trackers import log_to
+
+        log_to(options.log_to, results)
+
+
+def _list_figures(options: Namespace) -> int:
+    from kick.report.figures import planned
+    from kick.report.results import read_results
+
+    rows = [{"name": figure.name, "title": figure.title} for figure in planned(read_results(options.run))]
+    return _print(options, "\n".join(row["name"] for row in rows), rows)
 
 
 def leaderboard(options: Namespace) -> int:

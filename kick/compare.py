@@ -154,6 +154,15 @@ def _at(score: Score, ids: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     return np.bincount(cluster, score.value[rows]), np.bincount(cluster, score.per[rows])
 
 
+def by_unit(score: Score) -> dict[str, tuple[float, float]]:
+    """(value, per) of each independent unit: a sample, or a cluster of them."""
+    found: dict[str, tuple[float, float]] = {}
+    for unit, value, per in zip(score.clusters or score.ids, score.value, score.per, strict=True):
+        before = found.get(unit, (0.0, 0.0))
+        found[unit] = before[0] + float(value), before[1] + float(per)
+    return found
+
+
 def _retained(dense, other, higher_is_better: bool):
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         return np.divide(other, dense) if higher_is_better else np.divide(dense, other)

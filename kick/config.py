@@ -1,6 +1,8 @@
 """The sweep file: what to compress, how far, and what to ask. YAML in, checked and frozen models out."""
 
+import itertools
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -10,10 +12,12 @@ from pydantic import BaseModel, Field, ValidationError, field_validator
 from kick.calibration import CalibrationSpec
 from kick.errors import ConfigError
 from kick.judge.spec import JudgeSpec
+from kick.levels import USUAL_LEVELS
 from kick.lm.spec import LMSpec
 from kick.policy import Policy
-from kick.settings import DENSE, Setting, Stage, parse_setting
+from kick.settings import DENSE, Setting, Stage, parse_setting, variation_in_words
 from kick.spec import Spec, explain
+from kick.sweep.executors.spec import ExecutorSpec
 
 S = TypeVar("S", bound=BaseModel)
 
@@ -21,7 +25,7 @@ S = TypeVar("S", bound=BaseModel)
 def check_label(label: str) -> str:
     """A label may be anything that does not break a table."""
     if (
-        label in ("setting", "sparsity", "bits_per_weight", "million_parameters", "megabytes", "mean_retained")
+        label in ("setting", "sparsity", "bits_per_weight", "million_parameters", "megabytes", "mean_retained", "place")
         or "|" in label
         or "\n" in label
     ):
@@ -29,14 +33,28 @@ def check_label(label: str) -> str:
     return label
 
 
+Varied = dict[str, tuple[Any, ...]]
+
+
 class Grid(Policy):
-    """One compressor at several levels and seeds: a setting for each pair. `then` holds stages that follow it."""
+    """One compressor at several levels and seeds: a setting for each combination. `then` holds later stages."""
 
     compressor: str
-    levels: tuple[str, ...] = ("",)
-    params: dict[str, Any] = Field(default_factory=dict)
+    levels: tuple[str, ...] = Field(
+        default=("",),
+        description="sparsities, patterns, bits or shapes; `sparsities`, `patterns`, `bits`: the usual ones",
+    )
+    params: dict[str, Any] = Field(
+        default_factory=dict, description="of that compressor: `kick list compressors --json`"
+    )
     then: tuple[Stage, ...] = ()
     seeds: tuple[int, ...] = (0,)
+    calibration: dict[str, Any] = Field(
+        default_factory=dict, description="keys that differ from the sweep's calibration"
+    )
+    vary: Varied = Field(
+        default_factory=dict, description="parameters, or calibration.KEY, each with the values that it takes in turn"
+    )
     label: str = Field(default="", description="replaces the compressor's name in the names of these settings")
 
     @field_validator("label")
@@ -47,28 +65,53 @@ class Grid(Policy):
     @field_validator("levels", mode="before")
     @classmethod
     def _as_text(cls, levels: Any) -> Any:
-        if isinstance(levels, list | tuple):
-            return tuple(level if isinstance(level, str) else repr(level) for level in levels)
+        given = (levels,) if isinstance(levels, str) else levels
+        if isinstance(given, list | tuple):
+            texts = (level if isinstance(level, str) else repr(level) for level in given)
+            return tuple(level for text in texts for level in USUAL_LEVELS.get(text, (text,)))
         return levels
 
-    def settings(self) -> list[Setting]:
-        found = []
-        for level in self.levels:
-            for seed in self.seeds:
-                setting = Setting(
-                    compressor=self.compressor,
-                    level=level,
-                    params=self.params,
-                    layers=self.layers,
-                    allocation=self.allocation,
-                    then=self.then,
-                    seed=seed,
-                )
-                label = f"{self.label}@{level}" if self.label and level else self.label
-                if len(self.seeds) > 1:
-                    label = f"{label or setting.name}#{seed}"
-                found.append(setting.model_copy(update={"label": label}))
-        return found
+    def settings(self, calibration: CalibrationSpec) -> list[Setting]:
+        """calibration: the sweep's. Raises ConfigError for a key that a calibration does not have."""
+        return [
+            self._setting(level, seed, variation, calibration)
+            for level in self.levels
+            for variation in combinations(self.vary)
+            for seed in self.seeds
+        ]
+
+    def _setting(self, level: str, seed: int, variation: dict[str, Any], sweeps: CalibrationSpec) -> Setting:
+        varied = {key.removeprefix(_CALIBRATION): v for key, v in variation.items() if key.startswith(_CALIBRATION)}
+        own = {**self.calibration, **varied}
+        calibration = None
+        if own:
+            given = {**sweeps.model_dump(), **own}
+            calibration = parse_part(CalibrationSpec, given, f"the calibration of '{self.compressor}'")
+        setting = Setting(
+            compressor=self.compressor,
+            level=level,
+            params={**self.params, **{k: v for k, v in variation.items() if not k.startswith(_CALIBRATION)}},
+            layers=self.layers,
+            allocation=self.allocation,
+            then=self.then,
+            seed=seed,
+            calibration=calibration,
+            variation=variation,
+        )
+        label = f"{self.label}@{level}" if self.label and level else self.label
+        if variation:
+            label = f"{label or setting.name} {variation_in_words(variation)}"
+        if len(self.seeds) > 1:
+            label = f"{label or setting.name}#{seed}"
+        return setting.model_copy(update={"label": label})
+
+
+_CALIBRATION = "calibration."
+
+
+def combinations(varied: Varied) -> list[dict[str, Any]]:
+    """Every combination of the values, the last key's first; one empty combination where nothing varies."""
+    return [dict(zip(varied, values, strict=True)) for values in itertools.product(*varied.values())]
 
 
 class SuiteSpec(Spec):
@@ -82,6 +125,24 @@ class SuiteSpec(Spec):
     limit_per_group: int | None = Field(default=None, ge=1)
     seed: int = 0
     lm: LMSpec | None = Field(default=None, description="instead of the sweep's lm")
+    vary: Varied = Field(
+        default_factory=dict, description="parameters with the values that they take in turn: a suite for each"
+    )
+
+    def each(self) -> "list[SuiteSpec]":
+        """One suite for each combination of what varies."""
+        if not self.vary:
+            return [self]
+        return [
+            self.model_copy(
+                update={
+                    "label": f"{self.name} {variation_in_words(variation)}",
+                    "params": {**self.params, **variation},
+                    "vary": {},
+                }
+            )
+            for variation in combinations(self.vary)
+        ]
 
     @property
     def name(self) -> str:
@@ -96,7 +157,9 @@ class SuiteSpec(Spec):
 class SweepConfig(Spec):
     """A whole sweep file. `dense` is always run, whether `settings` names it or not."""
 
-    model: str
+    model: str | tuple[str, ...] = Field(
+        description="a hub id, a directory, a .gguf file or a packaged model; of several, each gets a run of its own"
+    )
     settings: tuple[Grid, ...] = ()
     suites: tuple[SuiteSpec, ...] = Field(min_length=1)
     data: str = Field(default="hub", description="embedded, hub, or a folder that mirrors the public files")
@@ -105,9 +168,13 @@ class SweepConfig(Spec):
     judge: JudgeSpec | None = Field(default=None, description="grades answers at the end; see also `kick judge`")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str = "auto"
+    executor: ExecutorSpec = ExecutorSpec()
     stream: bool = Field(default=False, description="compress block by block from disk, for models larger than memory")
     keep_checkpoints: bool = Field(
         default=False, description="keep the weights of compressed models after their evaluation"
+    )
+    disk_budget_gb: float | None = Field(
+        default=None, gt=0, description="of kept checkpoints, the ones used longest ago are deleted beyond this"
     )
 
     @field_validator("settings", mode="before")
@@ -127,10 +194,20 @@ class SweepConfig(Spec):
     def all_settings(self) -> list[Setting]:
         """Dense first, then the grid in the order of the file. Raises ConfigError if two have one name."""
         settings = [Setting(compressor=DENSE)]
-        settings += [setting for grid in self.settings for setting in grid.settings() if setting != settings[0]]
+        grids = [grid.settings(self.calibration) for grid in self.settings]
+        settings += [setting for grid in grids for setting in grid if setting != settings[0]]
         _check_unique("setting", [setting.name for setting in settings])
-        _check_unique("suite", [suite.name for suite in self.suites])
         return settings
+
+    def all_suites(self) -> list[SuiteSpec]:
+        """In the order of the file, one for each combination of what varies. Raises ConfigError as all_settings."""
+        suites = [own for suite in self.suites for own in suite.each()]
+        _check_unique("suite", [suite.name for suite in suites])
+        return suites
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        return (self.model,) if isinstance(self.model, str) else self.model
 
 
 def _grid_of(text: str) -> dict[str, Any]:
@@ -139,8 +216,8 @@ def _grid_of(text: str) -> dict[str, Any]:
 
 
 def _check_unique(kind: str, names: list[str]) -> None:
-    for name in names:
-        if names.count(name) > 1:
+    for name, count in Counter(names).items():
+        if count > 1:
             raise ConfigError(f"two {kind}s are called '{name}'.", "Give one of them a label.")
 
 
@@ -231,6 +308,7 @@ def _fields_at(location: tuple[Any, ...]) -> list[str]:
         "calibration": CalibrationSpec,
         "lm": LMSpec,
         "judge": JudgeSpec,
+        "executor": ExecutorSpec,
     }
     model = names.get(str(location[0]), SweepConfig) if location else SweepConfig
     return list(model.model_fields)

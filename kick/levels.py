@@ -9,6 +9,13 @@ from pydantic import BeforeValidator
 from kick.errors import LevelError
 from kick.spec import Spec
 
+USUAL_LEVELS = {
+    "sparsities": tuple(f"{tenth / 10:g}" for tenth in range(1, 8)),
+    "patterns": ("2:4", "4:8"),
+    "bits": ("8", "4", "3", "2"),
+}
+"""What the field reports, by name: sparsities from 10 to 70 %, the patterns that hardware runs, bits a weight."""
+
 
 class Knob(Flag):
     """Which kinds of level a compressor takes."""

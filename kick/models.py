@@ -283,3 +283,22 @@ def _forget_quantization(model: Any) -> None:
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def count_parameters(path: Path) -> int:
+    """Parameters of the model at `path`, from the headers of its weight files: no weight is read."""
+    if path.is_file():
+        from gguf import GGUFReader
+
+        return sum(int(tensor.n_elements) for tensor in GGUFReader(path).tensors)
+    from safetensors import safe_open
+
+    total = 0
+    for file in path.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118 (not a dict)
+                count = 1
+                for size in tensors.get_slice(key).get_shape():
+                    count *= size
+                total += count
+    return total

@@ -40,6 +40,7 @@ class Plugin:
     load: Callable[[], type]
 
 
+_files: list[str] = []
 _from_files: dict[str, dict[str, Plugin]] = {COMPRESSORS: {}, SUITES: {}}
 
 
@@ -141,7 +142,13 @@ def load_file(path: Path) -> list[str]:
         raise KickError(
             f"{path} defines no compressor and no suite.", "Subclass kick.compressor.Compressor or kick.suite.Suite."
         )
+    _files.append(str(path.resolve()))
     return names
+
+
+def files() -> list[str]:
+    """The plugin files that were loaded, for another process to load them too."""
+    return list(_files)
 
 
 def _import_file(path: Path, module_name: str) -> ModuleType:

@@ -6,10 +6,12 @@ A setting is written `compressor@level`: `magnitude@0.5`, `wanda@2:4`, `gptq@4`,
 
 import hashlib
 import json
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from kick.calibration import CalibrationSpec
 from kick.errors import LevelError
 from kick.levels import LevelText
 from kick.lm.spec import LMSpec
@@ -47,11 +49,17 @@ class Variant(Spec):
 
 
 class Setting(Stage):
-    """A stage, those that come after it, and the seed of all: one column of every comparison."""
+    """A stage, those that come after it, and the seed of all: one column of every comparison.
+
+    calibration: instead of the sweep's. variation: where a grid varies something besides levels and seeds, what and to
+    what, as it stands in the name.
+    """
 
     then: tuple[Stage, ...] = ()
     seed: int = 0
     label: str = ""
+    calibration: CalibrationSpec | None = None
+    variation: dict[str, Any] = Field(default_factory=dict)
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -72,6 +80,14 @@ class Setting(Stage):
     def levels(self) -> str:
         """`0.5`, or chained `0.5 > 4`."""
         return CHAIN.join(stage.level for stage in self.stages)
+
+    @property
+    def method(self) -> str:
+        """The name without level, variation and seed: what is one method in tables and figures."""
+        name = self.label.removesuffix(f"#{self.seed}")
+        if self.variation:
+            name = name.removesuffix(f" {variation_in_words(self.variation)}")
+        return (name.removesuffix(f"@{self.level}") if self.level else name) or self.compressors
 
     @property
     def is_dense(self) -> bool:
@@ -100,6 +116,15 @@ def split_stage(text: str) -> tuple[str, str]:
             "Write compressor@level, for example wanda@0.5; a chain with '>'; or dense.",
         )
     return compressor, level
+
+
+def variation_in_words(variation: dict[str, Any]) -> str:
+    """`samples=32 source=c4`: short enough for a table; of a path its last part without suffixes."""
+    return " ".join(f"{key.rpartition('.')[2]}={_short(value)}" for key, value in variation.items())
+
+
+def _short(value: Any) -> str:
+    return Path(value).name.partition(".")[0] if isinstance(value, str) and "/" in value else str(value)
 
 
 def digest(value: Any) -> str:

@@ -10,6 +10,7 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may wait for a network
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TQDM_DISABLE", "1")
+os.environ.setdefault("KICK_EXECUTOR", "inline")  # worker processes take seconds to start; they have tests of their own
 
 REPOSITORY = Path(__file__).parent.parent
 

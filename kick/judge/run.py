@@ -29,8 +29,9 @@ from kick.progress import Progress
 from kick.rows import read_jsonl
 from kick.settings import DENSE, Setting, digest
 from kick.suite import Sample
+from kick.sweep.lock import lock
 from kick.sweep.plan import PlannedSuite, make_suite, plan_suite
-from kick.sweep.store import JUDGE, JUDGE_CACHE, RUN, EvaluationStore, Store, lock
+from kick.sweep.store import JUDGE, JUDGE_CACHE, RUN, EvaluationStore, Store
 
 NOT_ASKED = "not asked: the budget is spent"
 RULE = "kick: by rule"  # the judge of what needs none, such as an empty answer
@@ -138,7 +139,7 @@ def find_evaluations(root: Path, spec: JudgeSpec) -> list[Evaluation]:
     run = read_json(root / RUN)
     config = SweepConfig(**{key: value for key, value in run["config"].items() if key != "judge"})
     settings = [Setting(**{key: value for key, value in row.items() if key != "name"}) for row in run["settings"]]
-    judged = [suite for suite in config.suites if make_suite(suite).judged_metrics]
+    judged = [suite for suite in config.all_suites() if make_suite(suite).judged_metrics]
     unknown = set(spec.suites) - {suite.name for suite in judged}
     if unknown or not judged:
         named = f"no suite '{min(unknown)}'" if unknown else "no suite"

@@ -1,5 +1,6 @@
 """From a run directory to tables, figures and one HTML page. Nothing is asked or judged again."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from kick.files import check_writable, write_text
@@ -15,8 +16,11 @@ def write_tables(results: Results, out: Path) -> None:
     write_text(out / "leaderboard.md", tables.leaderboard_markdown(results))
 
 
-def write_report(run: Path, out: Path | None = None) -> Results:
-    """Everything that a report holds: tables, figures and report.html, into `out` (by default the run itself)."""
+def write_report(run: Path, out: Path | None = None, figures_like: Sequence[str] = ("*",)) -> Results:
+    """Everything that a report holds: tables, figures and report.html, into `out` (by default the run itself).
+
+    figures_like: globs of the figures' names. Raises ConfigError if one fits none.
+    """
     from kick.report import figures, html
 
     out = out or run
@@ -24,6 +28,6 @@ def write_report(run: Path, out: Path | None = None) -> Results:
     check_writable(out)
     out.mkdir(parents=True, exist_ok=True)
     write_tables(results, out)
-    drawn = figures.draw_all(results, out / "figures")
+    drawn = figures.draw_all(results, out / "figures", figures_like)
     write_text(out / "report.html", html.page(results, drawn))
     return results

@@ -5,20 +5,21 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from markupsafe import Markup
-
 from kick import statistics
 from kick.levels import Bits, Sparsity
 from kick.report import tables
 from kick.report.figures import Drawn
+from kick.report.pairs import changed_answers
+from kick.report.ranks import seed_spread
 from kick.report.results import Results
-from kick.report.template import render
+from kick.report.template import inline, render, script
 from kick.settings import DENSE
 from kick.spec import distinct
 from kick.suite import Sample
 
 ANSWERS_PER_SUITE = 6
 _LONG = 1500
+_FLIPS_IN_ALL, _PROMPT, _ANSWER, _QUESTION = 900, 900, 400, 200  # flips, and characters of each part
 
 
 def page(results: Results, drawn: list[Drawn]) -> str:
@@ -30,10 +31,14 @@ def page(results: Results, drawn: list[Drawn]) -> str:
         leaderboard=tables.leaderboard(results),
         score_cell=tables.score_cell,
         comparisons=_comparisons(results),
+        flips=(flips := _flips(results)),
+        flips_shown=max((len(place.shown) for place in flips.values()), default=0),
+        seeds=seed_spread(results),
+        **script("report.js"),
         unseen=tables.unseen_by_perplexity(results),
         perplexity_margin=tables.PERPLEXITY_MARGIN,
         noise=tables.noise(results),
-        figures=[(figure, Markup(_inline(figure))) for figure in drawn],
+        figures=[(figure, inline(figure)) for figure in drawn],
         judge=results.judge,
         answers=_answers(results),
         failures=[e for e in results.evaluations.values() if e.reason is not None],
@@ -41,17 +46,6 @@ def page(results: Results, drawn: list[Drawn]) -> str:
         brought=[(r, facts) for r in results.compressed if (facts := _brought(r.record))],
         facts=_facts(results),
         config=json.dumps(results.run["config"], indent=2, ensure_ascii=False),
-    )
-
-
-def _inline(figure: Drawn) -> str:
-    """The SVG element without its XML header, so that it can stand in a page; ids made unique to the figure."""
-    text = figure.svg.read_text(encoding="utf-8")
-    text = text[text.index("<svg") :]
-    return (
-        text.replace('id="', f'id="{figure.name}-')
-        .replace("url(#", f"url(#{figure.name}-")
-        .replace('href="#', f'href="#{figure.name}-')
     )
 
 
@@ -84,6 +78,59 @@ def _frontier_cell(verdicts: list[tuple[float, statistics.Verdict]]) -> str:
     beyond = [(level, verdict) for level, verdict in verdicts if reached is None or level > reached]
     text = "none" if reached is None else name(reached)
     return f"{text} ({name(beyond[0][0])}: {beyond[0][1]})" if beyond else text
+
+
+@dataclass(frozen=True)
+class _Flips:
+    """Of one setting on one suite: how many answers changed, and some of them."""
+
+    id: str
+    lost: int
+    won: int
+    shown: list[dict[str, Any]]
+
+
+def _flips(results: Results) -> dict[tuple[str, str], _Flips]:
+    """For each verdict on right-or-wrong answers some that changed; fewer for each where there are many."""
+    pairs = {
+        (result.name, suite): pair
+        for result in results.compressed
+        for suite in results.suites
+        if (pair := results.comparison(result.name, suite)) is not None and pair.flips
+    }
+    most = max(2, min(20, _FLIPS_IN_ALL // max(1, len(pairs))))
+    found = {}
+    for number, ((setting, suite), pair) in enumerate(pairs.items()):
+        value = results.metric(suite).value
+        changed = changed_answers(results.get(DENSE, suite).samples, results.get(setting, suite).samples, value)
+        shown = [
+            {
+                "id": sample.id,
+                "question": _question(sample.prompt),
+                "prompt": _shorten(sample.prompt, _PROMPT),
+                "dense": _shorten(sample.output or "", _ANSWER),
+                "other": _shorten(again.output or "", _ANSWER),
+                "lost": sample.scores[value] > again.scores[value],
+            }
+            for sample, again in _some(changed, value, most)
+        ]
+        found[setting, suite] = _Flips(f"flips-{number}", pair.lost or 0, pair.won or 0, shown)
+    return found
+
+
+def _some(changed: list[tuple[Sample, Sample]], value: str, most: int) -> list[tuple[Sample, Sample]]:
+    """Lost ones first, but a quarter of the places for what was won."""
+    lost = [pair for pair in changed if pair[0].scores[value] > pair[1].scores[value]]
+    won = [pair for pair in changed if pair[0].scores[value] < pair[1].scores[value]]
+    kept_for_won = min(len(won), most // 4)
+    first = lost[: most - kept_for_won]
+    return [*first, *won[: most - len(first)]]
+
+
+def _question(prompt: str) -> str:
+    """The end of a prompt, where the question stands."""
+    text = " ".join(prompt.strip().split("\n")[-2:])
+    return text if len(text) <= _QUESTION else f"…{text[-_QUESTION:]}"
 
 
 @dataclass(frozen=True)
@@ -161,9 +208,9 @@ def _answer(sample: Sample, key: str, grades: dict[str, float]) -> dict[str, Any
     return {"text": _shorten(sample.output or ""), "score": score, "truncated": sample.truncated}
 
 
-def _shorten(text: str) -> str:
+def _shorten(text: str, most: int = _LONG) -> str:
     """Both ends of a long text: a few-shot prompt begins with examples and ends with the question."""
-    return text if len(text) <= _LONG else f"{text[: _LONG // 2]}\n[…]\n{text[-_LONG // 2 :]}"
+    return text if len(text) <= most else f"{text[: most // 2]}\n[…]\n{text[-most // 2 :]}"
 
 
 def _brought(record: dict[str, Any] | None) -> dict[str, Any] | None:

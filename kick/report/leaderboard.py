@@ -11,8 +11,9 @@ from typing import Any
 from kick.errors import RunError
 from kick.files import check_writable, safe_name, write_json, write_text
 from kick.report import tables
+from kick.report.figures import draw, sizes
 from kick.report.results import Results, read_results
-from kick.report.template import render
+from kick.report.template import inline, render, script
 from kick.settings import DENSE
 
 _SAME = ("suite", "plugin", "params", "questions", "data")  # of a suite, for two runs to be compared on it
@@ -31,6 +32,8 @@ def write_leaderboard(runs: Sequence[Path], out: Path) -> list[dict[str, Any]]:
     rows = ranked([row for results in found for row in _rows(results)])
     suites = list(dict.fromkeys(suite for results in found for suite in results.suites))
     metrics = {suite: next(r.metric(suite).name for r in found if suite in r.suites) for suite in suites}
+    out.mkdir(parents=True, exist_ok=True)
+    figures = draw(sizes.planned(found), out / "figures")
     pages = {"index.html": ("All models and methods", rows)}
     for key, folder in (("model", "models"), ("method", "methods")):
         for value in dict.fromkeys(row[key] for row in rows):
@@ -39,7 +42,15 @@ def write_leaderboard(runs: Sequence[Path], out: Path) -> list[dict[str, Any]]:
     for name, (title, own) in pages.items():
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         root = "../" if "/" in name else ""
-        values = {"title": title, "rows": own, "suites": suites, "metrics": metrics, "runs": found, "root": root}
+        values: dict[str, Any] = {
+            "title": title,
+            "rows": own,
+            "suites": suites,
+            "metrics": metrics,
+            "runs": found,
+            "root": root,
+        }
+        values |= {"figures": [] if "/" in name else figures, "inline": inline, **script("report.js")}
         write_text(out / name, render("leaderboard.html.j2", **values))
     columns = [*_COLUMNS, *(f"{suite}{part}" for suite in suites for part in _OF_A_SUITE)]
     write_text(out / "leaderboard.csv", tables.csv_text(columns, rows))

@@ -76,17 +76,23 @@ def _flipped(
 ) -> list[tuple[str, str, str, str]]:
     """Questions on which the two score differently, those that the second lost before those that it won."""
     prompts = {sample.id: sample.prompt for sample in results.get(DENSE, suite).samples or first}
+    return [
+        (sample.id, prompts.get(sample.id, sample.prompt), sample.output or "", again.output or "")
+        for sample, again in changed_answers(first, second, value)
+    ]
+
+
+def changed_answers(first: list[Sample], second: list[Sample], value: str) -> list[tuple[Sample, Sample]]:
+    """The samples of both on which they score differently in `value`, the second's losses before its gains."""
     other = {sample.id: sample for sample in second}
     changed = []
     for sample in first:
         again = other.get(sample.id)
         if again is None or value not in sample.scores or value not in again.scores or sample.error or again.error:
             continue
-        difference = again.scores[value] - sample.scores[value]
-        if difference:
-            row = sample.id, prompts.get(sample.id, sample.prompt), sample.output or "", again.output or ""
-            changed.append((difference, row))
-    return [row for _, row in sorted(changed, key=lambda item: item[0])]
+        if difference := again.scores[value] - sample.scores[value]:
+            changed.append((difference, sample, again))
+    return [(sample, again) for _, sample, again in sorted(changed, key=lambda item: item[0])]
 
 
 def in_words(found: list[Pair], first: str, second: str, most: int) -> str:

@@ -16,7 +16,7 @@ from kick.errors import RunError
 from kick.files import read_json
 from kick.judge.questions import mean_ratings
 from kick.levels import Bits, Joint, Pattern, Sparsity
-from kick.settings import DENSE, Setting
+from kick.settings import DENSE, Setting, variation_in_words
 from kick.statistics import Interval
 from kick.suite import OVERALL, Metric, Sample, Score, Suite
 from kick.sweep.plan import make_suite
@@ -81,8 +81,9 @@ class SettingResult:
     @property
     def family(self) -> str:
         """What is drawn as one line: a compressor's sparsities; its patterns are another."""
-        label = self.setting.label.partition("@")[0] or self.setting.compressors
-        return f"{label} N:M" if isinstance(self.level, Pattern) else label
+        words = variation_in_words(self.setting.variation)
+        name = f"{self.setting.method} {words}" if words else self.setting.method
+        return f"{name} N:M" if isinstance(self.level, Pattern) else name
 
 
 def _has_another_shape(record: dict[str, Any], dense: dict[str, Any]) -> bool:
@@ -181,6 +182,13 @@ class Results:
             and found.n >= FEWEST_IN_MEANS
         ]
 
+    @cached_property
+    def places(self) -> dict[str, int]:
+        """See kick.report.ranks."""
+        from kick.report.ranks import places
+
+        return places(self)
+
     def mean_retained(self, setting: str) -> tuple[float, Interval] | None:
         """See `_mean_retained`; computed once."""
         if setting not in self._means:
@@ -239,7 +247,8 @@ def read_results(path: Path) -> Results:
         )
     store = Store(path)
     settings = [Setting(**{k: v for k, v in row.items() if k != "name"}) for row in run["settings"]]
-    suites = {spec.name: make_suite(spec) for spec in (SuiteSpec(**row) for row in run["config"]["suites"])}
+    specs = [own for row in run["config"]["suites"] for own in SuiteSpec(**row).each()]
+    suites = {spec.name: make_suite(spec) for spec in specs}
     for name, suite in suites.items():  # some suites know their metrics only from their questions
         if "metrics" in run["suites"].get(name, {}):
             suite.metrics = tuple(Metric(**row) for row in run["suites"][name]["metrics"])

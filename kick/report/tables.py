@@ -84,6 +84,7 @@ def _leader(results: Results, result: SettingResult) -> dict[str, Any]:
         "million_parameters": record["parameters"] / 1e6 if record else None,
         "megabytes": record["bytes"] / 1e6 if record else None,
     }
+    row["place"] = results.places.get(result.name)
     mean = (1.0, None) if result.name == DENSE else results.mean_retained(result.name)
     row["mean_retained"] = mean[0] if mean else None
     row["mean_retained_ci_low"] = mean[1].low if mean and mean[1] else None
@@ -141,11 +142,11 @@ def leaderboard_csv(results: Results) -> str:
 
 def leaderboard_markdown(results: Results) -> str:
     """The leaderboard for reading: scores with half-widths of their intervals, verdicts in words."""
-    header = ["setting", "sparsity", "bits", "M parameters", "MB", "mean retained"]
+    header = ["place", "setting", "sparsity", "bits", "M parameters", "MB", "mean retained"]
     header += [f"{name} ({results.metric(name).name})" for name in results.suites]
     lines = [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
     for row in leaderboard(results):
-        cells = [row["setting"], percent(row["sparsity"]), bits(row["bits_per_weight"])]
+        cells = [str(row["place"] or "–"), row["setting"], percent(row["sparsity"]), bits(row["bits_per_weight"])]
         cells += [number(row["million_parameters"], 1), number(row["megabytes"], 0), mean_cell(row)]
         cells += [score_cell(row, name) for name in results.suites]
         lines.append(f"| {' | '.join(cells)} |")
@@ -156,6 +157,7 @@ def leaderboard_markdown(results: Results) -> str:
         "Mean retained: share of the dense score left, over "
         + (", ".join(results.task_suites) or "no suite with a signal")
         + ".",
+        "Place: settings that the questions cannot tell apart share one (paired 95 % intervals of the mean).",
         "Bits: of a weight in the blocks, packed with scales and zero points where it is quantised.",
         "Zeros and quantised weights are stored dense: they make no file smaller and no model faster.",
     ]

@@ -1,5 +1,7 @@
 """Pages from templates: everything from a model is escaped, numbers are written as in the tables."""
 
+import base64
+import hashlib
 from importlib.resources import files
 from typing import Any
 
@@ -8,7 +10,24 @@ from markupsafe import Markup
 
 from kick.files import safe_name
 from kick.report import tables
+from kick.report.figures.style import Drawn
 from kick.settings import DENSE
+
+
+def script(name: str) -> dict[str, Any]:
+    """The script of that name, and the hash by which a page's policy allows it and no other."""
+    text = files("kick.report").joinpath(name).read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    return {"script": Markup(text), "script_hash": f"sha256-{digest}"}
+
+
+def inline(figure: Drawn) -> Markup:
+    """The SVG element without its XML header, so that it can stand in a page; ids made unique to the figure."""
+    text = figure.svg.read_text(encoding="utf-8")
+    text = text[text.index("<svg") :]
+    for before in ('id="', "url(#", 'href="#'):
+        text = text.replace(before, f"{before}{figure.name}-")
+    return Markup(text)
 
 
 def render(template: str, **values: Any) -> str:

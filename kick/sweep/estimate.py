@@ -5,10 +5,11 @@ from typing import Any
 
 from kick.meter import product_speed
 from kick.progress import duration
-from kick.sweep.plan import Plan
+from kick.sweep.plan import MODELS_AT_ONCE, WORKER_BYTES, Plan
 from kick.sweep.run import missing_evaluations
 from kick.sweep.store import RUN, Store, check_usable
 
+_JUDGE_REPLY_TOKENS = 200
 _CHARACTERS_PER_TOKEN = 4.0
 _OVERHEAD = 3.0
 """Measured wall seconds over matrix products at full speed alone, on the packaged model: attention, generation token by
@@ -20,9 +21,10 @@ def describe(plan: Plan, out: Path, fresh: bool = False) -> tuple[str, dict[str,
     check_usable(out, plan, fresh)
     store = Store(out)
     missing = {s.name: plan.suites for s in plan.settings} if fresh else missing_evaluations(plan, store)
-    parameters = _parameters(plan.path)
+    parameters = plan.parameters
     seconds = _seconds(plan, store, {name: [s.name for s in suites] for name, suites in missing.items()}, parameters)
     width = {"float32": 4, "bfloat16": 2, "float16": 2}[plan.dtype]
+    memory = WORKER_BYTES + MODELS_AT_ONCE * parameters * width
     kept = len(plan.settings) if plan.config.keep_checkpoints else min(2, len(missing))
     questions = sum(len(suite.examples) for suite in plan.suites)
     document: dict[str, Any] = {
@@ -37,16 +39,39 @@ def describe(plan: Plan, out: Path, fresh: bool = False) -> tuple[str, dict[str,
         "missing": {name: [suite.name for suite in suites] for name, suites in missing.items()},
         "estimated_seconds": round(seconds),
         "estimated_disk_bytes": kept * parameters * width + len(missing) * questions * 3000,
+        "estimated_memory_bytes": memory,
+        "judge": _judge(plan, {suite.name for suites in missing.values() for suite in suites}, len(missing)),
     }
     todo = sum(map(len, missing.values()))
+    judged = document["judge"]
     lines = [
         f"{plan.source.name} in {plan.dtype} on {plan.device}, into {out}",
         f"{len(plan.settings)} settings: {', '.join(document['settings'])}",
         "suites: " + ", ".join(f"{name} ({count} questions)" for name, count in document["suites"].items()),
         f"{document['evaluations']} evaluations, {document['evaluations'] - todo} already there, {todo} to do",
-        f"about {duration(seconds)} and {document['estimated_disk_bytes'] / 1e9:.1f} GB of disk at the peak",
+        f"about {duration(seconds)}, {document['estimated_disk_bytes'] / 1e9:.1f} GB of disk and "
+        f"{memory / 1e9:.1f} GB of memory at the peak",
     ]
+    if judged:
+        usd = "" if judged["estimated_usd"] is None else f", about {judged['estimated_usd']:.2f} USD"
+        lines.append(f"judge: about {judged['questions']:,} questions, {judged['tokens']:,} tokens{usd}")
     return "\n".join(lines), document
+
+
+def _judge(plan: Plan, missing: set[str], settings: int) -> dict[str, Any] | None:
+    """What grading the missing answers may take at most: a pair is asked in both orders; replies are short."""
+    spec = plan.config.judge
+    if spec is None:
+        return None
+    questions = prompt = 0
+    for suite in plan.suites:
+        if suite.name in missing and suite.suite.judged_metrics:
+            count = len(suite.examples) * settings
+            questions += 2 * count
+            prompt += int(2 * settings * sum(map(suite.suite.length, suite.examples)) / _CHARACTERS_PER_TOKEN)
+    output = questions * _JUDGE_REPLY_TOKENS
+    usd = spec.usd(prompt, output)
+    return {"questions": questions, "tokens": prompt + output, "estimated_usd": usd}
 
 
 def _seconds(plan: Plan, store: Store, missing: dict[str, list[str]], parameters: int) -> float:
@@ -73,23 +98,4 @@ def _seconds(plan: Plan, store: Store, missing: dict[str, list[str]], parameters
     if missing:
         speed = speed or product_speed(plan.device, plan.dtype)
         total += len(missing) * (calibrated * 2 * parameters / speed + 2 * parameters * 4 / 1e9)
-    return total
-
-
-def _parameters(path: Path) -> int:
-    """Counted from the headers of the weight files: no weight is read."""
-    if path.is_file():
-        from gguf import GGUFReader
-
-        return sum(int(tensor.n_elements) for tensor in GGUFReader(path).tensors)
-    from safetensors import safe_open
-
-    total = 0
-    for file in path.glob("*.safetensors"):
-        with safe_open(file, framework="pt") as tensors:
-            for key in tensors.keys():  # noqa: SIM118 (not a dict)
-                count = 1
-                for size in tensors.get_slice(key).get_shape():
-                    count *= size
-                total += count
     return total

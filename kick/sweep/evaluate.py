@@ -6,13 +6,13 @@ from typing import Any
 from kick.compare import estimate
 from kick.files import sha256_of
 from kick.suite import Sample
-from kick.sweep.clock import Clock
+from kick.sweep.clock import Watch
 from kick.sweep.plan import PlannedSuite
 from kick.sweep.store import EvaluationStore
 
 
 def evaluate(
-    lm: Any, dense: Any, planned: PlannedSuite, store: EvaluationStore, key: str, batch_size: int, clock: Clock
+    lm: Any, dense: Any, planned: PlannedSuite, store: EvaluationStore, key: str, batch_size: int, watch: Watch
 ) -> dict[str, Any]:
     """Ask what is not on disk yet, then write scores.json. Safe to kill and call again.
 
@@ -24,7 +24,7 @@ def evaluate(
     ids = [[id for example in batch for id in suite.sample_ids(example)] for batch in batches]
     done = store.resume(ids)
     before = sum(map(len, batches[:done]))
-    clock.skip(before)
+    watch.skip(before)
     start = time.perf_counter()
     with store.appending() as appender:
         for batch in batches[done:]:
@@ -32,7 +32,7 @@ def evaluate(
             for sample in answers:
                 appender.add(sample)
             appender.sync()
-            clock.advance(len(batch))
+            watch.advance(len(batch))
     seconds = time.perf_counter() - start
     samples = store.samples()
     result = {

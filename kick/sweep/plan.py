@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from kick import __version__, meter, models, plugins
 from kick import checkpoint as checkpoints
-from kick.calibration import Calibration, draw
+from kick.calibration import Calibration, CalibrationSpec, draw
 from kick.compress import Recipe, needs_calibration, prepare
 from kick.config import SuiteSpec, SweepConfig, parse_part
 from kick.errors import ConfigError, DataError
@@ -24,6 +24,12 @@ from kick.models import ModelSource
 from kick.settings import Setting, digest
 from kick.spec import distinct, explain
 from kick.suite import DataSource, Example, Suite, data_fingerprint, subset
+
+WORKER_BYTES = 1.0e9
+"""Memory of a process without a model: libraries and questions."""
+
+MODELS_AT_ONCE = 3
+"""Copies of the weights that compressing takes at its peak."""
 
 _RELEVANT_VERSIONS = ("torch", "transformers", "tokenizers", "lm-eval")
 
@@ -50,17 +56,25 @@ class Plan:
     device: str
     settings: list[Setting]
     suites: list[PlannedSuite]
-    calibration: Calibration | None  # drawn once for all settings, None if none needs it
+    calibrations: dict[CalibrationSpec, Calibration]  # each drawn once for all settings that need it
     inputs: dict[str, list[dict[str, str]]]  # what the stages of a setting read besides the source
     engines: list[dict[str, str]]  # versions of what answers outside this interpreter
     given: checkpoints.Checkpoint | None = None  # evaluated as it is: the plan's only setting
+
+    @cached_property
+    def parameters(self) -> int:
+        return models.count_parameters(self.path)
+
+    def calibration_of(self, setting: Setting) -> Calibration | None:
+        """None where nothing needs it."""
+        return self.calibrations.get(setting.calibration or self.config.calibration)
 
     def recipe(self, setting: Setting) -> Recipe:
         return Recipe(
             self.source,
             self.fingerprint,
             setting,
-            self.config.calibration,
+            setting.calibration or self.config.calibration,
             self.dtype,
             self.device,
             self.config.stream,
@@ -75,17 +89,14 @@ class Plan:
             "dtype": self.dtype,
             "device": self.device,
             "engines": self.engines,
-            "calibration": {
-                **self.config.calibration.model_dump(mode="json"),
-                "tokens": self.calibration.fingerprint if self.calibration else "",
-                "precision": self.calibration.precision if self.calibration else "",
-            },
+            "calibration": self._calibration(self.config.calibration),
             "versions": {name: version for name, version in meter.versions().items() if name in _RELEVANT_VERSIONS},
             "settings": {
                 setting.name: {
                     **setting.model_dump(mode="json"),
                     "plugins": [_plugin_version(plugins.COMPRESSORS, stage.compressor) for stage in setting.stages],
                     **({"inputs": inputs} if any(inputs := self.inputs.get(setting.name, [])) else {}),
+                    **({"calibration": self._calibration(setting.calibration)} if setting.calibration else {}),
                 }
                 for setting in self.settings
             },
@@ -96,6 +107,14 @@ class Plan:
                 }
                 for suite in self.suites
             },
+        }
+
+    def _calibration(self, spec: CalibrationSpec) -> dict[str, Any]:
+        drawn = self.calibrations.get(spec)
+        return {
+            **spec.model_dump(mode="json"),
+            "tokens": drawn.fingerprint if drawn else "",
+            "precision": drawn.precision if drawn else "",
         }
 
     def lm_of(self, setting: Setting, suite: PlannedSuite) -> LMSpec:
@@ -122,12 +141,13 @@ def make_plan(config: SweepConfig, as_is: bool = False) -> Plan:
         config.judge.check()
         config.judge.key()
         _check_judged(config)
+    assert isinstance(config.model, str)  # several models have a plan each
     source = models.find_source(config.model)
     given = None
     if as_is and source.path is not None and (source.path / checkpoints.RECORD).is_file():
         given = checkpoints.read(source.path)
         settings = [Setting(**given.record["setting"])]
-    suites = [plan_suite(spec, config.data) for spec in config.suites]
+    suites = [plan_suite(spec, config.data) for spec in config.all_suites()]
     for planned in suites:
         if planned.suite.needs_dense and not any(setting.is_dense for setting in settings):
             raise ConfigError(
@@ -138,9 +158,11 @@ def make_plan(config: SweepConfig, as_is: bool = False) -> Plan:
     engines = [find_lm(spec.name).check(params_of(spec), names) for spec in lms(config)]
     device, dtype = models.choose(config.device, config.dtype)
     path = models.fetch(source)
-    calibration = None
-    if given is None and any(needs_calibration(prepare(setting)) for setting in settings):
-        calibration = draw(config.calibration, models.load_tokenizer(path), dtype, device)
+    calibrations = {}
+    if given is None:
+        wanted = [s.calibration or config.calibration for s in settings if needs_calibration(prepare(s))]
+        tokenizer = models.load_tokenizer(path) if wanted else None
+        calibrations = {spec: draw(spec, tokenizer, dtype, device) for spec in distinct(wanted)}
     return Plan(
         config,
         source,
@@ -150,7 +172,7 @@ def make_plan(config: SweepConfig, as_is: bool = False) -> Plan:
         device,
         settings,
         suites,
-        calibration,
+        calibrations,
         inputs,
         engines,
         given,
@@ -165,7 +187,7 @@ def lms(config: SweepConfig) -> list[LMSpec]:
 
 def _check_judged(config: SweepConfig) -> None:
     assert config.judge is not None
-    judged = {spec.name: suite for spec in config.suites if (suite := make_suite(spec)).judged_metrics}
+    judged = {spec.name: suite for spec in config.all_suites() if (suite := make_suite(spec)).judged_metrics}
     unknown = sorted(set(config.judge.suites) - set(judged))
     if unknown or not judged:
         named = f"'{unknown[0]}'" if unknown else "none of the suites"

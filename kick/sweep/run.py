@@ -1,27 +1,27 @@
-"""Carry out what a run directory does not hold yet. Safe to kill and call again."""
+"""Carry out what a run directory does not hold yet. Safe to kill and call again.
 
-import gc
-import traceback
-from collections import Counter
-from collections.abc import Iterable
+The unit of work is a setting with the suites that it owes, so that a model is made and loaded once for all of them.
+An executor (kick.sweep.executors) carries works out; what came of them is read from the run directory. A process
+that died costs the evaluation that it was at: it is tried again with smaller batches, a bounded number of times.
+"""
+
+import shutil
+from collections import Counter, deque
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 from kick import checkpoint as checkpoints
-from kick.checkpoint import Checkpoint
-from kick.compress import compress
-from kick.errors import CheckpointError, KickError
-from kick.lm import load_lm
-from kick.lm.parity import Answers, ask, compare
-from kick.lm.spec import LMSpec
+from kick import plugins
+from kick.errors import RunError
 from kick.progress import Progress
 from kick.settings import DENSE, Setting
-from kick.spec import distinct
 from kick.sweep.clock import COMPRESS, Clock
-from kick.sweep.evaluate import evaluate
+from kick.sweep.executors import find_executor
+from kick.sweep.executors.base import Ended, Executor, Job
 from kick.sweep.plan import Plan, PlannedSuite, lms
 from kick.sweep.store import Store
+from kick.sweep.work import Owed, Work, lms_of, record_failure
+
+_LOOK_AGAIN = 0.5  # seconds, while the dense checkpoint is awaited
 
 
 @dataclass
@@ -37,89 +37,38 @@ class Summary:
 def run(plan: Plan, store: Store, progress: Progress, debug: bool = False) -> Summary:
     """Compress and evaluate every setting that is not complete. A failing one is recorded and the rest goes on."""
     missing = missing_evaluations(plan, store)
-    units = Counter({COMPRESS: len(missing)})
-    for suites in missing.values():
-        units.update({suite.name: len(suite.examples) for suite in suites})
     total = len(plan.settings) * len(plan.suites)
     summary = Summary(evaluations=total, already=total - sum(map(len, missing.values())))
-    clock = Clock(progress, units)
-    workshop = Workshop(plan, store, clock)
-
-    def failed(setting: Setting, suite: PlannedSuite, error: Exception) -> None:
-        reason = str(error) if isinstance(error, KickError) else f"{type(error).__name__}: {error}"
-        summary.failed[f"{setting.name} on {suite.name}"] = reason
-        progress.note(f"failed: {setting.name} on {suite.name}: {reason}")
-        if debug:
-            progress.note("".join(traceback.format_exception(error)))
-        result = {"key": plan.key(setting, suite), "status": "failed", "reason": reason}
-        store.evaluation(setting.name, suite.name).finish(result)
-
     if missing:
-        check_parity(plan, store, workshop)
-    for setting in plan.settings:
-        suites = missing.get(setting.name, [])
-        for spec in lms_of(plan, setting, suites):
-            own = [suite for suite in suites if plan.lm_of(setting, suite) == spec]
-            try:
-                path = workshop.checkpoint(setting).path
-                lm = load_lm(spec, path, plan.dtype_of(setting), plan.device, setting.name)
-            except Exception as error:  # whatever a compressor does wrong costs its own setting only
-                for suite in own:
-                    failed(setting, suite, error)
-                continue
-            for suite in own:
-                clock.start(f"{setting.name}: {suite.name}", suite.name, len(suite.examples))
-                try:
-                    evaluation = store.evaluation(setting.name, suite.name)
-                    evaluate(
-                        lm,
-                        workshop.dense_lm(setting, suite, lm) if suite.suite.needs_dense else None,
-                        suite,
-                        evaluation,
-                        plan.key(setting, suite),
-                        spec.batch_size,
-                        clock,
-                    )
-                    summary.done += 1
-                except Exception as error:  # likewise for a suite
-                    failed(setting, suite, error)
-                clock.stop()
-            workshop.forget_dense()
-            lm.close()
-            del lm
-            gc.collect()
-        if suites:
-            workshop.finished_with(setting)
-    workshop.close()
+        units = Counter({COMPRESS: len(missing)})
+        for suites in missing.values():
+            units.update({suite.name: len(suite.examples) for suite in suites})
+        clock = Clock(progress, units)
+        spec = plan.config.executor
+        config = plan.config.model_dump(mode="json")
+        job = Job(str(store.root.resolve()), config, plugins.files(), plan.identity, spec.timeout, debug)
+        _check_room(plan, store)
+        executor = find_executor(spec)(plan, store, job, clock.lane)
+        try:
+            _Scheduler(plan, store, executor, progress, summary).run(missing)
+        finally:
+            executor.close()
+    if not plan.config.keep_checkpoints:
+        for setting in plan.settings:  # also what a killed run left behind
+            store.drop_checkpoint(setting.name)
     return summary
 
 
-def check_parity(plan: Plan, store: Store, workshop: "Workshop") -> None:
-    """Where several LMs answer, whether they say the same of the dense model; once a run, kept in run.json."""
-    first, *others = distinct(spec.model_copy(update={"batch_size": 1}) for spec in lms(plan.config))
-    if not others or store.parity() is not None:
-        return
-    asked: list[tuple[LMSpec, Answers | str]] = []
-    for spec in (first, *others):  # one after the other: each may want all of a GPU
-        try:
-            lm = load_lm(spec, workshop.checkpoint(plan.settings[0]).path, plan.dtype, plan.device)
-            asked.append((spec, ask(lm)))
-            lm.close()
-        except KickError as error:  # its evaluations will fail with the same reason, the others need not
-            asked.append((spec, error.message))
-    rows = []
-    for spec, answers in asked[1:]:
-        for row in compare(asked[0][1], answers, plan.dtype):
-            rows.append({"reference": first.name, "lm": spec.name, "params": spec.params, **row.as_row()})
-            if not row.agrees:
-                what = row.reason or f"by {row.difference:.3g}"
-                workshop.clock.progress.note(f"lm '{spec.name}' disagrees with '{first.name}' on {row.kind}: {what}")
-    store.keep_parity(rows)
-
-
-def lms_of(plan: Plan, setting: Setting, suites: Iterable[PlannedSuite]) -> list[LMSpec]:
-    """The LMs that answer `suites` for `setting`: each is loaded once."""
-    return distinct(plan.lm_of(setting, suite) for suite in suites)
+def _check_room(plan: Plan, store: Store) -> None:
+    """Raise RunError where not even the dense checkpoint and one compressed beside it fit onto the disk."""
+    width = {"float32": 4, "bfloat16": 2, "float16": 2}[plan.dtype]
+    needed = 2 * plan.parameters * width
+    free = shutil.disk_usage(store.root).free
+    if plan.given is None and free < needed:
+        raise RunError(
+            f"{store.root} has {free / 1e9:.2f} GB of free disk; two checkpoints take {needed / 1e9:.2f} GB.",
+            "Free some space, or choose an --out on another disk.",
+        )
 
 
 def missing_evaluations(plan: Plan, store: Store) -> dict[str, list[PlannedSuite]]:
@@ -136,95 +85,109 @@ def missing_evaluations(plan: Plan, store: Store) -> dict[str, list[PlannedSuite
     return missing
 
 
-class Workshop:
-    """Makes checkpoints when they are needed and clears them away when they are not.
+class _Scheduler:
+    """Hands works to an executor, and decides what becomes of those whose process died."""
 
-    Every compressor starts from the dense checkpoint: the source in the run's precision, read once.
-    """
+    def __init__(self, plan: Plan, store: Store, executor: Executor, progress: Progress, summary: Summary) -> None:
+        self.plan, self.store, self.executor = plan, store, executor
+        self.progress, self.summary = progress, summary
+        self.settings = {setting.name: setting for setting in plan.settings}
+        self.suites = {suite.name: suite for suite in plan.suites}
+        self.deaths: Counter[tuple[str, str]] = Counter()  # (setting, suite) -> tries that ended badly
+        self.waiting: deque[Work] = deque()
 
-    def __init__(self, plan: Plan, store: Store, clock: Clock) -> None:
-        self.plan, self.store, self.clock = plan, store, clock
-        self.checkpoints: dict[str, Checkpoint] = {}
-        self.without_dense: Exception | None = None
-        self._dense: Any = None
+    def run(self, missing: dict[str, list[PlannedSuite]]) -> None:
+        """All works to their end: first the dense model's, whose checkpoint the others start from."""
+        for name, suites in missing.items():
+            for suite in suites:  # what failed in an earlier call counts as not tried
+                self.store.evaluation(name, suite.name).forget_failure()
+        works = [self._work(self.settings[name], suites) for name, suites in missing.items()]
+        if works[0].setting != DENSE and self._needs_dense():
+            works.insert(0, Work(DENSE, ()))
+        self.waiting.extend(works)
+        dense_under_way = works[0].setting == DENSE
+        under_way = 0
+        while self.waiting or under_way:
+            held_back = dense_under_way and under_way and not self._dense_is_there()
+            if self.waiting and under_way < self.executor.slots and not held_back:
+                self.executor.submit(self.waiting.popleft())
+                under_way += 1
+            else:
+                for ended in self.executor.wait(_LOOK_AGAIN):
+                    under_way -= 1
+                    dense_under_way = dense_under_way and ended.work.setting != DENSE
+                    self._settle(ended)
 
-    def checkpoint(self, setting: Setting) -> Checkpoint:
-        """The setting's checkpoint: the one on disk if it is whole, else made anew."""
-        if self.without_dense is not None:  # nothing can start from it: do not try again for every setting
-            raise self.without_dense
-        if setting.name not in self.checkpoints:
-            try:
-                found = self._given() or self._same_as_dense(setting) or self._on_disk(setting) or self._make(setting)
-                self._check_same(setting, found)
-            except Exception as error:
-                self.without_dense = error if setting.name == DENSE else None
-                raise
-            self.checkpoints[setting.name] = found
-            self.store.keep_record(setting.name, found.record)
-        return self.checkpoints[setting.name]
+    def _work(self, setting: Setting, suites: list[PlannedSuite]) -> Work:
+        """In the order in which they are answered: an LM is loaded once for all its suites."""
+        by_lm = [
+            suite
+            for spec in lms_of(self.plan, setting, suites)
+            for suite in suites
+            if self.plan.lm_of(setting, suite) == spec
+        ]
+        return Work(setting.name, tuple(Owed(suite.name, self.deaths[setting.name, suite.name]) for suite in by_lm))
 
-    def dense_lm(self, setting: Setting, suite: PlannedSuite, lm: Any) -> Any:
-        """The dense model's LM, for suites that ask it beside `setting`: `lm` itself where that is dense."""
-        if setting.name == DENSE:
-            return lm
-        if self._dense is None:
-            dense = self.plan.settings[0]  # always first
-            spec = self.plan.lm_of(dense, suite)
-            self._dense = load_lm(spec, self.checkpoint(dense).path, self.plan.dtype, self.plan.device)
-        return self._dense
+    def _needs_dense(self) -> bool:
+        """Whether there is something to be done with the dense model although it has answered everything."""
+        given = self.plan.given is not None
+        return not given and (
+            not self._dense_is_there() or (len(lms(self.plan.config)) > 1 and self.store.parity() is None)
+        )
 
-    def forget_dense(self) -> None:
-        """Two models are in memory only while both are asked."""
-        if self._dense is not None:
-            self._dense.close()
-        self._dense = None
+    def _dense_is_there(self) -> bool:
+        return (self.store.checkpoint_path(DENSE) / checkpoints.RECORD).is_file()
 
-    def _given(self) -> Checkpoint | None:
-        given = self.plan.given
-        if given is not None and (problems := checkpoints.verify(given)):
-            raise CheckpointError(f"{given.path} is not what its record says: {problems[0]}.", "Compress again.")
-        return given
+    def _settle(self, ended: Ended) -> None:
+        """Count what a work did; what it did not live to do, or had no memory for, is put in front of the queue."""
+        setting = self.settings[ended.work.setting]
+        again: list[PlannedSuite] = []
+        at_fault: list[PlannedSuite] = []
+        for name, _ in ended.work.owed:
+            suite = self.suites[name]
+            result = self.store.evaluation(setting.name, name).result()
+            if result is None:
+                again.append(suite)
+            elif result["status"] == "failed" and result.get("out_of_memory"):
+                at_fault.append(suite)
+        died = ended.died or "it ended without a result"
+        if again:  # the first of them was under way, or all of them wait for a checkpoint that was
+            made = (self.store.checkpoint_path(setting.name) / checkpoints.RECORD).is_file()
+            at_fault += again[:1] if made else again
+        for suite in at_fault:
+            self.deaths[setting.name, suite.name] += 1
+            tries = self.deaths[setting.name, suite.name]
+            own = self.store.evaluation(setting.name, suite.name)
+            result = own.result()
+            if tries <= self.plan.config.executor.retries:
+                if result is not None:
+                    own.forget_failure()
+                    again.append(suite)
+            elif result is None:
+                times = f" ({tries} times)" if tries > 1 else ""
+                record_failure(self.plan, self.store, setting, suite, f"its process died{times}: {died}")
+                again.remove(suite)
+        for suite in at_fault if again else []:
+            self.progress.note(f"trying again: {setting.name} on {suite.name}: {died}")
+        self._count(setting, [self.suites[name] for name, _ in ended.work.owed if self.suites[name] not in again])
+        if again:
+            self.waiting.appendleft(self._work(setting, again))
+        elif not setting.is_dense:
+            self._clear_away(setting)
 
-    def _same_as_dense(self, setting: Setting) -> Checkpoint | None:
-        """A variant of dense is the dense model, asked in another way."""
-        return self.checkpoint(self.plan.settings[0]) if setting.is_dense and setting.name != DENSE else None
-
-    def _on_disk(self, setting: Setting) -> Checkpoint | None:
-        path = self.store.checkpoint_path(setting.name)
-        if not (path / checkpoints.RECORD).is_file():
-            return None
-        try:
-            found = checkpoints.read(path)
-        except CheckpointError:  # damaged: it is made again
-            return None
-        return None if checkpoints.verify(found) else found
-
-    def _make(self, setting: Setting) -> Checkpoint:
-        start: Path | None = None
-        if not setting.is_dense:
-            start = self.checkpoint(self.plan.settings[0]).path  # dense is always first
-        self.clock.start(f"{setting.name}: {'load' if setting.is_dense else 'compress'}", COMPRESS, 1)
-        out = self.store.checkpoint_path(setting.name)
-        recipe = self.plan.recipe(setting)
-        made = compress(recipe, out, self.clock.show, start, self.plan.calibration)
-        self.clock.advance(1)
-        return made
-
-    def _check_same(self, setting: Setting, found: Checkpoint) -> None:
-        """Answers of one setting must all be of the same weights."""
-        before = self.store.record(setting.name)
-        if before is not None and before["weights_fingerprint"] != found.fingerprint:
-            raise CheckpointError(
-                f"{setting.name} came out different from the weights that earlier answers in this folder belong to.",
-                "The compressor is not deterministic, or this is another machine. --fresh starts the folder again.",
-            )
-
-    def finished_with(self, setting: Setting) -> None:
-        if not self.plan.config.keep_checkpoints and not setting.is_dense:
+    def _clear_away(self, setting: Setting) -> None:
+        config = self.plan.config
+        if not config.keep_checkpoints:
             self.store.drop_checkpoint(setting.name)
+        elif config.disk_budget_gb is not None:
+            self.store.trim_checkpoints(1e9 * config.disk_budget_gb, spare=DENSE)
 
-    def close(self) -> None:
-        """Also what a killed run left behind."""
-        if not self.plan.config.keep_checkpoints:
-            for setting in self.plan.settings:
-                self.store.drop_checkpoint(setting.name)
+    def _count(self, setting: Setting, settled: list[PlannedSuite]) -> None:
+        for suite in settled:
+            result = self.store.evaluation(setting.name, suite.name).result()
+            assert result is not None
+            if result["status"] == "complete":
+                self.summary.done += 1
+            else:
+                self.summary.failed[f"{setting.name} on {suite.name}"] = result["reason"]
+                self.progress.note(f"failed: {setting.name} on {suite.name}: {result['reason']}")

@@ -1,6 +1,7 @@
 """The run directory: what is done, and the appending of what comes in. One writer at a time.
 
 run.json                                    resolved configuration, identity, versions, hardware
+logs/                                       what worker processes print
 evaluations/SETTING/kick.json               the record of the setting's checkpoint
 evaluations/SETTING/SUITE/samples.jsonl     one line a sample, appended as answers come
                           scores.json       written last: with status "complete" the evaluation is done
@@ -8,7 +9,6 @@ evaluations/SETTING/SUITE/samples.jsonl     one line a sample, appended as answe
 checkpoints/SETTING/                        weights, while they are needed
 """
 
-import fcntl
 import json
 import os
 import shutil
@@ -24,6 +24,7 @@ from kick.errors import RunError
 from kick.files import check_writable, read_json, safe_name, sha256_of, to_json, write_bytes, write_json, write_text
 from kick.judge.questions import Judgment
 from kick.suite import Sample
+from kick.sweep.lock import lock
 from kick.sweep.plan import Plan
 
 RUN = "run.json"
@@ -32,10 +33,11 @@ FORMAT = 1
 
 
 class Store:
-    """A run directory opened for writing."""
+    """A run directory opened for writing. lock_file: what the lock hangs on, to be held by all who write."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, lock_file: TextIO | None = None) -> None:
         self.root = root
+        self.lock_file = lock_file
 
     # The run as a whole
 
@@ -48,13 +50,13 @@ class Store:
         """
         check_usable(root, plan, fresh)
         root.mkdir(parents=True, exist_ok=True)
-        with lock(root):
+        with lock(root) as lock_file:
             if fresh:
-                for part in ("evaluations", "checkpoints", "figures"):
+                for part in ("evaluations", "checkpoints", "figures", "logs"):
                     shutil.rmtree(root / part, ignore_errors=True)
                 for part in (RUN, JUDGE, JUDGE_CACHE, "scores.csv", "leaderboard.csv", "leaderboard.md", "report.html"):
                     (root / part).unlink(missing_ok=True)
-            store = Store(root)
+            store = Store(root, lock_file)
             store._begin(plan)
             yield store
 
@@ -112,6 +114,18 @@ class Store:
         parent = self.root / "checkpoints"
         if parent.is_dir() and not any(parent.iterdir()):
             parent.rmdir()
+
+    def trim_checkpoints(self, most_bytes: float, spare: str) -> None:
+        """Delete checkpoints, the ones made longest ago first, until the others take no more than `most_bytes`."""
+        kept = [path for path in (self.root / "checkpoints").iterdir() if path != self.checkpoint_path(spare)]
+        kept.sort(key=lambda path: path.stat().st_mtime)
+        sizes = [sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) for path in kept]
+        excess = sum(sizes) - most_bytes
+        for path, size in zip(kept, sizes, strict=True):
+            if excess <= 0:
+                break
+            shutil.rmtree(path)
+            excess -= size
 
     # One setting, one evaluation
 
@@ -214,6 +228,11 @@ class EvaluationStore:
         self.path.mkdir(parents=True, exist_ok=True)
         write_json(self.scores_path, result)
 
+    def forget_failure(self) -> None:
+        """A failed evaluation counts as one that was not tried; its samples stay."""
+        if (self.result() or {}).get("status") == "failed":
+            self.scores_path.unlink()
+
 
 class Appender:
     """Writes samples at once; `sync` makes sure that they are on disk."""
@@ -262,13 +281,17 @@ def check_same(root: Path, identity: dict[str, Any]) -> None:
         raise RunError(
             f"{root / RUN} cannot be read.", "Choose another --out, or --fresh to start that folder again."
         ) from error
-    differences = list(_differences(held, json.loads(json.dumps(identity))))
-    if differences:
-        shown = "; ".join(differences[:3]) + (f"; {len(differences) - 3} more" if len(differences) > 3 else "")
+    if shown := differences(held, identity):
         raise RunError(
             f"{root} holds a run of another configuration: {shown}.",
             "Choose another --out, or --fresh to start that folder again.",
         )
+
+
+def differences(held: dict[str, Any], wanted: dict[str, Any]) -> str:
+    """How two identities differ, in words; empty if they do not."""
+    found = list(_differences(held, json.loads(json.dumps(wanted))))
+    return "; ".join(found[:3]) + (f"; {len(found) - 3} more" if len(found) > 3 else "")
 
 
 def _differences(held: Any, wanted: Any, place: str = "") -> Iterator[str]:
@@ -283,20 +306,3 @@ def _differences(held: Any, wanted: Any, place: str = "") -> Iterator[str]:
                 yield from _differences(held[key], wanted[key], below)
     elif held != wanted:
         yield f"{place} is {held!r} there, {wanted!r} here"
-
-
-@contextmanager
-def lock(root: Path) -> Iterator[None]:
-    """Held by the process, not by a file's existence: a killed run leaves no stale lock."""
-    with open(root / ".lock", "a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            owner = file.read().strip() or "another process"
-            raise RunError(f"{root} is being written by {owner}.", "Wait for it, or choose another --out.") from None
-        file.seek(0)
-        file.truncate()
-        file.write(f"process {os.getpid()} since {datetime.now(UTC).isoformat(timespec='seconds')}")
-        file.flush()
-        yield

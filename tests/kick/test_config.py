@@ -80,7 +80,9 @@ def test_overrides(tmp_path):
 )
 def test_a_wrong_file_says_which_key_and_what_is_allowed(tmp_path, text, says):
     with pytest.raises(ConfigError) as error:
-        load(write(tmp_path, text)).all_settings()
+        config = load(write(tmp_path, text))
+        config.all_settings()
+        config.all_suites()
     for words in says:
         assert words in str(error.value)
 

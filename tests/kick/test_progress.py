@@ -25,7 +25,7 @@ def now(monkeypatch):
 
 def test_the_time_left_comes_from_each_kinds_own_rate(now):
     seen = Remembering()
-    clock = Clock(seen, {"slow": 20, "quick": 40, COMPRESS: 2})
+    clock = Clock(seen, {"slow": 20, "quick": 40, COMPRESS: 2}).lane()
     clock.start("a: compress", COMPRESS, 1)
     now["seconds"] += 5
     clock.advance(1)
@@ -41,9 +41,24 @@ def test_the_time_left_comes_from_each_kinds_own_rate(now):
     assert seen.steps[-1] == ("a: quick", 30, 60, pytest.approx(10 * 2 + 20 * 0.5 + 5))
 
 
+def test_works_side_by_side_share_the_time_left(now):
+    seen = Remembering()
+    clock = Clock(seen, {"suite": 40})
+    first, second = clock.lane(), clock.lane()
+    first.start("a: suite", "suite", 20)
+    second.start("b: suite", "suite", 20)
+    now["seconds"] += 10
+    first.advance(5)  # 2 s a question
+    second.advance(5)
+    assert seen.steps[-1] == ("b: suite", 10, 40, pytest.approx(30 * 2 / 2))
+    first.stop()
+    second.show()
+    assert seen.steps[-1] == ("b: suite", 25, 40, pytest.approx(15 * 2))
+
+
 def test_what_is_given_up_is_not_waited_for(now):
     seen = Remembering()
-    clock = Clock(seen, {"suite": 20})
+    clock = Clock(seen, {"suite": 20}).lane()
     clock.start("a: suite", "suite", 10)
     now["seconds"] += 1
     clock.advance(1)

@@ -1,0 +1,174 @@
+"""Score against how far the model is compressed: a line for each method, a point for each pattern, with intervals."""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import numpy as np
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from kick.compare import Estimate
+from kick.report.figures.style import (
+    Planned,
+    hint,
+    interval_in_words,
+    label_line,
+    legend,
+    method_style,
+    name_ticks,
+    title,
+)
+from kick.report.results import Axis, Results, SettingResult
+from kick.settings import DENSE
+from kick.statistics import TOLERANCE
+
+_PATTERN_STEP = 1.5  # points of sparsity between methods whose patterns would lie on one another
+
+_AXES: dict[Axis, str] = {
+    "sparsity": "sparsity of the pruned layers, measured (%)",
+    "bits": "bits a weight of the blocks, with scales and zero points",
+    "size": "parameters removed, measured (%)",
+}
+
+
+def planned(results: Results) -> Iterator[Planned]:
+    for suite in results.suites:
+        dense = results.estimate(DENSE, suite)
+        if dense is None or dense.n == 0:
+            continue
+        for axis in _AXES:
+            if _families(results, axis):
+                draw = partial(_score_against, axis, results, suite)
+                yield Planned(f"{suite}-against-{axis}", f"{suite} against {axis}", draw)
+
+
+def _families(results: Results, axis: Axis) -> list[str]:
+    """The lines of a figure; what was varied at one level alone is a study, and has a figure of its own."""
+    found = []
+    for family in results.families_on(axis):
+        own = [result for result in results.compressed if result.family == family]
+        if not own[0].setting.variation or len({result.setting.level for result in own}) > 1:
+            found.append(family)
+    return found
+
+
+def _score_against(axis: Axis, results: Results, suite: str) -> tuple[Figure, str]:
+    metric = results.metric(suite)
+    dense = results.estimate(DENSE, suite)
+    assert dense is not None
+    figure, axes = plt.subplots()
+    percent = metric.unit.startswith("share")
+    scale = 100.0 if percent else 1.0
+
+    axes.axhline(dense.score * scale, color="0.25", linewidth=1.2)
+    label_line(axes, dense.score * scale, "dense", "above" if metric.higher_is_better else "below")
+    if not metric.descriptive:
+        limit = dense.score * (1 - TOLERANCE) if metric.higher_is_better else dense.score / (1 - TOLERANCE)
+        axes.axhline(limit * scale, color="0.25", linewidth=1.0, linestyle=(0, (4, 3)))
+        label_line(axes, limit * scale, "95 % of dense", "below" if metric.higher_is_better else "above")
+    axes.axhspan(dense.interval.low * scale, dense.interval.high * scale, color="0.25", alpha=0.08, linewidth=0)
+    if metric.chance is not None:
+        axes.axhline(metric.chance * scale, color="0.55", linewidth=1.0, linestyle=":")
+        label_line(axes, metric.chance * scale, "chance")
+
+    _draw_families(axes, axis, results, suite, scale, dense)
+    axes.set_xlabel(_AXES[axis])
+    axes.set_ylabel(
+        f"{metric.name.replace('_', ' ')}{' (%)' if percent else f' ({metric.unit})' if metric.unit else ''}"
+    )
+    if metric.transform == "exp":
+        axes.set_yscale("log")
+        name_ticks(axes.yaxis, ",.0f")
+    if axis == "bits":
+        axes.invert_xaxis()  # compression grows to the right everywhere
+    else:
+        axes.set_xlim(left=min(-1.5, axes.get_xlim()[0]) if axis == "size" else -1.5)  # dense stands at 0
+    title(axes, f"{suite}: {metric.name.replace('_', ' ')} against {axis}")
+    legend(axes, len(_families(results, axis)))
+    caption = (
+        f"n = {dense.n}. Bands and bars: 95 % intervals; grey: the dense model's own."
+        + ("" if metric.descriptive else " Dashed: where 5 % of the dense score is lost.")
+        + (
+            " Patterns stand side by side at their sparsity."
+            if any(f.endswith(" N:M") for f in _families(results, axis))
+            else ""
+        )
+        + (" Logarithmic scale; lower is better." if metric.transform == "exp" else "")
+        + (f" Dotted: chance, {metric.chance * scale:g}{' %' if percent else ''}." if metric.chance is not None else "")
+    )
+    if not dense.signal:
+        caption += " The dense model is not clearly above chance: this suite says nothing about it."
+    return figure, caption
+
+
+def _place(axis: Axis, result: SettingResult) -> float | None:
+    """Where a setting stands on the axis, as measured."""
+    if axis == "bits":
+        return result.bits_per_weight
+    if axis == "size":
+        return None if result.parameters_removed is None else 100 * result.parameters_removed
+    return None if result.sparsity is None else 100 * result.sparsity
+
+
+def _draw_families(axes: Axes, axis: Axis, results: Results, suite: str, scale: float, dense: Estimate) -> None:
+    """Lines with bands, from dense on; what stands alone as points with bars, patterns named and side by side."""
+    patterns = [family for family in results.families if family.endswith(" N:M")]
+    percent = scale != 1.0
+    for family in _families(results, axis):
+        style = method_style(results, family)
+        points = [
+            (place, found, result)
+            for result in results.compressed
+            if result.family == family
+            and (place := _place(axis, result)) is not None
+            and (found := results.estimate(result.name, suite))
+        ]
+        points.sort(key=lambda point: point[0])
+        if not points:
+            continue
+        for place, found, result in points:
+            words = interval_in_words(found.score, found.interval, percent)
+            shift = _PATTERN_STEP * (patterns.index(family) - (len(patterns) - 1) / 2) if family in patterns else 0.0
+            hint(axes, place + shift, found.score * scale, f"{result.name}: {words}, n {found.n}")
+        alone = points[0][2].stands_alone
+        beside = _PATTERN_STEP * (patterns.index(family) - (len(patterns) - 1) / 2) if family in patterns else 0.0
+        if not alone and len({place for place, _, _ in points}) < len(points):
+            _draw_seeds(axes, points, scale, style, family)
+            continue
+        curve = [(place, found) for place, found, _ in points]
+        if axis != "bits" and not alone:
+            curve.insert(0, (0.0, dense))
+        first = len(curve) - len(points)  # dense is a line of its own, and takes no marker
+        x = np.array([place + beside for place, _ in curve])
+        y = np.array([found.score for _, found in curve]) * scale
+        low = np.array([found.interval.low for _, found in curve]) * scale
+        high = np.array([found.interval.high for _, found in curve]) * scale
+        if alone:
+            axes.errorbar(
+                x, y, yerr=[np.maximum(y - low, 0), np.maximum(high - y, 0)], label=family, color=style["color"],
+                marker=style["marker"], markerfacecolor="white", markersize=7, linestyle="none", capsize=3, zorder=4,
+            )  # fmt: skip
+            for place, score, (_, _, result) in zip(x, y, points, strict=True):
+                axes.annotate(
+                    result.setting.level, (place, score), xytext=(-7 if beside < 0 else 7, 3),
+                    textcoords="offset points", ha="right" if beside < 0 else "left", fontsize=8,
+                )  # fmt: skip
+        else:
+            axes.plot(
+                x, y, label=family, linewidth=1.8, markersize=5.5, markevery=range(first, len(x)), zorder=3, **style
+            )
+            axes.fill_between(x, low, high, color=style["color"], alpha=0.16, linewidth=0)
+
+
+def _draw_seeds(axes: Axes, points: list[Any], scale: float, style: dict[str, Any], family: str) -> None:
+    """Several runs of a level: a line through their means, each run a small point, the band from lowest to highest."""
+    places = sorted({place for place, _, _ in points})
+    scores = [[scale * found.score for own, found, _ in points if own == place] for place in places]
+    axes.plot(places, [np.mean(own) for own in scores], label=f"{family} (mean of seeds)", linewidth=1.8, **style)
+    axes.fill_between(
+        places, [min(own) for own in scores], [max(own) for own in scores], color=style["color"], alpha=0.16
+    )
+    for place, own in zip(places, scores, strict=True):
+        axes.plot([place] * len(own), own, linestyle="none", marker=".", color=style["color"], markersize=4)

@@ -1,0 +1,212 @@
+"""What was retained over all suites: against bytes, against perplexity, against speed."""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from kick.report.figures.style import (
+    LOST,
+    Planned,
+    bars,
+    hint,
+    interval_in_words,
+    label_line,
+    legend,
+    method_style,
+    name_ticks,
+    title,
+)
+from kick.report.results import Results
+from kick.report.tables import PERPLEXITY_MARGIN
+from kick.statistics import Interval
+
+
+def planned(results: Results) -> Iterator[Planned]:
+    if not results.task_suites or not any(results.mean_retained(result.name) for result in results.compressed):
+        return
+    if (suite := results.perplexity_suite) is not None:
+        draw = partial(_perplexity_against_capability, results, suite)
+        yield Planned("perplexity-against-capability", "Perplexity against capability", draw)
+    yield Planned("size-against-retained", "Size against mean retained score", partial(_size_against_retained, results))
+    if (suite := _speed_suite(results)) is not None:
+        draw = partial(_speed_against_retained, results, suite)
+        yield Planned("speed-against-retained", "Speed against mean retained score", draw)
+
+
+def _finish(axes: Axes, xlabel: str, heading: str) -> None:
+    """What all figures of the mean retained score have in common."""
+    axes.axhline(LOST, color="0.25", linewidth=1.0, linestyle=(0, (4, 3)))
+    label_line(axes, LOST, "95 % of dense")
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel("mean retained score (%)")
+    axes.set_ylim(bottom=0)
+    title(axes, heading)
+    legend(axes, len(axes.get_legend_handles_labels()[0]))
+
+
+def _size_against_retained(results: Results) -> tuple[Figure, str]:
+    """What is on disk, and beside it what the weights would take packed; and the front of the packed ones."""
+    figure, axes = plt.subplots()
+    dense = next(result for result in results.settings if result.setting.is_dense)
+    if dense.record:
+        axes.plot(
+            dense.record["bytes"] / 1e6, 100, marker="*", markersize=13, color="0.2", linestyle="none", label="dense"
+        )
+    labelled: set[str] = set()
+    places = []
+    for result in results.compressed:
+        mean = results.mean_retained(result.name)
+        if mean is None or result.record is None:
+            continue
+        style = method_style(results, result.family)
+        method = result.family.removesuffix(" N:M")
+        y = 100 * mean[0]
+        disk, packed = result.record["bytes"] / 1e6, packed_bytes(result.record) / 1e6
+        places.append((packed, y))
+        words = interval_in_words(mean[0], mean[1], percent=True)
+        hint(axes, packed, y, f"{result.name}: {words}; {packed:.0f} MB packed, {disk:.0f} MB on disk")
+        reach = bars(y, 100 * mean[1].low, 100 * mean[1].high)
+        axes.plot([packed, disk], [y, y], color=style["color"], linewidth=0.7, alpha=0.5)
+        axes.errorbar(
+            packed,
+            y,
+            yerr=reach,
+            color=style["color"],
+            marker=style["marker"],
+            markerfacecolor="white",
+            capsize=2,
+            linewidth=0.9,
+        )
+        axes.plot(
+            disk,
+            y,
+            color=style["color"],
+            marker=style["marker"],
+            linestyle="none",
+            label=None if method in labelled else method,
+        )
+        labelled.add(method)
+        axes.annotate(
+            result.setting.levels, (packed, y), xytext=(0, 6), textcoords="offset points", ha="right", fontsize=7.5
+        )
+    edge = front(places)
+    axes.step(
+        [x for x, _ in edge], [y for _, y in edge], where="post", color="0.45", linewidth=1.0, zorder=1, label="front"
+    )
+    _finish(axes, "megabytes of weights", "Size against what was retained")
+    caption = (
+        "Filled: bytes on disk, where a zero or a quantised weight takes the room of any other. Open: packed, as codes "
+        "with their scales (kick export) or, of pruned layers, as non-zero weights and a bit mask (a format that "
+        "nothing here stores or runs). The grey steps: no other packed model is both smaller and better. "
+        f"Mean over {', '.join(results.task_suites)}; bars: 95 % intervals."
+    )
+    return figure, caption
+
+
+def front(places: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Of (size, score) those that no other beats in one without losing in the other, the smallest first.
+
+    >>> front([(1, 5), (2, 4), (3, 9), (3, 7)])
+    [(1, 5), (3, 9)]
+    """
+    found: list[tuple[float, float]] = []
+    for size, score in sorted(places, key=lambda place: (place[0], -place[1])):
+        if not found or score > found[-1][1]:
+            found.append((size, score))
+    return found
+
+
+def _speed_suite(results: Results) -> str | None:
+    """A suite whose first metric is a speedup over the dense model."""
+    return next((name for name in results.suites if results.metric(name).name == "speedup"), None)
+
+
+def _speed_against_retained(results: Results, suite: str) -> tuple[Figure, str]:
+    figure, axes = plt.subplots()
+    axes.plot(1.0, 100, marker="*", markersize=13, color="0.2", linestyle="none", label="dense")
+    labelled: set[str] = set()
+    for result in results.compressed:
+        mean, speed = results.mean_retained(result.name), results.estimate(result.name, suite)
+        if mean is None or speed is None or not speed.n:
+            continue
+        style = method_style(results, result.family)
+        method = result.family.removesuffix(" N:M")
+        x, y = speed.score, 100 * mean[0]
+        axes.errorbar(
+            x, y, xerr=bars(x, speed.interval.low, speed.interval.high),
+            yerr=bars(y, 100 * mean[1].low, 100 * mean[1].high), color=style["color"], marker=style["marker"],
+            markersize=5.5, capsize=2, linewidth=0.9, linestyle="none", label=None if method in labelled else method,
+        )  # fmt: skip
+        labelled.add(method)
+        axes.annotate(result.setting.levels, (x, y), xytext=(4, 4), textcoords="offset points", fontsize=7.5)
+        words = interval_in_words(mean[0], mean[1], percent=True)
+        hint(axes, x, y, f"{result.name}: {words}; {interval_in_words(speed.score, speed.interval)} times dense")
+    axes.axvline(1.0, color="0.25", linewidth=1.0)
+    _finish(axes, "speed over the dense model's, measured here", "Speed against what was retained")
+    caption = (
+        "Tokens a second over the dense model's, measured in turns on this hardware. Zeros and quantised weights in "
+        f"dense storage run as dense ones do. Mean over {', '.join(results.task_suites)}; bars: 95 % intervals."
+    )
+    return figure, caption
+
+
+def _perplexity_against_capability(results: Results, suite: str) -> tuple[Figure, str]:
+    """Right: perplexity says it is worse. Down: tasks say so. What lies low on the left is what perplexity hides."""
+    figure, axes = plt.subplots()
+    axes.plot(1.0, 100, marker="*", markersize=13, color="0.2", linestyle="none", label="dense")
+    labelled: set[str] = set()
+    largest = 1.0
+    for result in results.compressed:
+        mean, pair = results.mean_retained(result.name), results.comparison(result.name, suite)
+        if mean is None or pair is None or not pair.retained > 0:
+            continue
+        style = method_style(results, result.family)
+        method = result.family.removesuffix(" N:M")
+        x, y = 1 / pair.retained, 100 * mean[0]
+        wide = bars(x, 1 / pair.interval.high, 1 / pair.interval.low)
+        tall = bars(y, 100 * mean[1].low, 100 * mean[1].high)
+        axes.errorbar(
+            x, y, xerr=wide, yerr=tall, color=style["color"], marker=style["marker"], markersize=5.5, capsize=2,
+            linewidth=0.9, linestyle="none", label=None if method in labelled else method, zorder=3,
+        )  # fmt: skip
+        labelled.add(method)
+        words = interval_in_words(mean[0], mean[1], percent=True)
+        hint(
+            axes,
+            x,
+            y,
+            f"{result.name}: {words}; perplexity {interval_in_words(x, _inverse(pair.interval))} times dense",
+        )
+        largest = max(largest, x, _inverse(pair.interval).high if pair.interval.low > 0 else x)
+        axes.annotate(result.setting.levels, (x, y), xytext=(4, 4), textcoords="offset points", fontsize=7.5)
+    axes.axvspan(1.0, 1 + PERPLEXITY_MARGIN, color="0.25", alpha=0.08, linewidth=0)
+    axes.set_xscale("log")
+    axes.set_xlim(left=0.9, right=1.25 * max(largest, 1 + 2 * PERPLEXITY_MARGIN))
+    name_ticks(axes.xaxis, "g")
+    _finish(axes, "perplexity over the dense model's", "Perplexity against capability")
+    caption = (
+        f"Each setting's perplexity ({suite}, logarithmic) beside the mean share of the dense score that is left over "
+        f"{', '.join(results.task_suites)}; bars: 95 % intervals. Grey: perplexity rises by at most "
+        f"{PERPLEXITY_MARGIN:.0%}; what lies below the dashed line there looks fine by perplexity and is not."
+    )
+    return figure, caption
+
+
+def _inverse(interval: Interval) -> Interval:
+    low, high = (1 / end if end else float("nan") for end in (interval.high, interval.low))
+    return Interval(low, high)
+
+
+def packed_bytes(record: dict[str, Any]) -> float:
+    """Bytes with each linear as codes and scales, or as its non-zero weights and a bit mask, whichever is smaller."""
+    stored = 8 * getattr(torch, record["dtype"]).itemsize
+    bits = 0.0
+    for layer in record["layers"].values():
+        weights, each = layer["weights"], layer["bits_per_weight"]
+        bits += min(weights * each, (weights - layer["zeros"]) * each + weights) - weights * stored
+    return record["bytes"] + bits / 8

@@ -1,0 +1,166 @@
+"""One thing varied at a time: calibration, a compressor's or a suite's parameter, seeds."""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from kick.compare import Estimate
+from kick.report.figures.style import Planned, bars, hint, interval_in_words, label_line, legend, nth_style, title
+from kick.report.results import Results, SettingResult
+from kick.settings import DENSE
+from kick.suite import Metric
+
+Point = tuple[Any, Estimate, str]  # value of what is varied, score, name
+_MOST_LINES = 12
+
+
+def planned(results: Results) -> Iterator[Planned]:
+    for key in dict.fromkeys(key for result in results.compressed for key in result.setting.variation):
+        for suite in results.suites:
+            if _settings_by_line(results, key, suite):
+                short = key.rpartition(".")[2]
+                yield Planned(
+                    f"{suite}-against-{short}", f"{suite} against {short}", partial(_settings, results, key, suite)
+                )
+    for names, key, values in _suites_that_differ(results):
+        title = f"{names[0].partition(' ')[0]} by {key}"
+        yield Planned(title.replace(" ", "-"), title, partial(_suites, results, names, key, values))
+
+
+def _settings_by_line(results: Results, key: str, suite: str) -> dict[str, list[Point]]:
+    """A line for each setting but for what `key` varies; seeds of one value stand at the same place."""
+    lines: dict[str, list[Point]] = {}
+    for result in results.compressed:
+        found = results.estimate(result.name, suite)
+        if key in result.setting.variation and found is not None:
+            lines.setdefault(_without(result, key), []).append((result.setting.variation[key], found, result.name))
+    return {name: points for name, points in lines.items() if len({str(value) for value, _, _ in points}) > 1}
+
+
+def _without(result: SettingResult, key: str) -> str:
+    level = f"@{result.setting.level}" if result.setting.level else ""
+    others = " ".join(f"{k.rpartition('.')[2]}={v}" for k, v in result.setting.variation.items() if k != key)
+    return f"{result.setting.method}{level} {others}".strip()
+
+
+def _settings(results: Results, key: str, suite: str) -> tuple[Figure, str]:
+    figure, axes = plt.subplots()
+    metric = results.metric(suite)
+    dense = results.estimate(DENSE, suite)
+    _draw(axes, _settings_by_line(results, key, suite), metric)
+    scale = _scale(metric)
+    if dense is not None:
+        axes.axhline(dense.score * scale, color="0.25", linewidth=1.2)
+        label_line(axes, dense.score * scale, "dense", "above")
+    short = key.rpartition(".")[2].replace("_", " ")
+    _finish(axes, short + (" of calibration" if key.startswith("calibration.") else ""), metric, f"{suite}: {short}")
+    n = dense.n if dense else 0
+    return (
+        figure,
+        f"Score against {short}, all else equal; n = {n}, bars: 95 % intervals. Points at one place are seeds.",
+    )
+
+
+def _suites_that_differ(results: Results) -> Iterator[tuple[list[str], str, list[Any]]]:
+    """Suites of one kind that differ in a single parameter: (their names, the parameter, its value in each)."""
+    kinds: dict[str, list[str]] = {}
+    for name, suite in results.run["suites"].items():
+        if name in results.suites:
+            kinds.setdefault(suite.get("suite", name), []).append(name)
+    for names in kinds.values():
+        params = [results.run["suites"][name]["params"] for name in names]
+        for key in sorted({key for own in params for key in own}):
+            groups: dict[str, list[int]] = {}
+            for index, own in enumerate(params):
+                rest = repr(sorted((k, repr(v)) for k, v in own.items() if k != key))
+                groups.setdefault(rest, []).append(index)
+            for members in groups.values():
+                values = [params[index].get(key) for index in members]
+                if len({repr(value) for value in values}) > 1:
+                    yield [names[index] for index in members], key, values
+
+
+def _suites(results: Results, names: list[str], key: str, values: list[Any]) -> tuple[Figure, str]:
+    """Numbers along an axis with a line for each setting; words as markers side by side for each setting."""
+    figure, axes = plt.subplots(figsize=(7.4, 4.2))
+    metric = results.metric(names[0])
+    shown = [result for result in results.settings if result.name == DENSE or not result.setting.is_dense]
+    heading = f"{names[0].partition(' ')[0]} by {key}"
+    if all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
+        lines = {
+            result.name: [
+                (value, found, result.name)
+                for value, name in zip(values, names, strict=True)
+                if (found := results.estimate(result.name, name))
+            ]
+            for result in shown[:_MOST_LINES]
+        }
+        _draw(axes, lines, metric)
+        _finish(axes, key, metric, heading)
+        left_out = f" The first {_MOST_LINES} settings of {len(shown)}." if len(shown) > _MOST_LINES else ""
+    else:
+        scale = _scale(metric)
+        for place, (value, name) in enumerate(zip(values, names, strict=True)):
+            style = nth_style(place)
+            for x, result in enumerate(shown):
+                if (found := results.estimate(result.name, name)) is None:
+                    continue
+                at, y = x + 0.2 * (place - (len(values) - 1) / 2), found.score * scale
+                reach = bars(y, found.interval.low * scale, found.interval.high * scale)
+                axes.errorbar(
+                    at, y, yerr=reach, color=style["color"], marker=style["marker"], linestyle="none", capsize=2,
+                    linewidth=0.9, label=f"{key} {value}" if x == 0 else None,
+                )  # fmt: skip
+                hint(axes, at, y, f"{result.name}, {key} {value}: {interval_in_words(found.score, found.interval)}")
+        axes.set_xticks(range(len(shown)), [result.name for result in shown], rotation=60, ha="right", fontsize=8)
+        _finish(axes, "", metric, heading)
+        left_out = ""
+    dense = results.estimate(DENSE, names[0])
+    n = dense.n if dense else 0
+    return figure, f"The same questions asked with another {key}; n = {n} each, bars: 95 % intervals.{left_out}"
+
+
+def _scale(metric: Metric) -> float:
+    return 100.0 if metric.unit.startswith("share") else 1.0
+
+
+def _draw(axes: Axes, lines: dict[str, list[Point]], metric: Metric) -> None:
+    """Each line through the means at its places, each point with its interval; words stand in the order they come."""
+    scale = _scale(metric)
+    values = list(dict.fromkeys(value for points in lines.values() for value, _, _ in points))
+    numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+    places = {str(value): float(value) if numeric else index for index, value in enumerate(values)}
+    for number, (name, points) in enumerate(lines.items()):
+        style = nth_style(number)
+        by_place: dict[float, list[Estimate]] = {}
+        for value, found, setting in points:
+            place, y = places[str(value)], found.score * scale
+            by_place.setdefault(place, []).append(found)
+            reach = bars(y, found.interval.low * scale, found.interval.high * scale)
+            axes.errorbar(place, y, yerr=reach, color=style["color"], marker=style["marker"], markersize=5, capsize=2,
+                          linewidth=0.9, linestyle="none")  # fmt: skip
+            hint(axes, place, y, f"{setting}: {interval_in_words(found.score, found.interval)}, n {found.n}")
+        line = sorted(by_place)
+        means = [scale * sum(found.score for found in by_place[place]) / len(by_place[place]) for place in line]
+        axes.plot(line, means, label=name, linewidth=1.6, markersize=5, **style)
+    if numeric:
+        if min(places.values()) > 0 and max(places.values()) >= 8 * min(places.values()):
+            axes.set_xscale("log", base=2)
+        axes.set_xticks(sorted(places.values()), [f"{place:g}" for place in sorted(places.values())])
+        axes.minorticks_off()
+    else:
+        axes.set_xticks(list(places.values()), list(places), fontsize=8)
+
+
+def _finish(axes: Axes, xlabel: str, metric: Metric, heading: str) -> None:
+    percent = " (%)" if _scale(metric) == 100 else f" ({metric.unit})" if metric.unit else ""
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(f"{metric.name.replace('_', ' ')}{percent}")
+    if metric.transform == "exp":
+        axes.set_yscale("log")
+    title(axes, heading)
+    legend(axes, len(axes.get_legend_handles_labels()[0]))

@@ -1,0 +1,178 @@
+"""What all figures have in common: one style, a colour, marker and dash for each method, values that show on hover.
+
+Colours are Okabe and Ito's, which people with colour blindness tell apart, and every method has a marker and a dash of
+its own, so that figures survive print without colour. SVG keeps text as text.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from xml.sax.saxutils import escape
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from kick.files import safe_name, write_text
+from kick.report.results import Results
+from kick.statistics import TOLERANCE, Interval
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+MARKERS = "osD^vPX<>"
+DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1, 1, 1)), (0, (1, 1)), (0, (7, 2)))
+MAP = "cividis"  # lightness alone orders it: right for every eye and in grey
+LOST = 100 * (1 - TOLERANCE)
+
+_STYLE = {
+    "figure.figsize": (6.4, 4.0),
+    "figure.dpi": 110,
+    "savefig.dpi": 180,
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "legend.frameon": False,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "kick",
+    "pdf.fonttype": 42,
+}
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A figure that can be drawn. `draw` gives it with its caption: what is shown, n, and the meaning of bars."""
+
+    name: str
+    title: str
+    draw: Callable[[], tuple[Figure, str]]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A figure on disk."""
+
+    name: str
+    title: str
+    caption: str
+    svg: Path
+
+
+@contextmanager
+def in_style() -> Iterator[None]:
+    with plt.rc_context(_STYLE):
+        yield
+
+
+def save(folder: Path, planned: Planned) -> Drawn:
+    """SVG with values on hover, PNG and PDF."""
+    figure, caption = planned.draw()
+    name = safe_name(planned.name)
+    svg = folder / f"{name}.svg"
+    figure.savefig(svg, metadata={"Date": None, "Creator": "kick"}, bbox_inches="tight")
+    write_text(svg, _with_hints(svg.read_text(encoding="utf-8"), _hints(figure)))
+    figure.savefig(folder / f"{name}.png", metadata={"Software": "kick"}, bbox_inches="tight")
+    figure.savefig(folder / f"{name}.pdf", metadata={"Creator": "kick", "CreationDate": None}, bbox_inches="tight")
+    plt.close(figure)
+    return Drawn(name, planned.title, caption, svg)
+
+
+# Values on hover: a browser shows the <title> of what the pointer is over
+
+
+def hint(axes: Axes, x: float, y: float, text: str) -> None:
+    """Let `text` show where the pointer is over (x, y)."""
+    hints = _hints(axes.figure)
+    gid = f"hint-{len(hints)}"
+    hints[gid] = text
+    axes.plot([x], [y], marker="o", markersize=11, alpha=0.0, linestyle="none", gid=gid, zorder=10)
+
+
+def hint_patch(patch: Any, text: str) -> None:
+    """Let `text` show where the pointer is over a bar or a cell."""
+    hints = _hints(patch.figure)
+    gid = f"hint-{len(hints)}"
+    hints[gid] = text
+    patch.set_gid(gid)
+
+
+def _hints(figure: Any) -> dict[str, str]:
+    if not hasattr(figure, "hints"):
+        figure.hints = {}
+    return figure.hints
+
+
+def _with_hints(svg: str, hints: dict[str, str]) -> str:
+    def titled(match: re.Match[str]) -> str:
+        text = hints.get(match[1])
+        return f"{match[0]}<title>{escape(text)}</title>" if text else match[0]
+
+    return re.sub(r'<g id="(hint-\d+)">', titled, svg)
+
+
+# Words
+
+
+def interval_in_words(score: float, interval: Interval, percent: bool = False) -> str:
+    """`41.2 % [38.0, 44.5]`, or plain numbers."""
+    if percent:
+        return f"{100 * score:.1f} % [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
+    return f"{score:.4g} [{interval.low:.4g}, {interval.high:.4g}]"
+
+
+# Parts of axes
+
+
+def method_style(results: Results, family: str) -> dict[str, Any]:
+    """One colour, marker and dash for each compressor; its N:M patterns share the colour."""
+    methods = list(dict.fromkeys(name.removesuffix(" N:M") for name in results.families))
+    place = methods.index(family.removesuffix(" N:M"))
+    return nth_style(place)
+
+
+def nth_style(place: int) -> dict[str, Any]:
+    return {
+        "color": COLOURS[place % len(COLOURS)],
+        "marker": MARKERS[place % len(MARKERS)],
+        "linestyle": DASHES[place % len(DASHES)],
+    }
+
+
+def label_line(axes: Axes, y: float, text: str, side: str = "center") -> None:
+    """Name a horizontal line, to the right of the axes where no curve runs."""
+    axes.annotate(
+        text, (1.0, y), xycoords=("axes fraction", "data"), xytext=(4, {"above": 3, "below": -3}.get(side, 0)),
+        textcoords="offset points", ha="left", va="center", fontsize=8, color="0.3", annotation_clip=False,
+    )  # fmt: skip
+
+
+def name_ticks(axis: Any, form: str) -> None:
+    """Ticks of a logarithmic axis at 1, 2 and 5, written in `form`."""
+    axis.set_major_formatter(FuncFormatter(lambda value, _: format(value, form)))
+    axis.set_minor_formatter(NullFormatter())
+    axis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
+
+
+def bars(value: float, low: float, high: float) -> list[list[float]]:
+    """An interval as matplotlib wants it: how far it reaches below and above."""
+    return [[max(0.0, value - low)], [max(0.0, high - value)]]
+
+
+def title(axes: Axes, text: str) -> None:
+    axes.set_title(text, loc="left", fontsize=11)
+
+
+def legend(axes: Axes, count: int) -> None:
+    """Inside the axes while it is short; beside them where it would cover the curves."""
+    if count > 6:
+        axes.legend(loc="upper left", bbox_to_anchor=(1.16, 1.0), fontsize=8)
+    else:
+        axes.legend(loc="best", fontsize=9)

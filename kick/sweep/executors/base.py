@@ -1,0 +1,59 @@
+"""The interface of executors: works are handed in, and it is said which have ended."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+from kick.sweep.clock import Watch
+from kick.sweep.plan import Plan
+from kick.sweep.store import Store
+from kick.sweep.work import Work
+
+
+class Ended(NamedTuple):
+    """A work that is over. died: how its process came to an end, where it did not get to the work's."""
+
+    work: Work
+    died: str | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a process has to know to do works of a run. Crosses as JSON.
+
+    plugins: files given by --plugin. identity: of the plan that the process must come to as well.
+    """
+
+    root: str
+    config: dict[str, Any]
+    plugins: list[str]
+    identity: dict[str, Any]
+    timeout: float | None = None
+    debug: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Executor(ABC):
+    """Carries works out somewhere."""
+
+    slots: int
+    """How many works can be under way at once."""
+
+    def __init__(self, plan: Plan, store: Store, job: Job, watch: Callable[[], Watch]) -> None:
+        """watch: makes one for a work, to be told what it is at, where that can be seen from here."""
+        self.plan, self.store, self.job, self.watch = plan, store, job, watch
+
+    @abstractmethod
+    def submit(self, work: Work) -> None:
+        """Begin `work`. Called only while fewer than `slots` works are under way."""
+
+    @abstractmethod
+    def wait(self, seconds: float) -> list[Ended]:
+        """The works that ended since the last call, as soon as there is one, or none after `seconds`."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """End what is under way, and give back what was taken."""

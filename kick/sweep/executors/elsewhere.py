@@ -1,0 +1,113 @@
+"""A work done on a machine that a cluster chose: what its process runs there, and what comes back.
+
+Where the run directory is seen from there, results are in it when the work ends. Where it is not, they come back as
+bytes. It is seen if it holds the mark that the starting process left in it.
+"""
+
+import secrets
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from kick.errors import KickError, RunError
+from kick.files import write_bytes
+from kick.sweep.clock import Watch
+from kick.sweep.executors.base import Job
+from kick.sweep.executors.site import Site
+from kick.sweep.plan import Plan
+from kick.sweep.store import RUN, Store
+from kick.sweep.work import Work
+
+MARK = ".seen"
+
+_sites: dict[str, Site] = {}  # of this process: a cluster may give it many works of a run
+
+
+class Notes:
+    """A watch where nobody looks: progress is seen from afar only as works that end."""
+
+    def start(self, what: str, kind: str, units: int) -> None:
+        print(what, file=sys.stderr, flush=True)
+
+    def skip(self, count: int) -> None:
+        pass
+
+    def advance(self, count: int) -> None:
+        pass
+
+    def show(self, *progress: object) -> None:
+        pass
+
+    def stop(self) -> None:
+        pass
+
+    def note(self, message: str) -> None:
+        print(message, file=sys.stderr, flush=True)
+
+
+def leave_mark(root: Path) -> str:
+    """A word in the run directory that no other directory of that path holds."""
+    mark = secrets.token_hex(8)
+    (root / MARK).write_text(mark, encoding="utf-8")
+    return mark
+
+
+class Came(NamedTuple):
+    """What comes back of a work. files: none where they are in the run directory already. fatal: message and hint."""
+
+    files: dict[str, bytes]
+    fatal: tuple[str, str] | None = None
+
+    def take(self, root: Path) -> None:
+        """Write the files into the run directory `root`. Raises RunError for what concerns the whole sweep."""
+        if self.fatal is not None:
+            raise RunError(*self.fatal)
+        inside = root.resolve()
+        for name in sorted(self.files, key=lambda name: name.endswith("scores.json")):  # what says "complete" last
+            path = (inside / name).resolve()
+            if not path.is_relative_to(inside / "evaluations"):
+                raise RunError(f"a result came back under the name {name}.", "Is the cluster running the same kick?")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_bytes(path, self.files[name])
+
+
+def carry_out_here(job: dict[str, Any], work: dict[str, Any], mark: str) -> Came:
+    """Do a work of a job (both as JSON)."""
+    given, asked = Job(**job), Work.from_json(work)
+    root = Path(given.root)
+    try:
+        if (root / MARK).is_file() and (root / MARK).read_text(encoding="utf-8") == mark:
+            _site(given, root).carry_out(asked, Notes())
+            return Came({})
+        return Came(_carry_out_apart(given, asked))
+    except KickError as error:  # what one evaluation can do wrong is recorded: this concerns all of them
+        return Came({}, (error.message, error.hint))
+
+
+def _carry_out_apart(job: Job, work: Work) -> dict[str, bytes]:
+    """Do a work in a folder of its own; gives the files of its results."""
+    with tempfile.TemporaryDirectory(prefix="kick-") as folder:  # weights too: they stay here
+        own = Path(folder)
+        (own / RUN).write_text("{}", encoding="utf-8")
+        if work.owed:
+            _site(job, own).carry_out(work, Notes())
+        results = Store(own).setting_path(work.setting)
+        return {str(path.relative_to(own)): path.read_bytes() for path in results.rglob("*") if path.is_file()}
+
+
+def count(watch: Watch, plan: Plan, work: Work) -> None:
+    """Tell the clock of a work that ended far away."""
+    sizes = {suite.name: len(suite.examples) for suite in plan.suites}
+    for name, _ in work.owed:
+        watch.start(f"{work.setting}: {name}", name, sizes[name])
+        watch.stop()
+
+
+def _site(job: Job, root: Path) -> Site:
+    key = str(root)
+    if key not in _sites:
+        _sites.clear()
+        _sites[key] = Site.of(replace(job, root=key), sys.__stderr__)
+    return _sites[key]

@@ -1,0 +1,202 @@
+"""Worker processes on this machine, each with its own GPU or its share of the cores.
+
+A worker lives for many works, so libraries are imported and questions read once. It is told works on stdin and says on
+stdout what it is at; when this process goes away, so does it. What it prints besides is in logs/ of the run directory.
+The lock on the run directory is held by workers too: nobody else writes there until the last of them is gone.
+"""
+
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TextIO
+
+from kick.errors import RunError
+from kick.lm.memory import free_bytes
+from kick.sweep.clock import Watch
+from kick.sweep.executors.base import Ended, Executor, Job
+from kick.sweep.plan import MODELS_AT_ONCE, WORKER_BYTES, Plan
+from kick.sweep.store import Store
+from kick.sweep.work import Work
+
+_CORES_EACH = 4  # fewer leave a worker waiting for its products
+
+
+class Local(Executor):
+    def __init__(self, plan: Plan, store: Store, job: Job, watch: Callable[[], Watch]) -> None:
+        super().__init__(plan, store, job, watch)
+        self.slots = _how_many(plan)
+        self._idle: list[_Worker] = []
+        self._busy: list[_Worker] = []
+        self._free = deque(range(self.slots))  # places, whose workers died or never were
+        self._selector = selectors.DefaultSelector()
+
+    def submit(self, work: Work) -> None:
+        worker = self._idle.pop() if self._idle else self._start()
+        worker.begin(work, self.watch())
+        self._busy.append(worker)
+
+    def _start(self) -> "_Worker":
+        worker = _Worker(self.job, self.store, self._free.popleft(), self.slots, self.plan.device)
+        self._selector.register(worker.answers, selectors.EVENT_READ, worker)
+        return worker
+
+    def wait(self, seconds: float) -> list[Ended]:
+        until = time.monotonic() + seconds
+        ended: list[Ended] = []
+        while self._busy and not ended and (left := until - time.monotonic()) > 0:
+            for key, _ in self._selector.select(left):
+                ended += self._hear(key.data)
+        return ended
+
+    def _hear(self, worker: "_Worker") -> list[Ended]:
+        for message in worker.hear():
+            if "fatal" in message:
+                raise RunError(*message["fatal"])
+            if "ended" in message:
+                self._busy.remove(worker)
+                self._idle.append(worker)
+                return [Ended(worker.finished())]
+            worker.tell(message)
+        if not worker.is_gone:
+            return []
+        self._selector.unregister(worker.answers)
+        self._free.append(worker.place)
+        died = worker.cause_of_death()
+        worker.end()
+        if worker in self._idle:
+            self._idle.remove(worker)
+            return []
+        self._busy.remove(worker)
+        return [Ended(worker.finished(), died)]
+
+    def close(self) -> None:
+        for worker in [*self._idle, *self._busy]:
+            worker.end()
+        self._selector.close()
+
+
+class _Worker:
+    """One process (kick.sweep.executors.worker), and what it is at."""
+
+    def __init__(self, job: Job, store: Store, place: int, of: int, device: str) -> None:
+        self.place = place
+        self._timeout = job.timeout
+        logs = store.root / "logs"
+        logs.mkdir(exist_ok=True)
+        self.log: TextIO = open(logs / f"worker-{place}.log", "w+", encoding="utf-8", errors="replace")  # noqa: SIM115
+        lock = store.lock_file
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "kick.sweep.executors.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            env=_environment(place, of, device),
+            pass_fds=[lock.fileno()] if lock is not None else [],
+            start_new_session=True,  # its children are ended with it; Ctrl-C is ours to pass on
+        )
+        assert self._process.stdout is not None
+        self.answers = self._process.stdout
+        os.set_blocking(self.answers.fileno(), False)
+        self._unread = b""
+        self.is_gone = False
+        self._work: Work | None = None
+        self._watch: Watch | None = None
+        self._send({"job": job.to_json()})
+
+    def begin(self, work: Work, watch: Watch) -> None:
+        self._work, self._watch = work, watch
+        self._send({"work": work.to_json()})
+
+    def _send(self, message: dict[str, Any]) -> None:
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):  # it is gone, which its end of the other pipe will tell
+            self._process.stdin.write(json.dumps(message).encode() + b"\n")
+            self._process.stdin.flush()
+
+    def hear(self) -> list[dict[str, Any]]:
+        """What it has said since the last call."""
+        try:
+            read = os.read(self.answers.fileno(), 1 << 20)
+        except BlockingIOError:
+            return []
+        self.is_gone = not read
+        *lines, self._unread = (self._unread + read).split(b"\n")
+        return [json.loads(line) for line in lines]
+
+    def tell(self, message: dict[str, Any]) -> None:
+        """Pass on what the worker is at."""
+        assert self._watch is not None
+        getattr(self._watch, message["watch"])(*message["arguments"])
+
+    def finished(self) -> Work:
+        work, self._work = self._work, None
+        assert work is not None
+        assert self._watch is not None
+        self._watch.stop()
+        return work
+
+    def cause_of_death(self) -> str:
+        """In words, from how the process ended and the last line of its log."""
+        code = self._process.wait()
+        self.log.seek(0)
+        log = self.log.read().strip()
+        if "Timeout (" in log:
+            return f"it took longer than the timeout of {self._timeout:g} s ({self._logged})"
+        if code == -signal.SIGKILL:
+            return "it was killed (signal 9), as systems do when memory runs out"
+        how = f"it was ended by {signal.Signals(-code).name}" if code < 0 else f"it ended with exit code {code}"
+        last = log.splitlines()[-1][:200] if log else ""
+        return f"{how} ({last or self._logged})"
+
+    @property
+    def _logged(self) -> str:
+        return f"see logs/{Path(self.log.name).name}"
+
+    def end(self) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):
+            self._process.stdin.close()
+        self.answers.close()
+        self.log.close()
+
+
+def _how_many(plan: Plan) -> int:
+    """As asked; else one for each GPU, on a CPU as many as cores and free memory allow."""
+    import torch
+
+    asked = plan.config.executor.workers
+    if asked != "auto":
+        return asked
+    if plan.device == "cuda":
+        return torch.cuda.device_count()
+    if plan.device != "cpu":
+        return 1
+    width = getattr(torch, plan.dtype).itemsize
+    each = WORKER_BYTES + MODELS_AT_ONCE * plan.parameters * width
+    return max(1, min(_cores() // _CORES_EACH, int(free_bytes(torch.device("cpu")) / each)))
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _environment(place: int, of: int, device: str) -> dict[str, str]:
+    """Which GPU or how many threads a worker has."""
+    environment = dict(os.environ)
+    if device == "cuda":
+        seen = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+        environment["CUDA_VISIBLE_DEVICES"] = seen[place % len(seen)] if seen else str(place)
+    elif of > 1:
+        environment["OMP_NUM_THREADS"] = str(max(1, _cores() // of))
+    return environment

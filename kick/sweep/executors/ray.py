@@ -1,0 +1,97 @@
+"""Works as tasks of a Ray cluster, which decides where they run; nodes may join and die.
+
+Parameters: `address` of the cluster (by default a new one on this machine, or RAY_ADDRESS); `num_cpus`, `num_gpus`,
+`memory` and `resources` that one work takes; `runtime_env` as Ray has it.
+"""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from pydantic import Field, ValidationError
+
+from kick.errors import ConfigError
+from kick.spec import Spec, explain
+from kick.sweep.clock import Watch
+from kick.sweep.executors.base import Ended, Executor, Job
+from kick.sweep.executors.elsewhere import carry_out_here, count, leave_mark
+from kick.sweep.plan import Plan
+from kick.sweep.store import Store
+from kick.sweep.work import Work
+
+
+class Params(Spec):
+    address: str | None = None
+    num_cpus: float = Field(default=1, ge=0)
+    num_gpus: float | None = Field(default=None, ge=0, description="by default one where the sweep runs on CUDA")
+    memory: float | None = Field(default=None, gt=0, description="bytes")
+    resources: dict[str, float] = Field(default_factory=dict)
+    runtime_env: dict[str, Any] = Field(default_factory=dict)
+
+
+class Ray(Executor):
+    slots = 1_000_000  # Ray queues
+
+    def __init__(self, plan: Plan, store: Store, job: Job, watch: Callable[[], Watch]) -> None:
+        super().__init__(plan, store, job, watch)
+        try:
+            import ray
+        except ImportError as error:
+            raise ConfigError("the executor 'ray' needs Ray.", "pip install 'llm-kick[ray]'") from error
+        self._ray = ray
+        params = parse(Params, plan.config.executor.params, "ray")
+        self._started = not ray.is_initialized()
+        if self._started:
+            try:
+                ray.init(
+                    address=params.address,
+                    runtime_env=params.runtime_env or None,
+                    log_to_driver=False,
+                    include_dashboard=False,
+                    logging_level=logging.ERROR,
+                )
+            except ConnectionError as error:
+                raise ConfigError(f"no Ray cluster at {params.address}: {error}", "`ray status` there?") from error
+        gpus = params.num_gpus if params.num_gpus is not None else float(plan.device.startswith("cuda"))
+        options: dict[str, Any] = {"num_cpus": params.num_cpus, "num_gpus": gpus, "max_retries": 0}
+        if params.memory:
+            options["memory"] = params.memory
+        if params.resources:
+            options["resources"] = params.resources
+        self._task = ray.remote(**options)(carry_out_here)
+        self._mark = leave_mark(store.root)
+        self._works: dict[Any, tuple[Work, Watch]] = {}
+
+    def submit(self, work: Work) -> None:
+        watch = self.watch()
+        reference = self._task.remote(self.job.to_json(), work.to_json(), self._mark)
+        self._works[reference] = work, watch
+
+    def wait(self, seconds: float) -> list[Ended]:
+        done, _ = self._ray.wait(list(self._works), timeout=seconds)
+        return [self._end(reference) for reference in done]
+
+    def _end(self, reference: Any) -> Ended:
+        work, watch = self._works.pop(reference)
+        count(watch, self.plan, work)
+        try:
+            came = self._ray.get(reference)
+        except self._ray.exceptions.RayError as error:  # the worker, or its node, is gone
+            return Ended(work, " ".join(str(error).split())[-300:])
+        came.take(self.store.root)
+        return Ended(work)
+
+    def close(self) -> None:
+        for reference in self._works:
+            self._ray.cancel(reference, force=True)
+        self._works.clear()
+        if self._started:
+            self._ray.shutdown()
+
+
+def parse(kind: type[Params], given: dict[str, Any], name: str) -> Any:
+    try:
+        return kind(**given)
+    except ValidationError as error:
+        known = ", ".join(kind.model_fields)
+        raise ConfigError(f"executor '{name}': {explain(error)}", f"Its parameters: {known}.") from error

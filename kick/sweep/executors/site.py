@@ -1,0 +1,43 @@
+"""What a process away from kick's own knows of a run: the plan, made again from the job, and where to write."""
+
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+from kick import config as configs
+from kick import plugins
+from kick.errors import RunError
+from kick.sweep.clock import Watch
+from kick.sweep.executors.base import Job
+from kick.sweep.plan import Plan, make_plan
+from kick.sweep.store import Store, differences
+from kick.sweep.work import Rules, Work, carry_out
+from kick.sweep.workshop import Workshop
+
+
+@dataclass
+class Site:
+    """A run as seen from a process that does works of it."""
+
+    plan: Plan
+    store: Store
+    workshop: Workshop
+    rules: Rules
+
+    @classmethod
+    def of(cls, job: Job, log: TextIO | None = None, root: Path | None = None) -> "Site":
+        """Raises RunError where this process comes to another plan: other versions, other data, another device."""
+        for path in job.plugins:
+            plugins.load_file(Path(path))
+        plan = make_plan(configs.parse(job.config, "the job"))
+        if shown := differences(job.identity, plan.identity):
+            raise RunError(
+                f"a worker on {socket.gethostname()} would do something else than this sweep: {shown}.",
+                "Install the same versions there, and make models and data readable under the same paths.",
+            )
+        store = Store(root or Path(job.root))
+        return cls(plan, store, Workshop(plan, store), Rules(job.timeout, job.debug, log))
+
+    def carry_out(self, work: Work, watch: Watch) -> None:
+        carry_out(self.plan, self.store, self.workshop, work, watch, self.rules)

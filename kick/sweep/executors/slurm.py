@@ -1,0 +1,74 @@
+"""Works as Slurm jobs, through submitit. The run directory is on a file system that the nodes share.
+
+Parameters are submitit's: `timeout_min`, `mem_gb`, `cpus_per_task`, `gpus_per_node`, `slurm_partition`,
+`slurm_account`, `slurm_additional_parameters` and so on; `cluster: local` runs the same jobs on this machine. Job
+scripts and their output are in slurm/ of the run directory.
+"""
+
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+from kick.errors import ConfigError
+from kick.sweep.clock import Watch
+from kick.sweep.executors.base import Ended, Executor, Job
+from kick.sweep.executors.elsewhere import carry_out_here, count, leave_mark
+from kick.sweep.plan import Plan
+from kick.sweep.store import Store
+from kick.sweep.work import Work
+
+_LOOK_EVERY = 0.2  # seconds; submitit itself asks Slurm less often
+_DEFAULTS = {"timeout_min": 24 * 60}
+
+
+class Slurm(Executor):
+    def __init__(self, plan: Plan, store: Store, job: Job, watch: Callable[[], Watch]) -> None:
+        super().__init__(plan, store, job, watch)
+        try:
+            import submitit
+        except ImportError as error:
+            raise ConfigError("the executor 'slurm' needs submitit.", "pip install 'llm-kick[slurm]'") from error
+        self._submitit = submitit
+        spec = plan.config.executor
+        params = {**_DEFAULTS, **spec.params}
+        if plan.device.startswith("cuda"):
+            params.setdefault("gpus_per_node", 1)
+        cluster = params.pop("cluster", "slurm")
+        self.slots = spec.workers if spec.workers != "auto" else 1_000_000  # Slurm queues
+        try:
+            self._executor = submitit.AutoExecutor(folder=store.root / "slurm" / "%j", cluster=cluster)
+            self._executor.update_parameters(**params)
+        except (RuntimeError, ValueError, NameError, TypeError) as error:
+            raise ConfigError(
+                f"executor 'slurm': {' '.join(str(error).split())}", "Parameters are submitit's; see docs/clusters.md."
+            ) from error
+        self._mark = leave_mark(store.root)
+        self._jobs: list[tuple[Any, Work, Watch]] = []
+
+    def submit(self, work: Work) -> None:
+        job = self._executor.submit(carry_out_here, self.job.to_json(), work.to_json(), self._mark)
+        self._jobs.append((job, work, self.watch()))
+
+    def wait(self, seconds: float) -> list[Ended]:
+        until = time.monotonic() + seconds
+        while True:
+            done = [entry for entry in self._jobs if entry[0].done()]
+            if done or time.monotonic() > until:
+                break
+            time.sleep(_LOOK_EVERY)
+        self._jobs = [entry for entry in self._jobs if entry not in done]
+        return [self._end(*entry) for entry in done]
+
+    def _end(self, job: Any, work: Work, watch: Watch) -> Ended:
+        count(watch, self.plan, work)
+        if error := job.exception():  # the job was killed, or its node is gone
+            return Ended(work, f"job {job.job_id} {job.state}: {' '.join(str(error).split())[-300:]}")
+        job.result().take(self.store.root)
+        return Ended(work)
+
+    def close(self) -> None:
+        for job, _, _ in self._jobs:
+            with suppress(Exception):  # it may have ended by itself
+                job.cancel()
+        self._jobs.clear()

@@ -1,0 +1,182 @@
+"""One work of a sweep: a setting is compressed and asked the suites that it owes. The same code wherever it runs.
+
+What comes of it is on disk: scores.json of each evaluation, complete or failed with its reason. A process that dies in
+the middle leaves the evaluations before it complete; the one under way is the first without a scores.json.
+"""
+
+import errno
+import faulthandler
+import gc
+import traceback
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple, TextIO
+
+from kick.errors import KickError, RunError
+from kick.lm import load_lm
+from kick.lm.parity import Answers, ask, compare
+from kick.lm.runner import is_out_of_memory
+from kick.lm.spec import LMSpec
+from kick.settings import DENSE, Setting
+from kick.spec import distinct
+from kick.sweep.clock import Watch
+from kick.sweep.evaluate import evaluate
+from kick.sweep.plan import Plan, PlannedSuite, lms
+from kick.sweep.store import Store
+from kick.sweep.workshop import Workshop
+
+
+class Owed(NamedTuple):
+    """A suite to be answered. halvings: how often its batches are halved, because larger ones did not go well."""
+
+    suite: str
+    halvings: int = 0
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one setting owes, in the order in which it is answered. Without suites only its checkpoint is made."""
+
+    setting: str
+    owed: tuple[Owed, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, row: dict[str, Any]) -> "Work":
+        return cls(row["setting"], tuple(Owed(*owed) for owed in row["owed"]))
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How evaluations are carried out. timeout: seconds, after which the process ends itself (into `log`)."""
+
+    timeout: float | None = None
+    debug: bool = False
+    log: TextIO | None = None
+
+
+def carry_out(plan: Plan, store: Store, workshop: Workshop, work: Work, watch: Watch, rules: Rules) -> None:
+    """Do `work`. What fails is recorded and the rest goes on, unless nothing can be recorded: then RunError."""
+    setting = next(setting for setting in plan.settings if setting.name == work.setting)
+    by_name = {suite.name: suite for suite in plan.suites}
+    halvings = dict(work.owed)
+    suites = [by_name[name] for name in halvings]
+    with _limited(rules):
+        if setting.name == DENSE:
+            check_parity(plan, store, workshop, watch)
+        if not suites:
+            try:
+                workshop.checkpoint(setting, watch)
+            except Exception as error:  # told again by each evaluation that needs it
+                _stop_if_full(error)
+    for spec in lms_of(plan, setting, suites):
+        own = [suite for suite in suites if plan.lm_of(setting, suite) == spec]
+        try:
+            with _limited(rules):
+                path = workshop.checkpoint(setting, watch).path
+                lm = load_lm(spec, path, plan.dtype_of(setting), plan.device, setting.name)
+        except Exception as error:  # whatever a compressor does wrong costs its own setting only
+            for suite in own:
+                _failed(plan, store, setting, suite, error, watch, rules)
+            continue
+        for suite in own:
+            watch.start(f"{setting.name}: {suite.name}", suite.name, len(suite.examples))
+            try:
+                with _limited(rules):
+                    evaluate(
+                        lm,
+                        workshop.dense_lm(setting, suite, lm, watch) if suite.suite.needs_dense else None,
+                        suite,
+                        store.evaluation(setting.name, suite.name),
+                        plan.key(setting, suite),
+                        max(1, spec.batch_size >> halvings[suite.name]),
+                        watch,
+                    )
+            except Exception as error:  # likewise for a suite
+                _failed(plan, store, setting, suite, error, watch, rules)
+            watch.stop()
+        workshop.forget_dense()
+        lm.close()
+        del lm
+        gc.collect()
+
+
+@contextmanager
+def _limited(rules: Rules) -> Iterator[None]:
+    """What takes longer than the timeout ends the process, whatever it hangs in, and leaves where that was in the log.
+
+    A process that has nobody to start it again has no log to leave that in, and is not ended.
+    """
+    if rules.timeout is None or rules.log is None:
+        yield
+        return
+    faulthandler.dump_traceback_later(rules.timeout, exit=True, file=rules.log)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+def _failed(
+    plan: Plan, store: Store, setting: Setting, suite: PlannedSuite, error: Exception, watch: Watch, rules: Rules
+) -> None:
+    """Record why an evaluation could not be done."""
+    _stop_if_full(error)
+    reason = str(error) if isinstance(error, KickError) else f"{type(error).__name__}: {error}"
+    if rules.debug:
+        watch.note("".join(traceback.format_exception(error)))
+    no_memory = isinstance(error, MemoryError) or is_out_of_memory(error)
+    record_failure(plan, store, setting, suite, reason, no_memory)
+
+
+def record_failure(
+    plan: Plan, store: Store, setting: Setting, suite: PlannedSuite, reason: str, out_of_memory: bool = False
+) -> None:
+    result: dict[str, Any] = {"key": plan.key(setting, suite), "status": "failed", "reason": reason}
+    if out_of_memory:
+        result["out_of_memory"] = True
+    try:
+        store.evaluation(setting.name, suite.name).finish(result)
+    except OSError as error:
+        _stop_if_full(error)
+        raise
+
+
+def _stop_if_full(error: Exception) -> None:
+    """A full disk is nobody's fault but ends everything: nothing more could be written."""
+    number = error.errno if isinstance(error, OSError) else None
+    if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
+        raise RunError(
+            f"the disk is full: {error}.", "Free some space and run the same command again; what is there is kept."
+        ) from error
+
+
+def check_parity(plan: Plan, store: Store, workshop: Workshop, watch: Watch) -> None:
+    """Where several LMs answer, whether they say the same of the dense model; once a run, kept in run.json."""
+    first, *others = distinct(spec.model_copy(update={"batch_size": 1}) for spec in lms(plan.config))
+    if not others or store.parity() is not None:
+        return
+    asked: list[tuple[LMSpec, Answers | str]] = []
+    for spec in (first, *others):  # one after the other: each may want all of a GPU
+        try:
+            lm = load_lm(spec, workshop.checkpoint(plan.settings[0], watch).path, plan.dtype, plan.device)
+            asked.append((spec, ask(lm)))
+            lm.close()
+        except KickError as error:  # its evaluations will fail with the same reason, the others need not
+            asked.append((spec, error.message))
+    rows = []
+    for spec, answers in asked[1:]:
+        for row in compare(asked[0][1], answers, plan.dtype):
+            rows.append({"reference": first.name, "lm": spec.name, "params": spec.params, **row.as_row()})
+            if not row.agrees:
+                what = row.reason or f"by {row.difference:.3g}"
+                watch.note(f"lm '{spec.name}' disagrees with '{first.name}' on {row.kind}: {what}")
+    store.keep_parity(rows)
+
+
+def lms_of(plan: Plan, setting: Setting, suites: Iterable[PlannedSuite]) -> list[LMSpec]:
+    """The LMs that answer `suites` for `setting`: each is loaded once."""
+    return distinct(plan.lm_of(setting, suite) for suite in suites)
