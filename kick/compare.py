@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -109,7 +110,7 @@ def compare(dense: Score, other: Score, signal: bool) -> Comparison:
     dense_point = float(metric.combine(dense_value.sum(), dense_per.sum()))
     point = float(metric.combine(value.sum(), per.sum()))
     retained = _retained(dense_point, point, metric.higher_is_better)
-    interval = statistics.percentile_interval(resampled_retained(dense, other), n)
+    interval = _interval(dense, other, dense_value, value, n)
 
     lost = won = None
     if metric.per is None and statistics.is_binary(dense_value) and statistics.is_binary(value):
@@ -123,6 +124,24 @@ def compare(dense: Score, other: Score, signal: bool) -> Comparison:
     outcome = None if metric.descriptive else statistics.verdict(interval, signal)
     needed = statistics.n_to_decide(n, retained, interval) if outcome == "undecided" else None
     return Comparison(n, dense_point, retained, interval, outcome, p_value, lost, won, needed)
+
+
+def _interval(dense: Score, other: Score, dense_value: np.ndarray, value: np.ndarray, n: int) -> Interval:
+    """Of the retained share. Right-or-wrong answers of the same four counts have the same: it is computed once."""
+    metric = dense.metric
+    if metric.per is None and statistics.is_binary(dense_value) and statistics.is_binary(value):
+        kinds = np.bincount((2 * dense_value + value).astype(np.int64), minlength=4)
+        return _interval_of_counts(metric.higher_is_better, *kinds.tolist())
+    return statistics.percentile_interval(resampled_retained(dense, other), n)
+
+
+@lru_cache(maxsize=100_000)
+def _interval_of_counts(higher_is_better: bool, *kinds: int) -> Interval:
+    """kinds: how many answers were wrong in both, gained, lost, right in both."""
+    pairs = np.array([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
+    rows = pairs.repeat(kinds, axis=0)
+    sums = statistics.resampled_sums(rows, pseudo=statistics.corners(rows[:, 0], rows[:, 1]))
+    return statistics.percentile_interval(_retained(sums[:, 0], sums[:, 1], higher_is_better), len(rows))
 
 
 def resampled_retained(dense: Score, other: Score, seed: int = 0) -> np.ndarray:

@@ -48,7 +48,7 @@ class Grid(Policy):
         default_factory=dict, description="of that compressor: `kick list compressors --json`"
     )
     then: tuple[Stage, ...] = ()
-    seeds: tuple[int, ...] = (0,)
+    seeds: tuple[int, ...] = Field(default=(0,), description="runs of the method; also of its draw of calibration text")
     calibration: dict[str, Any] = Field(
         default_factory=dict, description="keys that differ from the sweep's calibration"
     )
@@ -83,6 +83,8 @@ class Grid(Policy):
     def _setting(self, level: str, seed: int, variation: dict[str, Any], sweeps: CalibrationSpec) -> Setting:
         varied = {key.removeprefix(_CALIBRATION): v for key, v in variation.items() if key.startswith(_CALIBRATION)}
         own = {**self.calibration, **varied}
+        if seed:  # another run of a method has other text to calibrate on
+            own.setdefault("seed", sweeps.seed + seed)
         calibration = None
         if own:
             given = {**sweeps.model_dump(), **own}
@@ -284,6 +286,26 @@ def parse_part(kind: type[S], content: dict[str, Any], where: str) -> S:
         return kind(**content)
     except ValidationError as error:
         raise ConfigError(f"{where}: {explain(error)}", f"Known: {', '.join(kind.model_fields)}.") from error
+
+
+def schema() -> dict[str, Any]:
+    """The JSON schema of a sweep file, for editors: what `load` takes, short forms included."""
+    found = SweepConfig.model_json_schema()
+    short = {"type": "string"}
+    for key, what in (("settings", "compressor@level, or a chain with >"), ("suites", "a suite's name")):
+        items = found["properties"][key]["items"]
+        found["properties"][key]["items"] = {"anyOf": [{**short, "description": what}, items]}
+    for owner, key in (("Grid", "then"),):
+        items = found["$defs"][owner]["properties"][key]["items"]
+        found["$defs"][owner]["properties"][key]["items"] = {"anyOf": [short, items]}
+    level: dict[str, Any] = {"anyOf": [{"type": "string"}, {"type": "number"}]}
+    levels = found["$defs"]["Grid"]["properties"]["levels"]
+    levels.pop("type", None)
+    levels.pop("items", None)
+    levels["anyOf"] = [short, {"type": "array", "items": level}]
+    found["$defs"]["LayerRule"]["properties"]["level"] = {**level, "default": None}
+    found["$defs"]["Stage"]["properties"]["level"] = {**level, "default": ""}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "A sweep file of kick", **found}
 
 
 def _explain(error: ValidationError, where: str) -> tuple[str, str]:

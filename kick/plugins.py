@@ -14,6 +14,7 @@ import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
@@ -46,6 +47,12 @@ _from_files: dict[str, dict[str, Plugin]] = {COMPRESSORS: {}, SUITES: {}}
 
 def available(group: str) -> dict[str, Plugin]:
     """All plugins of `group` by name, without importing any of them."""
+    return _installed(group) | _from_files[group]
+
+
+@cache
+def _installed(group: str) -> dict[str, Plugin]:
+    """Those of installed packages; what is installed does not change while a process runs."""
     found: dict[str, Plugin] = {}
     for entry in entry_points(group=group):
         origin = entry.dist.name if entry.dist else entry.value
@@ -56,7 +63,7 @@ def available(group: str) -> dict[str, Plugin]:
                 "Uninstall one of them.",
             )
         found[entry.name] = Plugin(entry.name, origin, version, entry.load)
-    return found | _from_files[group]
+    return found
 
 
 def find(group: str, name: str) -> Plugin:

@@ -7,6 +7,7 @@ pair, with a fixed seed: the same data give the same interval.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import numpy as np
@@ -103,6 +104,7 @@ def corners(first: np.ndarray, second: np.ndarray) -> np.ndarray | None:
     return np.array([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
 
 
+@cache
 def mcnemar(lost: int, won: int) -> float:
     """Exact two-sided McNemar p-value: `lost` pairs went from right to wrong, `won` from wrong to right."""
     if lost + won == 0:

@@ -5,7 +5,8 @@ one model; a metric says how samples add up. Statistics, files and comparison ar
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -139,6 +140,7 @@ class Suite(ABC):
     needs_judge: ClassVar[bool] = False
     most_at_once: ClassVar[int | None] = None  # for long answers: a batch is what a crash can lose
     needs_dense: ClassVar[bool] = False
+    times_itself: ClassVar[bool] = False  # other work beside it would be measured too
     argument: ClassVar[str] = ""
     description: ClassVar[str] = ""
 
@@ -211,14 +213,29 @@ class Suite(ABC):
         """The groups that a sample counts in."""
         return [OVERALL, sample.group]
 
-    def score(self, samples: Sequence[Sample], judgments: Sequence[Judgment] = ()) -> list[Score]:
-        """Every metric over every group, overall first. Truncated and failed samples are counted and left out."""
+    def score(self, samples: Iterable[Sample], judgments: Sequence[Judgment] = ()) -> list[Score]:
+        """Every metric over every group, overall first. Truncated and failed samples are counted and left out.
+
+        Reads `samples` once, so that they need not all be in memory.
+        """
+        groups: dict[str, list[_Tally]] = {OVERALL: [_Tally(metric, OVERALL) for metric in self.metrics]}
+        for sample in samples:
+            for group in self.groups_of(sample):
+                if group not in groups:
+                    groups[group] = [_Tally(metric, group) for metric in self.metrics]
+                for tally in groups[group]:
+                    tally.add(sample)
         return [
-            score_group(metric, group, inside)
-            for group, inside in self.members(samples).items()
-            for metric in self.metrics
-            if any(metric.value in s.scores for s in inside) or not any(s.scores for s in inside)
+            tally.score()
+            for tallies in groups.values()
+            for tally in tallies
+            if tally.applies or not any(other.applies for other in tallies)
         ]
+
+    @property
+    def scores_in_one_pass(self) -> bool:
+        """Whether `score` is the one above; others may go over the samples several times."""
+        return type(self).score is Suite.score
 
     def members(self, samples: Sequence[Sample]) -> dict[str, list[Sample]]:
         """The samples of each group, overall first."""
@@ -229,20 +246,48 @@ class Suite(ABC):
         return found
 
 
-def score_group(metric: Metric, group: str, samples: Sequence[Sample]) -> Score:
+def score_group(metric: Metric, group: str, samples: Iterable[Sample]) -> Score:
     """One metric over the samples that could be scored and, where some lack it (not every part applies), have it."""
-    scored = sorted(
-        (s for s in samples if s.error is None and not s.truncated and metric.value in s.scores), key=lambda s: s.id
-    )
-    return Score(
-        metric=metric,
-        group=group,
-        ids=tuple(sample.id for sample in scored),
-        value=np.array([sample.scores[metric.value] for sample in scored], dtype=np.float64),
-        per=np.array([sample.scores[metric.per] if metric.per else 1.0 for sample in scored], dtype=np.float64),
-        truncated=sum(sample.truncated and sample.error is None for sample in samples),
-        failed=sum(sample.error is not None for sample in samples),
-    )
+    tally = _Tally(metric, group)
+    for sample in samples:
+        tally.add(sample)
+    return tally.score()
+
+
+class _Tally:
+    """A score in the making: numbers and ids of samples, not the samples."""
+
+    def __init__(self, metric: Metric, group: str) -> None:
+        self.metric, self.group = metric, group
+        self.ids: list[str] = []
+        self.value, self.per = array("d"), array("d")
+        self.truncated = self.failed = 0
+        self.applies = False  # whether any sample has this metric
+
+    def add(self, sample: Sample) -> None:
+        value = sample.scores.get(self.metric.value)
+        self.applies = self.applies or value is not None
+        if sample.error is not None:
+            self.failed += 1
+        elif sample.truncated:
+            self.truncated += 1
+        elif value is not None:
+            self.ids.append(sample.id)
+            self.value.append(value)
+            self.per.append(sample.scores[self.metric.per] if self.metric.per else 1.0)
+
+    def score(self) -> Score:
+        order = sorted(range(len(self.ids)), key=self.ids.__getitem__)
+        places = np.array(order, dtype=np.int64)
+        return Score(
+            metric=self.metric,
+            group=self.group,
+            ids=tuple(self.ids[place] for place in order),
+            value=np.frombuffer(self.value, dtype=np.float64)[places],
+            per=np.frombuffer(self.per, dtype=np.float64)[places],
+            truncated=self.truncated,
+            failed=self.failed,
+        )
 
 
 def subset(examples: Sequence[Example], limit: int | None, limit_per_group: int | None, seed: int) -> list[Example]:

@@ -10,7 +10,7 @@ left out; the record names it.
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
@@ -197,8 +197,9 @@ class LMEval(Suite):
 
     # Scores
 
-    def score(self, samples: Sequence[Sample], judgments: Sequence[Judgment] = ()) -> list[Score]:
+    def score(self, samples: Iterable[Sample], judgments: Sequence[Judgment] = ()) -> list[Score]:
         """As every suite; what guessing gives is counted over the questions, whose options differ in number."""
+        samples = list(samples)
         chances = {
             group: float(np.mean([s.scores["chance"] for s in members]))
             for group, members in self.members(samples).items()

@@ -7,7 +7,7 @@ Zheng et al., arXiv 2306.05685; LLM-KICK's instruction following (arXiv 2310.013
 unique tokens, distinct n-grams, repetition and length. A sample is one turn; scores count a conversation as one.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -146,7 +146,8 @@ class MTBench(Suite):
             if "pair" in judging.kinds and sample.id in baseline:
                 yield from _pair(example, sample, answers, baseline)
 
-    def score(self, samples: Sequence[Sample], judgments: Sequence[Judgment] = ()) -> list[Score]:
+    def score(self, samples: Iterable[Sample], judgments: Sequence[Judgment] = ()) -> list[Score]:
+        samples = list(samples)
         single, pair = by_sample(judgments, "single"), by_sample(judgments, "pair")
         values: dict[Metric, dict[str, list[float]]] = {
             RATING: {id: [j.answer["rating"] for j in found if j.answer] for id, found in single.items()},

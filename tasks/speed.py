@@ -31,6 +31,7 @@ class Speed(Suite):
     name = "speed"
     description = "tokens per second of prompts and generation, time to first token, peak memory, bytes"
     needs_dense = True
+    times_itself = True
     metrics = (
         Metric("speedup", value="dense_seconds", per="seconds", unit="times dense", descriptive=True),
         Metric("tokens_per_second", value="tokens", per="seconds", unit="tokens/s", descriptive=True),

@@ -8,7 +8,7 @@ ROUGE: Lin 2004, by the rouge-score library, with stemming.
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -150,7 +150,8 @@ class Summarization(Suite):
                 else:
                     yield _one(sample.id, examples[sample.id].content["article"], summary, reference)
 
-    def score(self, samples: Sequence[Sample], judgments: Sequence[Judgment] = ()) -> list[Score]:
+    def score(self, samples: Iterable[Sample], judgments: Sequence[Judgment] = ()) -> list[Score]:
+        samples = list(samples)
         scores = super().score(samples)
         if any(judgment.repeat == 0 for judgment in judgments):
             rated = _rated(judgments)

@@ -118,7 +118,7 @@ def test_the_table_of_keys_is_complete():
         assert f"`{key}`" in table, key
 
 
-@pytest.mark.parametrize("path", sorted((REPOSITORY / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "configs").rglob("*.yaml")), ids=lambda path: path.stem)
 def test_the_shipped_sweep_files_are_valid(path):
     from kick.compress import prepare
     from kick.config import load
@@ -126,7 +126,7 @@ def test_the_shipped_sweep_files_are_valid(path):
 
     config = load(path)
     assert all(prepare(setting) is not None for setting in config.all_settings())
-    assert all(make_suite(suite) for suite in config.suites)
+    assert all(make_suite(suite) for suite in config.all_suites())
 
 
 def test_the_commands_of_the_page_on_judges(tmp_path, monkeypatch, tiny_model, capsys):

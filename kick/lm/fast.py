@@ -27,7 +27,7 @@ from kick.lm.base import Scored, TokenLM
 from kick.lm.generation import Completion, Decoding, batches_within, choose, row_seeds
 from kick.lm.packing import PREFIX_STEP, Packed, clusters, pack, shared_prefix
 from kick.lm.rows import NativeRows, RereadRow, RoomyRows
-from kick.lm.runner import Runner, cached_bytes, fork, is_out_of_memory
+from kick.lm.runner import Runner, cached_bytes, fork
 from kick.models import load_model, load_tokenizer
 from kick.spec import Spec
 
@@ -138,7 +138,7 @@ class FastLM(TokenLM):
         try:
             return self._score_row(sequences, row, prefixes, row_tokens)
         except (torch.OutOfMemoryError, RuntimeError) as error:
-            if row_tokens < 2 * memory.FEWEST_ROW_TOKENS or not is_out_of_memory(error):
+            if row_tokens < 2 * memory.FEWEST_ROW_TOKENS or not memory.is_out_of_memory(error):
                 raise
         self._note_out_of_memory()
         return self._score_cluster(sequences, members, prefixes, row_tokens // 2, row_tokens // 2)
@@ -299,7 +299,7 @@ class FastLM(TokenLM):
         try:
             return work(rows)
         except (torch.OutOfMemoryError, RuntimeError) as error:
-            if len(rows) == 1 or not is_out_of_memory(error):
+            if len(rows) == 1 or not memory.is_out_of_memory(error):
                 raise
         self._note_out_of_memory()
         half = len(rows) // 2

@@ -32,6 +32,10 @@ def row_tokens(model: Any) -> int:
     return tokens
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 def most_cached_tokens(device: torch.device, bytes_per_token: int) -> int:
     """How many tokens' keys and values a generation batch may hold."""
     return int(CACHE_SHARE * total_bytes(device) / bytes_per_token)

@@ -150,7 +150,3 @@ def fork(cache: DynamicCache) -> DynamicCache:
 def cached_bytes(cache: DynamicCache) -> int:
     tensors = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

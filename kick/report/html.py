@@ -9,8 +9,8 @@ from kick import statistics
 from kick.levels import Bits, Sparsity
 from kick.report import tables
 from kick.report.figures import Drawn
+from kick.report.means import seed_spread
 from kick.report.pairs import changed_answers
-from kick.report.ranks import seed_spread
 from kick.report.results import Results
 from kick.report.template import inline, render, script
 from kick.settings import DENSE
@@ -98,6 +98,9 @@ def _flips(results: Results) -> dict[tuple[str, str], _Flips]:
         for suite in results.suites
         if (pair := results.comparison(result.name, suite)) is not None and pair.flips
     }
+    if len(pairs) > _FLIPS_IN_ALL // 2:  # too many for a page: those that changed most
+        kept = sorted(pairs, key=lambda place: -(pairs[place].flips or 0))[: _FLIPS_IN_ALL // 2]
+        pairs = {place: pairs[place] for place in pairs if place in set(kept)}
     most = max(2, min(20, _FLIPS_IN_ALL // max(1, len(pairs))))
     found = {}
     for number, ((setting, suite), pair) in enumerate(pairs.items()):

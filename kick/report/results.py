@@ -6,8 +6,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
 from kick import checkpoint as checkpoints
 from kick import compare, statistics
 from kick.compare import Comparison, Estimate
@@ -121,7 +119,7 @@ class Results:
     suites: dict[str, Suite]
     evaluations: dict[tuple[str, str], Evaluation]
     judge: dict[str, Any] | None = None  # judge.json
-    _means: dict[str, tuple[float, Interval] | None] = field(default_factory=dict, repr=False)
+    _metrics: dict[str, Metric] = field(default_factory=dict, repr=False)
 
     def get(self, setting: str, suite: str) -> Evaluation:
         missing = Evaluation(setting, suite, reason="not part of this run")
@@ -129,6 +127,11 @@ class Results:
 
     def metric(self, suite: str) -> Metric:
         """What a suite's verdicts are about: the judge's score where there is one."""
+        if suite not in self._metrics:
+            self._metrics[suite] = self._metric(suite)
+        return self._metrics[suite]
+
+    def _metric(self, suite: str) -> Metric:
         scores = self.get(DENSE, suite).scores
         candidates = (*self.suites[suite].judged_metrics, self.suites[suite].metrics[0])
         found = next(
@@ -182,42 +185,22 @@ class Results:
             and found.n >= FEWEST_IN_MEANS
         ]
 
-    @cached_property
-    def places(self) -> dict[str, int]:
-        """See kick.report.ranks."""
-        from kick.report.ranks import places
-
-        return places(self)
-
     def mean_retained(self, setting: str) -> tuple[float, Interval] | None:
-        """See `_mean_retained`; computed once."""
-        if setting not in self._means:
-            self._means[setting] = self._mean_retained(setting)
-        return self._means[setting]
+        """Mean over task suites of the share of the dense score that is left; None if one of them was not answered."""
+        return self._means[0].get(setting)
 
-    def _mean_retained(self, setting: str) -> tuple[float, Interval] | None:
-        """Mean over task suites of the share of the dense score that is left, and its interval.
+    @property
+    def places(self) -> dict[str, int]:
+        """See kick.report.means."""
+        return self._means[1]
 
-        Suites are resampled independently of each other, except that those which ask the same questions (MMLU in two
-        formats) draw from one stream. None if one of them was not answered.
-        """
-        shares: list[float] = []
-        draws: list[np.ndarray] = []
-        sizes: list[int] = []
-        seeds: dict[tuple[str, ...], int] = {}
-        for suite in self.task_suites:
-            key = self.primary(suite)
-            dense, other = self.get(DENSE, suite).scores.get(key), self.get(setting, suite).scores.get(key)
-            comparison = self.comparison(setting, suite)
-            if dense is None or other is None or comparison is None:
-                return None
-            shares.append(comparison.retained)
-            sizes.append(comparison.n)
-            seed = seeds.setdefault(dense.ids, len(seeds))
-            draws.append(compare.resampled_retained(dense, other, seed=seed))
-        if not shares:
-            return None
-        return float(np.mean(shares)), statistics.percentile_interval(np.mean(draws, axis=0), min(sizes))
+    @cached_property
+    def _means(self) -> tuple[dict[str, tuple[float, Interval]], dict[str, int]]:
+        from kick.report.means import means_and_places
+
+        means, places = means_and_places(self)
+        compressed = {result.name for result in self.compressed}
+        return means, {name: place for name, place in places.items() if name in compressed}
 
     def verdicts(self, family: str, suite: str) -> list[tuple[float, statistics.Verdict]]:
         """(sparsity, verdict) for each sparsity of a method, or (-bits, verdict), the least compressed first."""

@@ -1,6 +1,7 @@
 """One evaluation: one setting's model asked one suite's questions, sample by sample onto disk."""
 
 import time
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from kick.compare import estimate
@@ -34,29 +35,39 @@ def evaluate(
             appender.sync()
             watch.advance(len(batch))
     seconds = time.perf_counter() - start
-    samples = store.samples()
+    counts = Counts()
+    samples: Iterable[Sample] = counts.over(store.read())
+    scores = suite.score(samples if suite.scores_in_one_pass else list(samples))
     result = {
         "key": key,
         "status": "complete",
         "samples_sha256": sha256_of(store.samples_path),
-        "n": len(samples),
-        "truncated": sum(sample.truncated for sample in samples),
-        "failed": sum(sample.error is not None for sample in samples),
-        "shots": _shots(samples),
+        "n": counts.n,
+        "truncated": counts.truncated,
+        "failed": counts.failed,
+        "shots": counts.shots,
         "asked_now": len(planned.examples) - before,
         "seconds": round(seconds, 3),
         "lm": lm.record() if hasattr(lm, "record") else {"name": type(lm).__name__},
         "suite": suite.record(lm),
         "batch_size": batch_size,
-        "scores": [estimate(score).as_row() for score in suite.score(samples)],
+        "scores": [estimate(score).as_row() for score in scores],
     }
     store.finish(result)
     return result
 
 
-def _shots(samples: list[Sample]) -> dict[str, int]:
-    """How many samples had how many examples in front of them."""
-    counts: dict[str, int] = {}
-    for sample in samples:
-        counts[str(sample.shots)] = counts.get(str(sample.shots), 0) + 1
-    return counts
+class Counts:
+    """What is counted of samples as they pass. shots: how many had how many examples in front of them."""
+
+    def __init__(self) -> None:
+        self.n = self.truncated = self.failed = 0
+        self.shots: dict[str, int] = {}
+
+    def over(self, samples: Iterable[Sample]) -> Iterator[Sample]:
+        for sample in samples:
+            self.n += 1
+            self.truncated += sample.truncated
+            self.failed += sample.error is not None
+            self.shots[str(sample.shots)] = self.shots.get(str(sample.shots), 0) + 1
+            yield sample

@@ -166,16 +166,18 @@ class EvaluationStore:
 
     def samples(self) -> list[Sample]:
         """All samples on disk. Raises RunError at a line that is not one."""
-        found = []
+        return list(self.read())
+
+    def read(self) -> Iterator[Sample]:
+        """The samples on disk, one after the other. Raises RunError at a line that is not one."""
         with open(self.samples_path, encoding="utf-8", errors="surrogateescape", newline="\n") as file:
             for number, line in enumerate(file, 1):
                 try:
-                    found.append(Sample.from_json(json.loads(line)))
+                    yield Sample.from_json(json.loads(line))
                 except (ValueError, KeyError, TypeError) as error:
                     raise RunError(
                         f"line {number} of {self.samples_path} is damaged.", "Run the sweep again: it is asked anew."
                     ) from error
-        return found
 
     def judgments(self) -> list[Judgment]:
         """What a judge said of the samples on disk; none if they were judged before they were asked again."""

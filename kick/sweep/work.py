@@ -15,8 +15,8 @@ from typing import Any, NamedTuple, TextIO
 
 from kick.errors import KickError, RunError
 from kick.lm import load_lm
+from kick.lm.memory import is_out_of_memory
 from kick.lm.parity import Answers, ask, compare
-from kick.lm.runner import is_out_of_memory
 from kick.lm.spec import LMSpec
 from kick.settings import DENSE, Setting
 from kick.spec import distinct

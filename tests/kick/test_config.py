@@ -1,6 +1,11 @@
-import pytest
+import json
+import re
 
-from kick.config import load
+import pytest
+from conftest import REPOSITORY
+
+from kick.calibration import CalibrationSpec
+from kick.config import load, read_yaml, schema
 from kick.errors import ConfigError
 from kick.settings import Setting
 
@@ -59,6 +64,11 @@ def test_overrides(tmp_path):
             load(path, [bad])
 
 
+def make_all(config):
+    """Settings and suites with what varies, whose names must be unique."""
+    return config.all_settings(), config.all_suites()
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
@@ -80,9 +90,7 @@ def test_overrides(tmp_path):
 )
 def test_a_wrong_file_says_which_key_and_what_is_allowed(tmp_path, text, says):
     with pytest.raises(ConfigError) as error:
-        config = load(write(tmp_path, text))
-        config.all_settings()
-        config.all_suites()
+        make_all(load(write(tmp_path, text)))
     for words in says:
         assert words in str(error.value)
 
@@ -90,3 +98,100 @@ def test_a_wrong_file_says_which_key_and_what_is_allowed(tmp_path, text, says):
 def test_a_missing_file(tmp_path):
     with pytest.raises(ConfigError, match="no sweep file"):
         load(tmp_path / "nothing.yaml")
+
+
+# Grids
+
+
+def names(tmp_path, text):
+    return [setting.name for setting in load(write(tmp_path, text)).all_settings()[1:]]
+
+
+def test_the_usual_levels_have_names(tmp_path):
+    text = "model: m\nsuites: [mmlu]\nsettings:\n  - {compressor: wanda, levels: [sparsities, patterns]}\n"
+    expected = [f"wanda@0.{n}" for n in range(1, 8)] + ["wanda@2:4", "wanda@4:8"]
+    assert names(tmp_path, text) == expected
+    text = "model: m\nsuites: [mmlu]\nsettings:\n  - {compressor: rtn, levels: bits}\n"
+    assert names(tmp_path, text) == ["rtn@8", "rtn@4", "rtn@3", "rtn@2"]
+
+
+def test_parameters_and_calibration_can_be_varied(tmp_path):
+    text = (
+        "model: m\nsuites: [mmlu]\ncalibration: {sequence_length: 64, seed: 5}\nsettings:\n"
+        "  - {compressor: gptq, levels: [4], params: {group_size: 32}, seeds: [0, 2],\n"
+        "     vary: {calibration.samples: [4, 8], calibration.source: [a/b.jsonl], damping: [0.1]}}\n"
+    )
+    settings = load(write(tmp_path, text)).all_settings()[1:]
+    assert [setting.name for setting in settings] == [
+        "gptq@4 samples=4 source=b damping=0.1#0",
+        "gptq@4 samples=4 source=b damping=0.1#2",
+        "gptq@4 samples=8 source=b damping=0.1#0",
+        "gptq@4 samples=8 source=b damping=0.1#2",
+    ]
+    last = settings[-1]
+    assert last.params == {"group_size": 32, "damping": 0.1}
+    assert last.calibration.samples == 8
+    assert last.calibration.sequence_length == 64
+    assert last.calibration.seed == 7  # another run of the method has other text
+    assert settings[0].calibration.seed == 5
+    assert last.method == "gptq"
+
+
+def test_a_calibration_key_that_does_not_exist(tmp_path):
+    text = (
+        "model: m\nsuites: [mmlu]\nsettings:\n  - {compressor: wanda, levels: [0.5], vary: {calibration.size: [1]}}\n"
+    )
+    with pytest.raises(ConfigError, match="unknown key 'size'"):
+        load(write(tmp_path, text)).all_settings()
+
+
+def test_suites_can_be_varied(tmp_path):
+    text = "model: m\nsuites:\n  - {suite: mmlu, params: {format: cloze}, vary: {shots: [0, 5]}}\n"
+    suites = load(write(tmp_path, text)).all_suites()
+    assert [suite.name for suite in suites] == ["mmlu shots=0", "mmlu shots=5"]
+    assert suites[1].params == {"format": "cloze", "shots": 5}
+
+
+@pytest.mark.parametrize(
+    ("compressor", "label", "expected"),
+    [("wanda", "", "wanda"), ("wanda", "mine", "mine"), ("external", "a@b", "a@b")],
+)
+def test_a_method_is_what_is_left_of_a_name(compressor, label, expected):
+    from kick.config import Grid
+
+    grid = Grid(compressor=compressor, levels=["0.5"], label=label, seeds=(0, 1), vary={"x": (1,)})
+    assert {setting.method for setting in grid.settings(CalibrationSpec())} == {expected}
+
+
+# The schema and the template
+
+
+def test_the_schema_for_editors_is_the_one_that_is_shipped():
+    shipped = json.loads((REPOSITORY / "configs/schema.json").read_text(encoding="utf-8"))
+    again = "python -c 'import json; from kick.config import schema; print(json.dumps(schema(), indent=2))'"
+    assert shipped == json.loads(json.dumps(schema())), f"write it again: {again} > configs/schema.json"
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "configs").rglob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_sweep_files_fit_the_schema(path):
+    jsonschema = pytest.importorskip("jsonschema")
+    jsonschema.validate(read_yaml(path.read_text(encoding="utf-8"), path.name), schema())
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"model": 3}, {"daat": "x"}, {"settings": [{"levels": [0.5]}]}, {"lm": {"batch_size": "four"}}]
+)
+def test_the_schema_finds_mistakes(wrong):
+    jsonschema = pytest.importorskip("jsonschema")
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({"model": "m", "suites": ["mmlu"], **wrong}, schema())
+
+
+def test_the_template_names_every_key():
+    from kick.config import Grid, LMSpec, SuiteSpec, SweepConfig
+    from kick.sweep.executors.spec import ExecutorSpec
+
+    text = (REPOSITORY / "configs/template.yaml").read_text(encoding="utf-8")
+    for spec in (SweepConfig, Grid, SuiteSpec, CalibrationSpec, LMSpec, ExecutorSpec):
+        for key in spec.model_fields:
+            assert re.search(rf"\b{key}: ", text) or re.search(rf"\b{key}:\s", text), f"{spec.__name__}.{key}"

@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-from kick.report.figures.style import COLOURS, Planned, bars, hint, hint_patch, interval_in_words, title
+from kick.report.figures.style import COLOURS, Planned, bars, hint, hint_patch, interval_in_words, shown_settings, title
 from kick.report.results import Results
 from kick.settings import DENSE
 from kick.suite import OVERALL, Metric
@@ -28,9 +28,10 @@ def planned(results: Results) -> Iterator[Planned]:
 
 def _flips(results: Results, suite: str) -> tuple[Figure, str]:
     """Bars to both sides: what was lost below, what was won above. A score that stands still may hide both."""
+    settings, left_out = shown_settings(results.compressed)
     found = [
         (result.name, pair)
-        for result in results.compressed
+        for result in settings
         if (pair := results.comparison(result.name, suite)) is not None and pair.lost is not None and pair.n
     ]
     figure, axes = plt.subplots(figsize=(max(5.0, 1.6 + 0.3 * len(found)), 3.8))
@@ -53,7 +54,8 @@ def _flips(results: Results, suite: str) -> tuple[Figure, str]:
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.0), ncols=2, fontsize=8)
     axes.margins(y=0.18)
     n = found[0][1].n if found else 0
-    return figure, f"Of n = {n} questions, those answered rightly by one of the dense and the compressed model alone."
+    caption = f"Of n = {n} questions, those answered rightly by one of the dense and the compressed model alone."
+    return figure, caption + left_out
 
 
 def _described(results: Results, suite: str) -> list[Metric]:
@@ -70,7 +72,7 @@ def _described(results: Results, suite: str) -> list[Metric]:
 
 
 def _descriptions(results: Results, suite: str, metrics: list[Metric]) -> tuple[Figure, str]:
-    shown = [result for result in results.settings if result.name == DENSE or not result.setting.is_dense]
+    shown, left_out = shown_settings([r for r in results.settings if r.name == DENSE or not r.setting.is_dense])
     columns = min(3, len(metrics))
     lines = -(-len(metrics) // columns)
     figure, grid = plt.subplots(
@@ -99,4 +101,4 @@ def _descriptions(results: Results, suite: str, metrics: list[Metric]) -> tuple[
         axes.set_xticks(range(len(shown)), [result.name for result in shown], rotation=90, fontsize=6.5)
         axes.tick_params(axis="x", labelbottom=True)
     figure.tight_layout()
-    return figure, f"What the answers to {suite} are like; dashed: the dense model's. Bars: 95 % intervals."
+    return figure, f"What the answers to {suite} are like; dashed: the dense model's. Bars: 95 % intervals.{left_out}"

@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-from kick.report.figures.style import MAP, Planned, hint_patch, title
+from kick.report.figures.style import MAP, Planned, hint_patch, shown_settings, title
 from kick.report.results import Key, Results
 from kick.settings import DENSE
 from kick.suite import OVERALL
@@ -41,7 +41,7 @@ def _map(results: Results, suite: str, keys: Sequence[Key], what: str) -> tuple[
     """The retained share of each group (down) in each setting (across)."""
     dense = results.get(DENSE, suite)
     rows = sorted(keys, key=lambda key: -dense.estimates[key].n)[:_MOST_ROWS]  # sums of groups stand above their parts
-    settings = [result for result in results.compressed if results.get(result.name, suite).comparisons]
+    settings, left_out = shown_settings([r for r in results.compressed if results.get(r.name, suite).comparisons])
     shares = np.full((len(rows), len(settings)), np.nan)
     for column, result in enumerate(settings):
         for row, key in enumerate(rows):
@@ -76,5 +76,6 @@ def _map(results: Results, suite: str, keys: Sequence[Key], what: str) -> tuple[
     caption = (
         f"Share of the dense score that is left, by {what} (number of questions in brackets). Grey: the dense model is "
         "not clearly above chance there. Groups are small: single cells are uncertain, rows and columns say more."
+        f"{left_out}"
     )
     return figure, caption

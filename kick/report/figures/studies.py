@@ -9,7 +9,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from kick.compare import Estimate
-from kick.report.figures.style import Planned, bars, hint, interval_in_words, label_line, legend, nth_style, title
+from kick.report.figures.style import (
+    Planned,
+    bars,
+    hint,
+    interval_in_words,
+    label_line,
+    legend,
+    nth_style,
+    shown_settings,
+    title,
+)
 from kick.report.results import Results, SettingResult
 from kick.settings import DENSE
 from kick.suite import Metric
@@ -88,7 +98,7 @@ def _suites(results: Results, names: list[str], key: str, values: list[Any]) -> 
     """Numbers along an axis with a line for each setting; words as markers side by side for each setting."""
     figure, axes = plt.subplots(figsize=(7.4, 4.2))
     metric = results.metric(names[0])
-    shown = [result for result in results.settings if result.name == DENSE or not result.setting.is_dense]
+    shown, left_out = shown_settings([r for r in results.settings if r.name == DENSE or not r.setting.is_dense])
     heading = f"{names[0].partition(' ')[0]} by {key}"
     if all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
         lines = {
@@ -101,7 +111,8 @@ def _suites(results: Results, names: list[str], key: str, values: list[Any]) -> 
         }
         _draw(axes, lines, metric)
         _finish(axes, key, metric, heading)
-        left_out = f" The first {_MOST_LINES} settings of {len(shown)}." if len(shown) > _MOST_LINES else ""
+        if len(shown) > _MOST_LINES:
+            left_out = f" The first {_MOST_LINES} of {len(shown)} settings."
     else:
         scale = _scale(metric)
         for place, (value, name) in enumerate(zip(values, names, strict=True)):
@@ -118,7 +129,6 @@ def _suites(results: Results, names: list[str], key: str, values: list[Any]) -> 
                 hint(axes, at, y, f"{result.name}, {key} {value}: {interval_in_words(found.score, found.interval)}")
         axes.set_xticks(range(len(shown)), [result.name for result in shown], rotation=60, ha="right", fontsize=8)
         _finish(axes, "", metric, heading)
-        left_out = ""
     dense = results.estimate(DENSE, names[0])
     n = dense.n if dense else 0
     return figure, f"The same questions asked with another {key}; n = {n} each, bars: 95 % intervals.{left_out}"

@@ -5,9 +5,9 @@ its own, so that figures survive print without colour. SVG keeps text as text.
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from kick.files import safe_name, write_text
-from kick.report.results import Results
+from kick.report.results import Results, SettingResult
 from kick.statistics import TOLERANCE, Interval
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -77,10 +77,14 @@ def save(folder: Path, planned: Planned) -> Drawn:
     figure, caption = planned.draw()
     name = safe_name(planned.name)
     svg = folder / f"{name}.svg"
-    figure.savefig(svg, metadata={"Date": None, "Creator": "kick"}, bbox_inches="tight")
-    write_text(svg, _with_hints(svg.read_text(encoding="utf-8"), _hints(figure)))
-    figure.savefig(folder / f"{name}.png", metadata={"Software": "kick"}, bbox_inches="tight")
-    figure.savefig(folder / f"{name}.pdf", metadata={"Creator": "kick", "CreationDate": None}, bbox_inches="tight")
+    figure.draw_without_rendering()
+    box = figure.get_tightbbox().padded(0.1)  # laid out once for all three
+    figure.savefig(svg, metadata={"Date": None, "Creator": "kick"}, bbox_inches=box)
+    write_text(svg, _with_hints(svg.read_text(encoding="utf-8"), _hints(figure).texts))
+    for artist in _hints(figure).artists:
+        artist.set_visible(False)
+    figure.savefig(folder / f"{name}.png", metadata={"Software": "kick"}, bbox_inches=box)
+    figure.savefig(folder / f"{name}.pdf", metadata={"Creator": "kick", "CreationDate": None}, bbox_inches=box)
     plt.close(figure)
     return Drawn(name, planned.title, caption, svg)
 
@@ -90,23 +94,33 @@ def save(folder: Path, planned: Planned) -> Drawn:
 
 def hint(axes: Axes, x: float, y: float, text: str) -> None:
     """Let `text` show where the pointer is over (x, y)."""
-    hints = _hints(axes.figure)
-    gid = f"hint-{len(hints)}"
-    hints[gid] = text
-    axes.plot([x], [y], marker="o", markersize=11, alpha=0.0, linestyle="none", gid=gid, zorder=10)
+    (mark,) = axes.plot([x], [y], marker="o", markersize=11, alpha=0.0, linestyle="none", zorder=10)
+    mark.set_in_layout(False)
+    _hints(axes.figure).add(mark, text)
+    _hints(axes.figure).artists.append(mark)
 
 
 def hint_patch(patch: Any, text: str) -> None:
     """Let `text` show where the pointer is over a bar or a cell."""
-    hints = _hints(patch.figure)
-    gid = f"hint-{len(hints)}"
-    hints[gid] = text
-    patch.set_gid(gid)
+    _hints(patch.figure).add(patch, text)
 
 
-def _hints(figure: Any) -> dict[str, str]:
+@dataclass
+class _Hints:
+    """Texts by the id of what they belong to; artists that are there for nothing else."""
+
+    texts: dict[str, str] = field(default_factory=dict)
+    artists: list[Any] = field(default_factory=list)
+
+    def add(self, artist: Any, text: str) -> None:
+        gid = f"hint-{len(self.texts)}"
+        self.texts[gid] = text
+        artist.set_gid(gid)
+
+
+def _hints(figure: Any) -> _Hints:
     if not hasattr(figure, "hints"):
-        figure.hints = {}
+        figure.hints = _Hints()
     return figure.hints
 
 
@@ -168,6 +182,17 @@ def bars(value: float, low: float, high: float) -> list[list[float]]:
 
 def title(axes: Axes, text: str) -> None:
     axes.set_title(text, loc="left", fontsize=11)
+
+
+MOST_SETTINGS = 60
+"""So many stand side by side in a figure that can be read."""
+
+
+def shown_settings(settings: Sequence[SettingResult]) -> tuple[list[SettingResult], str]:
+    """Those that a figure has room for, and what its caption says of the others."""
+    if len(settings) <= MOST_SETTINGS:
+        return list(settings), ""
+    return list(settings[:MOST_SETTINGS]), f" The first {MOST_SETTINGS} of {len(settings)} settings."
 
 
 def legend(axes: Axes, count: int) -> None:

@@ -26,8 +26,6 @@ from kick.sweep.plan import MODELS_AT_ONCE, WORKER_BYTES, Plan
 from kick.sweep.store import Store
 from kick.sweep.work import Work
 
-_CORES_EACH = 4  # fewer leave a worker waiting for its products
-
 
 class Local(Executor):
     def __init__(self, plan: Plan, store: Store, job: Job, watch: Callable[[], Watch]) -> None:
@@ -172,7 +170,10 @@ class _Worker:
 
 
 def _how_many(plan: Plan) -> int:
-    """As asked; else one for each GPU, on a CPU as many as cores and free memory allow."""
+    """As asked; else one for each GPU, on a CPU as many as cores and free memory allow.
+
+    Small models gain from workers more than from threads; a suite that times its models wants the machine for itself.
+    """
     import torch
 
     asked = plan.config.executor.workers
@@ -180,11 +181,11 @@ def _how_many(plan: Plan) -> int:
         return asked
     if plan.device == "cuda":
         return torch.cuda.device_count()
-    if plan.device != "cpu":
+    if plan.device != "cpu" or any(suite.suite.times_itself for suite in plan.suites):
         return 1
     width = getattr(torch, plan.dtype).itemsize
     each = WORKER_BYTES + MODELS_AT_ONCE * plan.parameters * width
-    return max(1, min(_cores() // _CORES_EACH, int(free_bytes(torch.device("cpu")) / each)))
+    return max(1, min(_cores(), len(plan.settings), int(free_bytes(torch.device("cpu")) / each)))
 
 
 def _cores() -> int:

@@ -1,0 +1,143 @@
+"""Means over suites: what was retained, with intervals; places that settings share; how far seeds lie apart.
+
+All settings are resampled together, on the same draws of the dense model's questions, so that their differences are
+paired.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from kick import statistics
+from kick.compare import by_unit
+from kick.report.results import Results
+from kick.settings import DENSE
+from kick.statistics import CONFIDENCE, RESAMPLES, Interval
+from kick.suite import Metric, Score
+
+_CHUNK = 2_000_000  # weights of questions drawn at a time
+_CORNERS = np.array([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
+
+Means = dict[str, tuple[float, Interval]]
+
+
+def means_and_places(results: Results) -> tuple[Means, dict[str, int]]:
+    """For each setting that answered every task suite: its mean retained share with an interval, and its place.
+
+    Suites that ask the same questions (MMLU in two formats) are resampled with the same draws. A place is one more than
+    the number of settings that are clearly better: those whose paired 95 % interval of the difference of means lies
+    above 0. Settings that share a place need not be equal; nothing here tells them apart.
+    """
+    suites = results.task_suites
+    names = [
+        result.name
+        for result in results.settings
+        if result.name != DENSE and all(_answered(results, result.name, suite) for suite in suites)
+    ]
+    if not suites or not names:
+        return {}, {}
+    total = np.zeros((len(names), RESAMPLES))
+    points = np.zeros(len(names))
+    sizes: list[int] = []
+    seeds: dict[tuple[str, ...], int] = {}
+    for suite in suites:
+        key = results.primary(suite)
+        dense = results.get(DENSE, suite).scores[key]
+        pairs = [results.get(name, suite).comparisons[key] for name in names]
+        points += [pair.retained for pair in pairs]
+        sizes.append(min(pair.n for pair in pairs))
+        seed = seeds.setdefault(dense.ids, len(seeds))
+        total += retained_draws(dense, [results.get(name, suite).scores[key] for name in names], seed)
+    draws, points = total / len(suites), points / len(suites)
+    intervals = [statistics.percentile_interval(own, min(sizes)) for own in draws]
+    means = {name: (float(point), own) for name, point, own in zip(names, points, intervals, strict=True)}
+    return means, _places(names, draws)
+
+
+def _answered(results: Results, setting: str, suite: str) -> bool:
+    pair = results.comparison(setting, suite)
+    return pair is not None and pair.n > 0
+
+
+def _places(names: list[str], draws: np.ndarray) -> dict[str, int]:
+    some = draws[:, :: max(1, RESAMPLES // 2000)]  # enough for the 2.5 % point of a difference
+    found = {}
+    for index, name in enumerate(names):
+        lowest = np.nanquantile(some - some[index], (1 - CONFIDENCE) / 2, axis=1)
+        found[name] = 1 + int((np.delete(lowest, index) > 0).sum())
+    return found
+
+
+def retained_draws(dense: Score, others: Sequence[Score], seed: int = 0) -> np.ndarray:
+    """Bootstrap draws [others, resamples] of retained shares, all on the same draws of the dense model's questions.
+
+    As compare.resampled_retained: scores within [0, 1] have half a pseudo-observation in each corner.
+    """
+    base = by_unit(dense)
+    units = list(base)
+    dense_rows = np.array([base[unit] for unit in units])  # [n, 2]: value, per
+    rows = np.zeros((len(others), len(units), 2))
+    present = np.zeros((len(others), len(units)))
+    for number, score in enumerate(others):
+        own = by_unit(score)
+        for place, unit in enumerate(units):
+            if unit in own:
+                rows[number, place], present[number, place] = own[unit], 1.0
+    metric, n = dense.metric, len(units)
+    values = np.concatenate([rows[..., 0].ravel(), dense_rows[:, 0]])
+    bounded = metric.per is None and bool(values.min() >= 0) and bool(values.max() <= 1)
+    chances = np.concatenate([np.full(n, 2.0), np.ones(4)]) if bounded else np.ones(n)
+    before = np.concatenate([dense_rows * present[..., None], np.zeros((len(others), 0, 2))], axis=1)
+    if bounded:
+        corners = np.stack([_CORNERS, np.ones_like(_CORNERS)], axis=-1)  # [4, (dense, other), (value, per)]
+        shape = (len(others), 4, 2)
+        before = np.concatenate([before, np.broadcast_to(corners[:, 0], shape)], axis=1)
+        rows = np.concatenate([rows, np.broadcast_to(corners[:, 1], shape)], axis=1)
+    rng = np.random.default_rng(seed)
+    found = np.empty((len(others), RESAMPLES))
+    step = max(1, _CHUNK // len(chances))
+    for start in range(0, RESAMPLES, step):
+        size = min(step, RESAMPLES - start)
+        weights = rng.multinomial(n, chances / chances.sum(), size=size).astype(np.float64)
+        found[:, start : start + size] = _shares(metric, weights, before, rows)
+    return found
+
+
+def _shares(metric: Metric, weights: np.ndarray, before: np.ndarray, after: np.ndarray) -> np.ndarray:
+    """Retained shares [settings, draws] from weights [draws, units] and (value, per) [settings, units, 2] of both."""
+    first, second = (
+        [np.tensordot(rows[..., column], weights, axes=(1, 1)) for column in (0, 1)] for rows in (before, after)
+    )
+    with np.errstate(divide="ignore", invalid="ignore"):
+        dense, other = metric.combine(*first), metric.combine(*second)
+        return np.divide(other, dense) if metric.higher_is_better else np.divide(dense, other)
+
+
+def seed_spread(results: Results) -> list[dict[str, Any]]:
+    """For what was run with several seeds: mean and standard deviation between them, beside the interval within one."""
+    groups: dict[str, list[str]] = {}
+    for result in results.compressed:
+        name = result.name.removesuffix(f"#{result.setting.seed}")
+        if name != result.name:
+            groups.setdefault(name, []).append(result.name)
+    rows = []
+    for name, members in groups.items():
+        for suite in results.suites:
+            found = [own for member in members if (own := results.estimate(member, suite)) is not None and own.n]
+            if len(found) < 2:
+                continue
+            scores = np.array([own.score for own in found])
+            rows.append(
+                {
+                    "setting": name,
+                    "suite": suite,
+                    "seeds": len(found),
+                    "mean": float(scores.mean()),
+                    "deviation": float(scores.std(ddof=1)),
+                    "lowest": float(scores.min()),
+                    "highest": float(scores.max()),
+                    "half_width": float(np.mean([(own.interval.high - own.interval.low) / 2 for own in found])),
+                }
+            )
+    return rows

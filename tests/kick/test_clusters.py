@@ -1,0 +1,198 @@
+"""The same works on a Ray cluster and as Slurm jobs: what comes out is what one process gives."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kick import cli
+from kick.config import load
+from kick.errors import ConfigError
+from kick.progress import Silent
+from kick.sweep.plan import make_plan
+from kick.sweep.run import run
+from kick.sweep.store import Store
+
+SWEEP = """
+model: {model}
+data: embedded
+settings: [magnitude@0.3, magnitude@0.5]
+suites:
+  - {{suite: mmlu, params: {{shots: 0, format: cloze}}, limit: 12}}
+  - {{suite: perplexity, params: {{window_bytes: 512}}, limit: 4}}
+lm: {{batch_size: 4}}
+"""
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory, tiny_model):
+    path = tmp_path_factory.mktemp("clusters") / "sweep.yaml"
+    path.write_text(SWEEP.format(model=tiny_model))
+    return path
+
+
+@pytest.fixture(scope="module")
+def scores(config):
+    """scores.csv of one process."""
+    out = config.parent / "inline"
+    assert cli.main(["sweep", str(config), "--out", str(out)]) == 0
+    return (out / "scores.csv").read_bytes()
+
+
+def carry_out(config, out, executor):
+    plan = make_plan(load(config, [f"executor={executor}"]))
+    with Store.open(out, plan) as store:
+        summary = run(plan, store, Silent())
+    from kick.report import tables
+    from kick.report.results import read_results
+
+    return summary, tables.scores_csv(read_results(out)).encode()
+
+
+# Ray
+
+
+@pytest.fixture(scope="module")
+def ray():
+    return pytest.importorskip("ray")
+
+
+@pytest.fixture
+def cluster(ray):
+    """Two nodes on this machine: a head that runs nothing, and one that works."""
+    from ray.cluster_utils import Cluster
+
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    made.add_node(num_cpus=1)
+    ray.init(address=made.address, log_to_driver=False)
+    yield made
+    ray.shutdown()
+    made.shutdown()
+
+
+def test_ray_gives_what_one_process_gives(config, scores, cluster, tmp_path):
+    summary, found = carry_out(config, tmp_path / "run", "{name: ray, params: {num_cpus: 1}}")
+    assert (summary.done, summary.failed) == (6, {})
+    assert found == scores
+
+
+def test_a_node_that_dies_costs_what_it_was_at(config, scores, cluster, tmp_path, monkeypatch):
+    """The first node is killed while it works; one that joined meanwhile does the rest."""
+    from kick.sweep.executors.ray import Ray
+
+    out = tmp_path / "run"
+    first = [node for node in cluster.list_all_nodes() if node != cluster.head_node]
+    wait = Ray.wait
+
+    def wait_and_kill(self, seconds):
+        if first and list(out.glob("evaluations/*/*/samples.jsonl")):
+            cluster.add_node(num_cpus=1)
+            cluster.remove_node(first.pop(), allow_graceful=False)
+        return wait(self, 0.05 if first else seconds)
+
+    monkeypatch.setattr(Ray, "wait", wait_and_kill)
+    summary, found = carry_out(config, out, "{name: ray, params: {num_cpus: 1}}")
+    assert not first
+    assert (summary.done, summary.failed) == (6, {})
+    assert found == scores
+
+
+def test_results_come_back_as_bytes_where_the_run_directory_is_not_seen(config, scores, tmp_path):
+    """As on a machine without the file system: the mark that is asked for is not the one that lies there."""
+    from kick.sweep.executors.base import Job
+    from kick.sweep.executors.elsewhere import carry_out_here
+    from kick.sweep.work import Owed, Work
+
+    plan = make_plan(load(config))
+    out = tmp_path / "run"
+    with Store.open(out, plan) as store:
+        job = Job(str(tmp_path / "unseen"), plan.config.model_dump(mode="json"), [], plan.identity)
+        for setting in plan.settings:
+            work = Work(setting.name, (Owed("mmlu"), Owed("perplexity")))
+            came = carry_out_here(job.to_json(), work.to_json(), "a mark")
+            assert came.fatal is None
+            assert {Path(name).parts[0] for name in came.files} == {"evaluations"}
+            came.take(store.root)
+    from kick.report import tables
+    from kick.report.results import read_results
+
+    assert tables.scores_csv(read_results(out)).encode() == scores
+
+
+def test_what_comes_back_stays_in_the_run_directory(tmp_path):
+    from kick.errors import RunError
+    from kick.sweep.executors.elsewhere import Came
+
+    for name in ("../outside", "run.json", "evaluations/../run.json"):
+        with pytest.raises(RunError, match="came back under the name"):
+            Came({name: b"x"}).take(tmp_path)
+
+
+def test_a_process_that_would_do_something_else_is_refused(config, tmp_path):
+    from kick.sweep.executors.base import Job
+    from kick.sweep.executors.elsewhere import carry_out_here
+    from kick.sweep.work import Owed, Work
+
+    plan = make_plan(load(config))
+    identity = {**plan.identity, "versions": {**plan.identity["versions"], "torch": "0.1"}}
+    job = Job(str(tmp_path), plan.config.model_dump(mode="json"), [], identity)
+    came = carry_out_here(job.to_json(), Work("dense", (Owed("mmlu"),)).to_json(), "a mark")
+    assert came.fatal is not None
+    assert "versions.torch is '0.1' there" in came.fatal[0]
+
+
+@pytest.mark.parametrize(
+    ("executor", "says"),
+    [
+        ("{name: ray, params: {cpus: 1}}", "unknown key 'cpus'"),
+        ("{name: slurm, params: {cluster: local, cores: 8}}", "executor 'slurm'"),
+        ("{name: slurm, params: {cluster: cloud}}", "executor 'slurm'"),
+    ],
+)
+def test_wrong_parameters_are_one_clear_error(config, tmp_path, executor, says):
+    pytest.importorskip("ray" if "ray" in executor else "submitit")
+    with pytest.raises(ConfigError, match=says):
+        carry_out(config, tmp_path / "run", executor)
+
+
+# Slurm
+
+
+def test_submitit_gives_what_one_process_gives(config, scores, tmp_path):
+    pytest.importorskip("submitit")
+    executor = "{name: slurm, workers: 1, params: {cluster: local, timeout_min: 10}}"
+    summary, found = carry_out(config, tmp_path / "run", executor)
+    assert (summary.done, summary.failed) == (6, {})
+    assert found == scores
+    assert list((tmp_path / "run" / "slurm").iterdir())
+
+
+def test_the_script_that_slurm_gets(config, tmp_path, monkeypatch):
+    """sbatch is replaced by a script that keeps what it is given and says what Slurm says."""
+    pytest.importorskip("submitit")
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    (tools / "sbatch").write_text(f'#!/bin/sh\ncp "$1" {tmp_path}/given.sh\necho "Submitted batch job 17"\n')
+    for name in ("srun", "squeue", "sacct", "scancel"):
+        (tools / name).write_text("#!/bin/sh\n")
+    for tool in tools.iterdir():
+        tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}{os.pathsep}{os.environ['PATH']}")
+    params = "{slurm_partition: gpu, gpus_per_node: 1, cpus_per_task: 8, mem_gb: 64, timeout_min: 90}"
+    plan = make_plan(load(config, [f"executor={{name: slurm, params: {params}}}"]))
+    from kick.sweep.executors.base import Job
+    from kick.sweep.executors.slurm import Slurm
+    from kick.sweep.work import Work
+
+    with Store.open(tmp_path / "run", plan) as store:
+        job = Job(str(store.root), plan.config.model_dump(mode="json"), [], plan.identity)
+        executor = Slurm(plan, store, job, lambda: None)
+        executor.submit(Work("dense", ()))
+    script = (tmp_path / "given.sh").read_text()
+    for line in ("partition=gpu", "gpus-per-node=1", "cpus-per-task=8", "mem=64GB", "time=90"):
+        assert f"#SBATCH --{line}" in script
+    assert sys.executable in script
+    done = subprocess.run(["sh", "-n", tmp_path / "given.sh"], capture_output=True)
+    assert done.returncode == 0
