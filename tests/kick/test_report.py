@@ -4,17 +4,20 @@ import csv
 import html.parser
 import json
 import re
+import shutil
+import sys
 import xml.etree.ElementTree
 
+import numpy as np
 import pytest
 
-from kick import cli
+from kick import cli, compare
 from kick.errors import RunError
-from kick.files import sha256_of
+from kick.files import safe_name, sha256_of
 from kick.report import read_results, tables, write_report
 from kick.report.results import SettingResult
 from kick.settings import Setting
-from kick.suite import Sample
+from kick.suite import Metric, Sample, Score
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -410,3 +413,182 @@ def test_what_cannot_be_compared_is_refused(tmp_path, capsys, change, says):
     assert cli.main(["leaderboard", str(first), str(second), "--out", str(tmp_path / "site")]) == 2
     assert says in capsys.readouterr().err
     assert not (tmp_path / "site").exists()
+
+
+# Means and places
+
+
+def scores_of(*columns):
+    """Scores of one suite, right or wrong by question."""
+    metric = Metric("accuracy", value="correct")
+    ids = tuple(f"q{n:03d}" for n in range(len(columns[0])))
+    return [Score(metric, "overall", ids, np.array(c, dtype=float), np.ones(len(ids))) for c in columns]
+
+
+def test_draws_of_all_settings_have_the_interval_of_each_by_itself():
+    from kick.report.means import retained_draws
+
+    rng = np.random.default_rng(1)
+    dense, *others = scores_of(*(rng.random((4, 200)) < [[0.7], [0.6], [0.65], [0.2]]))
+    draws = retained_draws(dense, others)
+    for own, other in zip(draws, others, strict=True):
+        alone = compare.resampled_retained(dense, other)
+        for quantile in (0.025, 0.5, 0.975):
+            assert np.quantile(own, quantile) == pytest.approx(np.quantile(alone, quantile), abs=0.015)
+
+
+def test_draws_by_hand():
+    """Weights of three questions; the second model has no answer to the last."""
+    from kick.report.means import _shares
+
+    before = np.array([[[1.0, 1], [0, 1], [1, 1]], [[1, 1], [0, 1], [0, 0]]])
+    after = np.array([[[1.0, 1], [1, 1], [0, 1]], [[0, 1], [0, 1], [0, 0]]])
+    weights = np.array([[1.0, 1, 1], [2, 0, 1]])
+    found = _shares(Metric("accuracy", value="correct"), weights, before, after)
+    # (1 + 1 + 0) / 3 over (1 + 0 + 1) / 3, then (2 + 0) / 3 over (2 + 1) / 3; the second lost all it had
+    assert found == pytest.approx(np.array([[1.0, 2 / 3], [0.0, 0.0]]))
+
+
+def test_a_score_with_a_divisor_is_weighted_by_it():
+    from kick.report.means import _shares
+
+    metric = Metric("rating", value="ratings", per="rated")
+    before, after = np.array([[[8.0, 2], [4, 1]]]), np.array([[[4.0, 2], [4, 1]]])
+    found = _shares(metric, np.array([[1.0, 1], [0, 3]]), before, after)
+    assert found == pytest.approx(np.array([[(8 / 3) / (12 / 3), 1.0]]))
+
+
+def test_settings_that_cannot_be_told_apart_share_a_place(run):
+    """magnitude@0.2 and wanda@0.1 keep everything, the other two lose 40 of 60 right answers, in the same questions."""
+    places = read_results(run).places
+    assert places == {"magnitude@0.2": 1, "wanda@0.1": 1, "magnitude@0.5": 3, "wanda@2:4": 3}
+    page = (run / "leaderboard.md").read_text()
+    assert "| 3 | magnitude@0.5 |" in page
+
+
+def test_places_are_paired():
+    """b is better than a on five questions and worse on none: intervals overlap widely, the difference does not."""
+    from kick.report.means import _places, retained_draws
+
+    base = [1.0] * 100 + [0.0] * 100
+    worse, better = [1.0] * 60 + [0.0] * 140, [1.0] * 72 + [0.0] * 128
+    dense, a, b = scores_of(base, worse, better)
+    draws = retained_draws(dense, [a, b])
+    assert np.quantile(draws[0], 0.975) > np.quantile(draws[1], 0.025)
+    assert _places(["a", "b"], draws) == {"a": 2, "b": 1}
+
+
+def test_how_far_seeds_lie_apart(tmp_path):
+    from kick.report.means import seed_spread
+
+    root = write_run(tmp_path / "run", [("dense", 0.0), ("magnitude@0.2", 0.2), ("magnitude@0.5", 0.5)], ["factoid_qa"])
+    document = json.loads((root / "run.json").read_text())
+    for seed, row in enumerate(document["settings"][1:]):
+        row |= {"seed": seed, "label": f"twice@0.3#{seed}"}
+        shutil.move(root / "evaluations" / row["name"], root / "evaluations" / safe_name(row["label"]))
+    (root / "run.json").write_text(json.dumps(document))
+    (row,) = seed_spread(read_results(root))
+    # 60 and 20 right answers of the 97 questions that were whole
+    assert (row["setting"], row["seeds"]) == ("twice@0.3", 2)
+    assert row["mean"] == pytest.approx(40 / 97)
+    assert row["deviation"] == pytest.approx((40 / 97) / 2**0.5)
+    write_report(root)
+    assert "Between seeds" in (root / "report.html").read_text(encoding="utf-8")
+
+
+# Figures
+
+
+def test_figures_are_listed_and_chosen(run, tmp_path, capsys):
+    assert cli.main(["report", str(run), "--figures"]) == 0
+    names = capsys.readouterr().out.split()
+    assert names == [
+        "perplexity-against-capability", "size-against-retained", "factoid_qa-against-sparsity",
+        "perplexity-against-sparsity", "factoid_qa-flips",
+    ]  # fmt: skip
+    assert cli.main(["report", str(run), "--out", str(tmp_path), "--figures", "size-*,factoid_qa-flips"]) == 0
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {
+        f"{name}.{kind}" for name in ("size-against-retained", "factoid_qa-flips") for kind in ("svg", "png", "pdf")
+    }
+    assert cli.main(["report", str(run), "--out", str(tmp_path), "--figures", "nothing"]) == 2
+    assert "This run has: perplexity-against-capability" in capsys.readouterr().err
+
+
+def test_what_no_other_model_beats_in_size_and_score():
+    from kick.report.figures.retained import front
+
+    assert front([(3, 9), (1, 5), (2, 4), (3, 7), (4, 9)]) == [(1, 5), (3, 9)]
+
+
+def test_a_varied_parameter_has_a_figure_of_its_own(tmp_path):
+    root = write_run(tmp_path / "run", [("dense", 0.0), ("magnitude@0.2", 0.2), ("magnitude@0.5", 0.5)], ["factoid_qa"])
+    document = json.loads((root / "run.json").read_text())
+    for samples, row in zip((8, 64), document["settings"][1:], strict=True):
+        label = f"wanda@0.5 samples={samples}"
+        row |= {"compressor": "wanda", "level": "0.5", "label": label, "variation": {"calibration.samples": samples}}
+        shutil.move(root / "evaluations" / row["name"], root / "evaluations" / label)
+    (root / "run.json").write_text(json.dumps(document))
+    write_report(root)
+    svg = (root / "figures" / "factoid_qa-against-samples.svg").read_text(encoding="utf-8")
+    assert "samples of calibration" in svg
+    assert "wanda@0.5" in svg
+    assert "wanda@0.5 samples=64: 0.2062 [" in svg  # 20 of 97, on hover
+    assert not (root / "figures" / "factoid_qa-against-sparsity.svg").exists()  # two points at one level are no curve
+
+
+def test_suites_that_differ_in_one_parameter_are_drawn_together(tmp_path):
+    root = write_run(tmp_path / "run", SETTINGS[:3], ["factoid_qa", "facts"])
+    document = json.loads((root / "run.json").read_text())
+    document["config"]["suites"][1] |= {"suite": "factoid_qa", "label": "facts"}
+    for name, shots in (("factoid_qa", 0), ("facts", 5)):
+        document["suites"][name] |= {"suite": "factoid_qa", "params": {"shots": shots, "max_new_tokens": 8}}
+    (root / "run.json").write_text(json.dumps(document))
+    write_report(root)
+    svg = (root / "figures" / "factoid_qa-by-shots.svg").read_text(encoding="utf-8")
+    assert "magnitude@0.5" in svg
+
+
+# For other tools
+
+
+def test_results_as_lm_eval_writes_them(run, tmp_path):
+    assert cli.main(["report", str(run), "--out", str(tmp_path / "out"), "--lm-eval", str(tmp_path / "lm")]) == 0
+    found = json.loads((tmp_path / "lm" / "magnitude@0.5" / "results.json").read_text())
+    own = found["results"]["factoid_qa"]
+    assert own["contains,none"] == pytest.approx(20 / 97)
+    p = 20 / 97
+    assert own["contains_stderr,none"] == pytest.approx((p * (1 - p) / 96) ** 0.5)  # with n - 1, as lm-eval has it
+    assert found["results"]["perplexity"]["perplexity_stderr,none"] == "N/A"
+    assert found["higher_is_better"]["factoid_qa"]["contains"] is True
+    assert found["n-samples"]["factoid_qa"] == {"original": 97, "effective": 97}
+    assert found["results"]["factoid_qa:topic"]["alias"] == "factoid_qa:topic"
+
+
+@pytest.mark.parametrize("name", ["mlflow", "wandb"])
+def test_a_tracker_that_is_not_installed(run, tmp_path, capsys, monkeypatch, name):
+    monkeypatch.setitem(sys.modules, name, None)
+    assert cli.main(["report", str(run), "--out", str(tmp_path), "--figures", "size-*", "--log-to", name]) == 2
+    assert f"pip install 'llm-kick[{name}]'" in capsys.readouterr().err
+
+
+def test_mlflow_gets_every_setting(run, tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow")
+    from kick.report.trackers import log_to
+
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    mlflow.set_tracking_uri((tmp_path / "tracked").as_uri())
+    assert log_to("mlflow", read_results(run)) == 5
+    rows = mlflow.search_runs(search_all_experiments=True, output_format="list")
+    by_name = {row.data.params["setting"]: row.data.metrics for row in rows}
+    assert by_name["magnitude@0.5"]["factoid_qa/contains"] == pytest.approx(20 / 97)
+    assert by_name["magnitude@0.5"]["sparsity"] == 0.5
+
+
+def test_wandb_gets_every_setting(run, tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    from kick.report.trackers import log_to
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert log_to("wandb", read_results(run)) == 5
+    assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == 5
