@@ -33,7 +33,7 @@ def run(line, *changes):
 
 def test_the_commands_of_the_first_sweep(tmp_path, monkeypatch, tiny_model, capsys):
     monkeypatch.chdir(tmp_path)
-    (sweep,) = blocks("docs/first-sweep.md", "yaml")
+    sweep, _ = blocks("docs/first-sweep.md", "yaml")
     (tmp_path / "first.yaml").write_text(sweep.replace("smollm2-135m", str(tiny_model)))
     lines = [line for block in blocks("docs/first-sweep.md", "console") for line in block.strip().split("\n")]
     assert len(lines) == 8
@@ -116,6 +116,25 @@ def test_the_table_of_keys_is_complete():
     table = text[text.index("## Keys of a sweep file") :]
     for key in SweepConfig.model_fields:
         assert f"`{key}`" in table, key
+
+
+def test_the_documented_study_has_a_setting_and_a_suite_for_each_value():
+    from kick.config import parse, read_yaml
+
+    _, study = blocks("docs/first-sweep.md", "yaml")
+    config = parse({"model": "m", **read_yaml(study, "the page")}, "the page")
+    assert len(config.all_settings()) == 1 + 3
+    assert len(config.all_suites()) == 3
+
+
+def test_the_documented_executors_are_valid():
+    from kick.config import parse, read_yaml
+
+    found = []
+    for text in blocks("docs/clusters.md", "yaml"):
+        config = parse({"model": "m", "suites": ["mmlu"], **read_yaml(text, "the page")}, "the page")
+        found.append(config.executor.name)
+    assert found == ["local", "ray", "slurm"]
 
 
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "configs").rglob("*.yaml")), ids=lambda path: path.stem)
