@@ -173,12 +173,13 @@ def _at(score: Score, ids: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     return np.bincount(cluster, score.value[rows]), np.bincount(cluster, score.per[rows])
 
 
-def by_unit(score: Score) -> dict[str, tuple[float, float]]:
-    """(value, per) of each independent unit: a sample, or a cluster of them."""
+def by_unit(score: Score, only: set[str] | None = None) -> dict[str, tuple[float, float]]:
+    """(value, per) of each independent unit: a sample, or a cluster of them. only: the ids of samples that count."""
     found: dict[str, tuple[float, float]] = {}
-    for unit, value, per in zip(score.clusters or score.ids, score.value, score.per, strict=True):
-        before = found.get(unit, (0.0, 0.0))
-        found[unit] = before[0] + float(value), before[1] + float(per)
+    for id, unit, value, per in zip(score.ids, score.clusters or score.ids, score.value, score.per, strict=True):
+        if only is None or id in only:
+            before = found.get(unit, (0.0, 0.0))
+            found[unit] = before[0] + float(value), before[1] + float(per)
     return found
 
 

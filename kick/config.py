@@ -4,7 +4,7 @@ import itertools
 import re
 from collections import Counter
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator
@@ -33,7 +33,7 @@ def check_label(label: str) -> str:
     return label
 
 
-Varied = dict[str, tuple[Any, ...]]
+Varied = dict[str, Annotated[tuple[Any, ...], Field(min_length=1)]]
 
 
 class Grid(Policy):
@@ -42,13 +42,16 @@ class Grid(Policy):
     compressor: str
     levels: tuple[str, ...] = Field(
         default=("",),
+        min_length=1,
         description="sparsities, patterns, bits or shapes; `sparsities`, `patterns`, `bits`: the usual ones",
     )
     params: dict[str, Any] = Field(
         default_factory=dict, description="of that compressor: `kick list compressors --json`"
     )
     then: tuple[Stage, ...] = ()
-    seeds: tuple[int, ...] = Field(default=(0,), description="runs of the method; also of its draw of calibration text")
+    seeds: tuple[int, ...] = Field(
+        default=(0,), min_length=1, description="runs of the method; also of its draw of calibration text"
+    )
     calibration: dict[str, Any] = Field(
         default_factory=dict, description="keys that differ from the sweep's calibration"
     )
@@ -176,7 +179,9 @@ class SweepConfig(Spec):
         default=False, description="keep the weights of compressed models after their evaluation"
     )
     disk_budget_gb: float | None = Field(
-        default=None, gt=0, description="of kept checkpoints, the ones used longest ago are deleted beyond this"
+        default=None,
+        gt=0,
+        description="of kept checkpoints, those of settings that finished first go beyond this",
     )
 
     @field_validator("settings", mode="before")

@@ -21,7 +21,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.partial")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")  # others may be writing the same
     with open(temporary, "wb") as file:
         file.write(data)
         file.flush()
@@ -56,7 +56,7 @@ def read_json(path: Path) -> Any:
 def new_directory(path: Path) -> Iterator[Path]:
     """A directory to fill, which replaces `path` only when the block ends without an error."""
     path = path.resolve()
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     if partial.exists():
         shutil.rmtree(partial)
     partial.mkdir(parents=True)
@@ -72,6 +72,15 @@ def new_directory(path: Path) -> Iterator[Path]:
     if path.exists():
         shutil.rmtree(path)
     os.replace(partial, path)
+
+
+def clear_partials(root: Path) -> None:
+    """Remove what killed processes left half-written below `root`, where nobody writes now."""
+    for path in [*root.rglob(".*.partial"), *root.rglob(".*.blocks")]:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 @contextmanager

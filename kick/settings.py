@@ -87,6 +87,8 @@ class Setting(Stage):
         name = self.label.removesuffix(f"#{self.seed}")
         if self.variation:
             name = name.removesuffix(f" {variation_in_words(self.variation)}")
+        if name == CHAIN.join(map(str, self.stages)):
+            return self.compressors
         return (name.removesuffix(f"@{self.level}") if self.level else name) or self.compressors
 
     @property

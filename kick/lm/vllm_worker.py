@@ -5,12 +5,16 @@ The first line is {"engine": arguments of vllm.LLM}; then come {"score": ...} an
 back, {"result": ...} or {"error": ...}.
 """
 
+import ctypes
 import json
 import os
+import signal
 import sys
 
 
 def main():
+    if sys.platform == "linux":  # an engine that hangs does not see that its parent was killed
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever vLLM prints is not an answer
 

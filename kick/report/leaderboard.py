@@ -29,6 +29,8 @@ def write_leaderboard(runs: Sequence[Path], out: Path) -> list[dict[str, Any]]:
     found = [read_results(run) for run in runs]
     check_comparable(found)
     check_writable(out)
+    for results in found:  # a mean over other suites is another measure
+        results.task_suites = shared_suites(found)
     rows = ranked([row for results in found for row in _rows(results)])
     suites = list(dict.fromkeys(suite for results in found for suite in results.suites))
     metrics = {suite: next(r.metric(suite).name for r in found if suite in r.suites) for suite in suites}
@@ -49,6 +51,7 @@ def write_leaderboard(runs: Sequence[Path], out: Path) -> list[dict[str, Any]]:
             "metrics": metrics,
             "runs": found,
             "root": root,
+            "shared": found[0].task_suites,
         }
         values |= {"figures": [] if "/" in name else figures, "inline": inline, **script("report.js")}
         write_text(out / name, render("leaderboard.html.j2", **values))
@@ -56,6 +59,11 @@ def write_leaderboard(runs: Sequence[Path], out: Path) -> list[dict[str, Any]]:
     write_text(out / "leaderboard.csv", tables.csv_text(columns, rows))
     write_json(out / "leaderboard.json", rows)
     return rows
+
+
+def shared_suites(found: Sequence[Results]) -> list[str]:
+    """The suites that every run asked and on which every dense model shows a signal: what means are over."""
+    return [suite for suite in found[0].task_suites if all(suite in results.task_suites for results in found)]
 
 
 def check_comparable(found: Sequence[Results]) -> None:
@@ -109,7 +117,7 @@ def ranked(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
     So rows that cannot be told apart share a place. Dense is the measure and takes none.
     """
-    own = [row for row in rows if row["setting"] != DENSE and row["mean_retained_ci_high"] is not None]
+    own = [row for row in rows if row["method"] != DENSE and row["mean_retained_ci_high"] is not None]
     placed = [{**row, "place": None} for row in rows if row not in own]
     for row in own:
         better = sum(other["mean_retained_ci_low"] > row["mean_retained_ci_high"] for other in own)

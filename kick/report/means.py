@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from scipy.special import ndtri
 
 from kick import statistics
 from kick.compare import by_unit
@@ -26,7 +27,7 @@ def means_and_places(results: Results) -> tuple[Means, dict[str, int]]:
     """For each setting that answered every task suite: its mean retained share with an interval, and its place.
 
     Suites that ask the same questions (MMLU in two formats) are resampled with the same draws. A place is one more than
-    the number of settings that are clearly better: those whose paired 95 % interval of the difference of means lies
+    the number of compressed settings that are clearly better: the paired 95 % interval of the difference of means lies
     above 0. Settings that share a place need not be equal; nothing here tells them apart.
     """
     suites = results.task_suites
@@ -52,7 +53,8 @@ def means_and_places(results: Results) -> tuple[Means, dict[str, int]]:
     draws, points = total / len(suites), points / len(suites)
     intervals = [statistics.percentile_interval(own, min(sizes)) for own in draws]
     means = {name: (float(point), own) for name, point, own in zip(names, points, intervals, strict=True)}
-    return means, _places(names, draws)
+    ranked = [index for index, name in enumerate(names) if name in {result.name for result in results.compressed}]
+    return means, _places([names[index] for index in ranked], points[ranked], draws[ranked])
 
 
 def _answered(results: Results, setting: str, suite: str) -> bool:
@@ -60,13 +62,14 @@ def _answered(results: Results, setting: str, suite: str) -> bool:
     return pair is not None and pair.n > 0
 
 
-def _places(names: list[str], draws: np.ndarray) -> dict[str, int]:
-    some = draws[:, :: max(1, RESAMPLES // 2000)]  # enough for the 2.5 % point of a difference
-    found = {}
-    for index, name in enumerate(names):
-        lowest = np.nanquantile(some - some[index], (1 - CONFIDENCE) / 2, axis=1)
-        found[name] = 1 + int((np.delete(lowest, index) > 0).sum())
-    return found
+def _places(names: list[str], points: np.ndarray, draws: np.ndarray) -> dict[str, int]:
+    """Intervals of differences from the covariance of the draws: normal ones, of all pairs at once."""
+    covariance = np.atleast_2d(np.cov(draws[:, np.isfinite(draws).all(axis=0)]))
+    variance = np.diag(covariance)
+    error = np.sqrt(np.maximum(variance[:, None] + variance[None, :] - 2 * covariance, 0.0))
+    ahead = points[None, :] - points[:, None]  # [own, other]
+    better = ahead > np.maximum(float(ndtri((1 + CONFIDENCE) / 2)) * error, 1e-12)
+    return {name: 1 + int(own.sum()) for name, own in zip(names, better, strict=True)}
 
 
 def retained_draws(dense: Score, others: Sequence[Score], seed: int = 0) -> np.ndarray:
@@ -74,21 +77,17 @@ def retained_draws(dense: Score, others: Sequence[Score], seed: int = 0) -> np.n
 
     As compare.resampled_retained: scores within [0, 1] have half a pseudo-observation in each corner.
     """
-    base = by_unit(dense)
-    units = list(base)
-    dense_rows = np.array([base[unit] for unit in units])  # [n, 2]: value, per
-    rows = np.zeros((len(others), len(units), 2))
-    present = np.zeros((len(others), len(units)))
+    units = list(by_unit(dense))
+    before, rows = np.zeros((2, len(others), len(units), 2))  # value and per of the dense model, and of the other
     for number, score in enumerate(others):
-        own = by_unit(score)
-        for place, unit in enumerate(units):
-            if unit in own:
-                rows[number, place], present[number, place] = own[unit], 1.0
+        shared = None if score.ids == dense.ids else set(dense.ids) & set(score.ids)
+        for target, source in ((before, dense), (rows, score)):
+            own = by_unit(source, shared)
+            target[number] = [own.get(unit, (0.0, 0.0)) for unit in units]
     metric, n = dense.metric, len(units)
-    values = np.concatenate([rows[..., 0].ravel(), dense_rows[:, 0]])
+    values = np.concatenate([rows[..., 0].ravel(), before[..., 0].ravel()])
     bounded = metric.per is None and bool(values.min() >= 0) and bool(values.max() <= 1)
     chances = np.concatenate([np.full(n, 2.0), np.ones(4)]) if bounded else np.ones(n)
-    before = np.concatenate([dense_rows * present[..., None], np.zeros((len(others), 0, 2))], axis=1)
     if bounded:
         corners = np.stack([_CORNERS, np.ones_like(_CORNERS)], axis=-1)  # [4, (dense, other), (value, per)]
         shape = (len(others), 4, 2)

@@ -6,12 +6,13 @@ function cellValue(row, column) {
   return cell === undefined ? "" : cell.dataset.sort !== undefined ? cell.dataset.sort : cell.textContent.trim();
 }
 
-function compare(a, b) {
+function compare(a, b, up) {
+  const sign = up ? 1 : -1;
   const x = parseFloat(a.replace(/[,<]/g, "")), y = parseFloat(b.replace(/[,<]/g, ""));
-  if (!Number.isNaN(x) && !Number.isNaN(y)) return x - y;
-  if (!Number.isNaN(x)) return -1;                       // what is missing stands last
+  if (!Number.isNaN(x) && !Number.isNaN(y)) return sign * (x - y);
+  if (!Number.isNaN(x)) return -1;                       // what is missing stands last, either way
   if (!Number.isNaN(y)) return 1;
-  return a.localeCompare(b, undefined, {numeric: true});
+  return sign * a.localeCompare(b, undefined, {numeric: true});
 }
 
 function sortable(table) {
@@ -26,8 +27,7 @@ function sortable(table) {
       heads.forEach(other => other.removeAttribute("aria-sort"));
       head.setAttribute("aria-sort", up ? "ascending" : "descending");
       const body = table.tBodies[0];
-      const rows = Array.from(body.rows).sort((a, b) => compare(cellValue(a, column), cellValue(b, column)));
-      body.append(...(up ? rows : rows.reverse()));
+      body.append(...Array.from(body.rows).sort((a, b) => compare(cellValue(a, column), cellValue(b, column), up)));
     });
   });
 }

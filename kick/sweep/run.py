@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from kick import checkpoint as checkpoints
 from kick import plugins
-from kick.errors import RunError
+from kick.errors import CheckpointError, RunError
 from kick.progress import Progress
 from kick.settings import DENSE, Setting
 from kick.sweep.clock import COMPRESS, Clock
@@ -62,11 +62,12 @@ def run(plan: Plan, store: Store, progress: Progress, debug: bool = False) -> Su
 def _check_room(plan: Plan, store: Store) -> None:
     """Raise RunError where not even the dense checkpoint and one compressed beside it fit onto the disk."""
     width = {"float32": 4, "bfloat16": 2, "float16": 2}[plan.dtype]
-    needed = 2 * plan.parameters * width
+    there = (store.checkpoint_path(DENSE) / checkpoints.RECORD).is_file()
+    needed = (1 if there else 2) * plan.parameters * width
     free = shutil.disk_usage(store.root).free
     if plan.given is None and free < needed:
         raise RunError(
-            f"{store.root} has {free / 1e9:.2f} GB of free disk; two checkpoints take {needed / 1e9:.2f} GB.",
+            f"{store.root} has {free / 1e9:.2f} GB of free disk; the checkpoints need {needed / 1e9:.2f} GB.",
             "Free some space, or choose an --out on another disk.",
         )
 
@@ -95,27 +96,26 @@ class _Scheduler:
         self.suites = {suite.name: suite for suite in plan.suites}
         self.deaths: Counter[tuple[str, str]] = Counter()  # (setting, suite) -> tries that ended badly
         self.waiting: deque[Work] = deque()
+        self.under_way: list[str] = []  # settings
+        self.finished: list[str] = []
 
     def run(self, missing: dict[str, list[PlannedSuite]]) -> None:
         """All works to their end: first the dense model's, whose checkpoint the others start from."""
         for name, suites in missing.items():
-            for suite in suites:  # what failed in an earlier call counts as not tried
-                self.store.evaluation(name, suite.name).forget_failure()
-        works = [self._work(self.settings[name], suites) for name, suites in missing.items()]
-        if works[0].setting != DENSE and self._needs_dense():
-            works.insert(0, Work(DENSE, ()))
-        self.waiting.extend(works)
-        dense_under_way = works[0].setting == DENSE
-        under_way = 0
-        while self.waiting or under_way:
-            held_back = dense_under_way and under_way and not self._dense_is_there()
-            if self.waiting and under_way < self.executor.slots and not held_back:
-                self.executor.submit(self.waiting.popleft())
-                under_way += 1
+            for suite in suites:  # what failed or was damaged counts as not tried
+                self.store.evaluation(name, suite.name).forget_result()
+        self._drop_damaged_dense()
+        self.waiting.extend(self._work(self.settings[name], suites) for name, suites in missing.items())
+        if DENSE not in missing and self._needs_dense():
+            self.waiting.appendleft(Work(DENSE, ()))
+        while self.waiting or self.under_way:
+            if self.waiting and len(self.under_way) < self.executor.slots and not self._must_wait_for_dense():
+                work = self.waiting.popleft()
+                self.under_way.append(work.setting)
+                self.executor.submit(work)
             else:
                 for ended in self.executor.wait(_LOOK_AGAIN):
-                    under_way -= 1
-                    dense_under_way = dense_under_way and ended.work.setting != DENSE
+                    self.under_way.remove(ended.work.setting)
                     self._settle(ended)
 
     def _work(self, setting: Setting, suites: list[PlannedSuite]) -> Work:
@@ -128,59 +128,95 @@ class _Scheduler:
         ]
         return Work(setting.name, tuple(Owed(suite.name, self.deaths[setting.name, suite.name]) for suite in by_lm))
 
+    # The dense checkpoint
+
     def _needs_dense(self) -> bool:
         """Whether there is something to be done with the dense model although it has answered everything."""
-        given = self.plan.given is not None
-        return not given and (
-            not self._dense_is_there() or (len(lms(self.plan.config)) > 1 and self.store.parity() is None)
-        )
+        if self.plan.given is not None:
+            return False
+        return not self._dense_is_there() or (len(lms(self.plan.config)) > 1 and self.store.parity() is None)
+
+    def _must_wait_for_dense(self) -> bool:
+        """Whether the dense work is under way, and what it makes for the others is not there yet."""
+        return DENSE in self.under_way and not self._dense_is_there()
 
     def _dense_is_there(self) -> bool:
         return (self.store.checkpoint_path(DENSE) / checkpoints.RECORD).is_file()
 
+    def _drop_damaged_dense(self) -> None:
+        """What lies there is believed while works go on: so it is looked at once before."""
+        if self._dense_is_there():
+            try:
+                problems = checkpoints.verify(checkpoints.read(self.store.checkpoint_path(DENSE)))
+            except CheckpointError as error:
+                problems = [str(error)]
+            if problems:
+                self.store.drop_checkpoint(DENSE)
+
+    # What became of a work
+
     def _settle(self, ended: Ended) -> None:
         """Count what a work did; what it did not live to do, or had no memory for, is put in front of the queue."""
         setting = self.settings[ended.work.setting]
-        again: list[PlannedSuite] = []
-        at_fault: list[PlannedSuite] = []
-        for name, _ in ended.work.owed:
-            suite = self.suites[name]
-            result = self.store.evaluation(setting.name, name).result()
-            if result is None:
-                again.append(suite)
-            elif result["status"] == "failed" and result.get("out_of_memory"):
-                at_fault.append(suite)
-        died = ended.died or "it ended without a result"
-        if again:  # the first of them was under way, or all of them wait for a checkpoint that was
-            made = (self.store.checkpoint_path(setting.name) / checkpoints.RECORD).is_file()
-            at_fault += again[:1] if made else again
+        if not ended.work.owed:
+            self._settle_checkpoint(ended)
+            return
+        owed = [self.suites[name] for name, _ in ended.work.owed]
+        results = {suite.name: self.store.evaluation(setting.name, suite.name).result() for suite in owed}
+        unanswered = [suite for suite in owed if results[suite.name] is None]
+        made = (self.store.checkpoint_path(setting.name) / checkpoints.RECORD).is_file()
+        # the first was under way, or all of them waited for the checkpoint that was
+        at_fault = unanswered[:1] if made else unanswered
+        at_fault += [suite for suite in owed if (results[suite.name] or {}).get("out_of_memory")]
+        died = ended.died or "it had not enough memory"
+        again = [suite for suite in unanswered if suite not in at_fault]
         for suite in at_fault:
             self.deaths[setting.name, suite.name] += 1
             tries = self.deaths[setting.name, suite.name]
-            own = self.store.evaluation(setting.name, suite.name)
-            result = own.result()
             if tries <= self.plan.config.executor.retries:
-                if result is not None:
-                    own.forget_failure()
-                    again.append(suite)
-            elif result is None:
+                self.store.evaluation(setting.name, suite.name).forget_result()
+                self.progress.note(f"trying again: {setting.name} on {suite.name}: {died}")
+                again.append(suite)
+            elif results[suite.name] is None:
                 times = f" ({tries} times)" if tries > 1 else ""
                 record_failure(self.plan, self.store, setting, suite, f"its process died{times}: {died}")
-                again.remove(suite)
-        for suite in at_fault if again else []:
-            self.progress.note(f"trying again: {setting.name} on {suite.name}: {died}")
-        self._count(setting, [self.suites[name] for name, _ in ended.work.owed if self.suites[name] not in again])
+        self._count(setting, [suite for suite in owed if suite not in again])
         if again:
-            self.waiting.appendleft(self._work(setting, again))
-        elif not setting.is_dense:
+            self.waiting.appendleft(self._work(setting, [suite for suite in owed if suite in again]))
+        elif setting.name == DENSE:
+            self._give_up_without_dense(owed)
+        else:
+            self.finished.append(setting.name)
             self._clear_away(setting)
+
+    def _settle_checkpoint(self, ended: Ended) -> None:
+        """Of the dense model alone. If it is not there, whoever needs it makes it, and records why it cannot."""
+        if ended.died is not None:
+            self.deaths[DENSE, ""] += 1
+            if self.deaths[DENSE, ""] <= self.plan.config.executor.retries:
+                self.progress.note(f"trying again: the dense model: {ended.died}")
+                self.waiting.appendleft(ended.work)
+
+    def _give_up_without_dense(self, owed: list[PlannedSuite]) -> None:
+        """Where the dense model could not even be made, neither can anything that starts from it."""
+        results = [self.store.evaluation(DENSE, suite.name).result() for suite in owed]
+        could_be_made = self._dense_is_there() or self.executor.apart or self.plan.given is not None
+        if could_be_made or any(result is None or result["status"] != "failed" for result in results):
+            return
+        reason = f"without the dense model: {(results[0] or {})['reason']}"
+        while self.waiting:
+            work = self.waiting.popleft()
+            setting, suites = self.settings[work.setting], [self.suites[name] for name, _ in work.owed]
+            for suite in suites:
+                record_failure(self.plan, self.store, setting, suite, reason)
+            self._count(setting, suites)
 
     def _clear_away(self, setting: Setting) -> None:
         config = self.plan.config
         if not config.keep_checkpoints:
             self.store.drop_checkpoint(setting.name)
         elif config.disk_budget_gb is not None:
-            self.store.trim_checkpoints(1e9 * config.disk_budget_gb, spare=DENSE)
+            self.store.trim_checkpoints(1e9 * config.disk_budget_gb, self.finished)
 
     def _count(self, setting: Setting, settled: list[PlannedSuite]) -> None:
         for suite in settled:

@@ -9,6 +9,7 @@ evaluations/SETTING/SUITE/samples.jsonl     one line a sample, appended as answe
 checkpoints/SETTING/                        weights, while they are needed
 """
 
+import fcntl
 import json
 import os
 import shutil
@@ -21,7 +22,16 @@ from typing import Any, TextIO
 
 from kick import meter
 from kick.errors import RunError
-from kick.files import check_writable, read_json, safe_name, sha256_of, to_json, write_bytes, write_json, write_text
+from kick.files import (
+    check_writable,
+    clear_partials,
+    read_json,
+    safe_name,
+    sha256_of,
+    to_json,
+    write_json,
+    write_text,
+)
 from kick.judge.questions import Judgment
 from kick.suite import Sample
 from kick.sweep.lock import lock
@@ -56,6 +66,7 @@ class Store:
                     shutil.rmtree(root / part, ignore_errors=True)
                 for part in (RUN, JUDGE, JUDGE_CACHE, "scores.csv", "leaderboard.csv", "leaderboard.md", "report.html"):
                     (root / part).unlink(missing_ok=True)
+            clear_partials(root)
             store = Store(root, lock_file)
             store._begin(plan)
             yield store
@@ -115,10 +126,9 @@ class Store:
         if parent.is_dir() and not any(parent.iterdir()):
             parent.rmdir()
 
-    def trim_checkpoints(self, most_bytes: float, spare: str) -> None:
-        """Delete checkpoints, the ones made longest ago first, until the others take no more than `most_bytes`."""
-        kept = [path for path in (self.root / "checkpoints").iterdir() if path != self.checkpoint_path(spare)]
-        kept.sort(key=lambda path: path.stat().st_mtime)
+    def trim_checkpoints(self, most_bytes: float, finished: Sequence[str]) -> None:
+        """Delete checkpoints of `finished` settings, in order, until the others of them take at most `most_bytes`."""
+        kept = [path for name in finished if (path := self.checkpoint_path(name)).is_dir()]
         sizes = [sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) for path in kept]
         excess = sum(sizes) - most_bytes
         for path, size in zip(kept, sizes, strict=True):
@@ -126,6 +136,14 @@ class Store:
                 break
             shutil.rmtree(path)
             excess -= size
+
+    @contextmanager
+    def alone_with(self, setting: str) -> Iterator[None]:
+        """While one process works on a setting, others that would do the same wait: jobs may outlive who sent them."""
+        self.setting_path(setting).mkdir(parents=True, exist_ok=True)
+        with open(self.setting_path(setting) / ".lock", "a", encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
 
     # One setting, one evaluation
 
@@ -141,8 +159,9 @@ class Store:
         return read_json(path) if path.is_file() else None
 
     def keep_record(self, setting: str, record: dict[str, Any]) -> None:
-        self.setting_path(setting).mkdir(parents=True, exist_ok=True)
-        write_json(self.setting_path(setting) / "kick.json", record)
+        if json.loads(to_json(record)) != self.record(setting):
+            self.setting_path(setting).mkdir(parents=True, exist_ok=True)
+            write_json(self.setting_path(setting) / "kick.json", record)
 
 
 class EvaluationStore:
@@ -204,20 +223,19 @@ class EvaluationStore:
         """
         if not self.samples_path.is_file():
             return 0
-        data = self.samples_path.read_bytes()
         position = whole = done = 0
-        for batch in batches:
-            for id in batch:
-                end = data.find(b"\n", position)
-                if end < 0 or _id_of(data[position:end]) != id:
-                    break
-                position = end + 1
-            else:
-                whole, done = position, done + 1
-                continue
-            break
-        if whole < len(data):
-            write_bytes(self.samples_path, data[:whole])
+        with open(self.samples_path, "rb") as file:
+            for batch in batches:
+                for id in batch:
+                    line = file.readline()
+                    if not line.endswith(b"\n") or _id_of(line) != id:
+                        break
+                    position += len(line)
+                else:
+                    whole, done = position, done + 1
+                    continue
+                break
+        os.truncate(self.samples_path, whole)
         return done
 
     @contextmanager
@@ -230,10 +248,9 @@ class EvaluationStore:
         self.path.mkdir(parents=True, exist_ok=True)
         write_json(self.scores_path, result)
 
-    def forget_failure(self) -> None:
-        """A failed evaluation counts as one that was not tried; its samples stay."""
-        if (self.result() or {}).get("status") == "failed":
-            self.scores_path.unlink()
+    def forget_result(self) -> None:
+        """It counts as one that was not tried; its samples stay."""
+        self.scores_path.unlink(missing_ok=True)
 
 
 class Appender:

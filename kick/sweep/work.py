@@ -60,6 +60,12 @@ class Rules:
 
 def carry_out(plan: Plan, store: Store, workshop: Workshop, work: Work, watch: Watch, rules: Rules) -> None:
     """Do `work`. What fails is recorded and the rest goes on, unless nothing can be recorded: then RunError."""
+    workshop.begin()
+    with store.alone_with(work.setting):
+        _carry_out(plan, store, workshop, work, watch, rules)
+
+
+def _carry_out(plan: Plan, store: Store, workshop: Workshop, work: Work, watch: Watch, rules: Rules) -> None:
     setting = next(setting for setting in plan.settings if setting.name == work.setting)
     by_name = {suite.name: suite for suite in plan.suites}
     halvings = dict(work.owed)
@@ -165,8 +171,9 @@ def check_parity(plan: Plan, store: Store, workshop: Workshop, watch: Watch) -> 
             lm = load_lm(spec, workshop.checkpoint(plan.settings[0], watch).path, plan.dtype, plan.device)
             asked.append((spec, ask(lm)))
             lm.close()
-        except KickError as error:  # its evaluations will fail with the same reason, the others need not
-            asked.append((spec, error.message))
+        except Exception as error:  # its evaluations will fail with the same reason, the others need not
+            _stop_if_full(error)
+            asked.append((spec, error.message if isinstance(error, KickError) else f"{type(error).__name__}: {error}"))
     rows = []
     for spec, answers in asked[1:]:
         for row in compare(asked[0][1], answers, plan.dtype):

@@ -36,20 +36,24 @@ class Workshop:
                 found = found or self._make(setting, watch)
                 self._check_same(setting, found)
             except Exception as error:
-                self.without_dense = error if setting.name == DENSE else None
+                if setting.name == DENSE:
+                    self.without_dense = error
                 raise
             self.checkpoints[setting.name] = found
             self.store.keep_record(setting.name, found.record)
         return self.checkpoints[setting.name]
+
+    def begin(self) -> None:
+        """A new work: what could not be made for the last one is tried again."""
+        self.without_dense = None
 
     def dense_lm(self, setting: Setting, suite: PlannedSuite, lm: Any, watch: Watch) -> Any:
         """The dense model's LM, for suites that ask it beside `setting`: `lm` itself where that is dense."""
         if setting.name == DENSE:
             return lm
         if self._dense is None:
-            dense = self.plan.settings[0]  # always first
-            spec = self.plan.lm_of(dense, suite)
-            self._dense = load_lm(spec, self.checkpoint(dense, watch).path, self.plan.dtype, self.plan.device)
+            spec = self.plan.lm_of(self.plan.settings[0], suite)
+            self._dense = load_lm(spec, self._dense_checkpoint(watch).path, self.plan.dtype, self.plan.device)
         return self._dense
 
     def forget_dense(self) -> None:
@@ -67,8 +71,16 @@ class Workshop:
     def _same_as_dense(self, setting: Setting, watch: Watch) -> Checkpoint | None:
         """A variant of dense is the dense model, asked in another way."""
         if setting.is_dense and setting.name != DENSE:
-            return self.checkpoint(self.plan.settings[0], watch)
+            return self._dense_checkpoint(watch)
         return None
+
+    def _dense_checkpoint(self, watch: Watch) -> Checkpoint:
+        """For another setting: where it is not there yet, whoever comes first makes it and the others wait."""
+        dense = self.plan.settings[0]  # always first
+        if DENSE in self.checkpoints or self._on_disk(dense) is not None:
+            return self.checkpoint(dense, watch)
+        with self.store.alone_with(DENSE):
+            return self.checkpoint(dense, watch)
 
     def _on_disk(self, setting: Setting) -> Checkpoint | None:
         path = self.store.checkpoint_path(setting.name)
@@ -83,7 +95,7 @@ class Workshop:
     def _make(self, setting: Setting, watch: Watch) -> Checkpoint:
         start: Path | None = None
         if not setting.is_dense:
-            start = self.checkpoint(self.plan.settings[0], watch).path  # dense is always first
+            start = self._dense_checkpoint(watch).path
         watch.start(f"{setting.name}: {'load' if setting.is_dense else 'compress'}", COMPRESS, 1)
         out = self.store.checkpoint_path(setting.name)
         recipe = self.plan.recipe(setting)

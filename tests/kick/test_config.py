@@ -154,12 +154,13 @@ def test_suites_can_be_varied(tmp_path):
 
 @pytest.mark.parametrize(
     ("compressor", "label", "expected"),
-    [("wanda", "", "wanda"), ("wanda", "mine", "mine"), ("external", "a@b", "a@b")],
+    [("wanda", "", "wanda > gptq"), ("wanda", "mine", "mine"), ("external", "a@b", "a@b")],
 )
 def test_a_method_is_what_is_left_of_a_name(compressor, label, expected):
     from kick.config import Grid
 
-    grid = Grid(compressor=compressor, levels=["0.5"], label=label, seeds=(0, 1), vary={"x": (1,)})
+    chain = {"compressor": "gptq", "level": "4"}
+    grid = Grid(compressor=compressor, levels=["0.5"], label=label, then=(chain,), seeds=(0, 1), vary={"x": (1,)})
     assert {setting.method for setting in grid.settings(CalibrationSpec())} == {expected}
 
 

@@ -475,7 +475,7 @@ def test_places_are_paired():
     dense, a, b = scores_of(base, worse, better)
     draws = retained_draws(dense, [a, b])
     assert np.quantile(draws[0], 0.975) > np.quantile(draws[1], 0.025)
-    assert _places(["a", "b"], draws) == {"a": 2, "b": 1}
+    assert _places(["a", "b"], np.array([0.6, 0.72]), draws) == {"a": 2, "b": 1}
 
 
 def test_how_far_seeds_lie_apart(tmp_path):
@@ -496,7 +496,29 @@ def test_how_far_seeds_lie_apart(tmp_path):
     assert "Between seeds" in (root / "report.html").read_text(encoding="utf-8")
 
 
+def test_turns_that_only_one_model_answered_count_for_neither():
+    """Two conversations of two turns; the compressed model's answer to the last turn could not be scored."""
+    from kick.report.means import retained_draws
+
+    metric = Metric("rating", value="ratings", per="rated")
+    ids, clusters = ("a1", "a2", "b1", "b2"), ("a", "a", "b", "b")
+    dense = Score(metric, "overall", ids, np.array([8.0, 8, 4, 8]), np.ones(4), clusters=clusters)
+    other = Score(metric, "overall", ids[:3], np.array([8.0, 8, 4]), np.ones(3), clusters=clusters[:3])
+    draws = retained_draws(dense, [other])
+    assert draws == pytest.approx(np.ones_like(draws))  # on what both answered they are the same
+
+
 # Figures
+
+
+def test_a_label_may_hold_anything(tmp_path):
+    root = write_run(tmp_path / "run", [("dense", 0.0), ("magnitude@0.2", 0.2)], ["factoid_qa"])
+    document = json.loads((root / "run.json").read_text())
+    document["settings"][1]["label"] = "costs $5 _{ and $"
+    shutil.move(root / "evaluations" / "magnitude@0.2", root / "evaluations" / safe_name("costs $5 _{ and $"))
+    (root / "run.json").write_text(json.dumps(document))
+    write_report(root)
+    assert "costs $5 _{ and $" in (root / "figures" / "factoid_qa-flips.svg").read_text(encoding="utf-8")
 
 
 def test_figures_are_listed_and_chosen(run, tmp_path, capsys):
@@ -529,7 +551,7 @@ def test_a_varied_parameter_has_a_figure_of_its_own(tmp_path):
         shutil.move(root / "evaluations" / row["name"], root / "evaluations" / label)
     (root / "run.json").write_text(json.dumps(document))
     write_report(root)
-    svg = (root / "figures" / "factoid_qa-against-samples.svg").read_text(encoding="utf-8")
+    svg = (root / "figures" / "factoid_qa-over-samples.svg").read_text(encoding="utf-8")
     assert "samples of calibration" in svg
     assert "wanda@0.5" in svg
     assert "wanda@0.5 samples=64: 0.2062 [" in svg  # 20 of 97, on hover
@@ -546,6 +568,25 @@ def test_suites_that_differ_in_one_parameter_are_drawn_together(tmp_path):
     write_report(root)
     svg = (root / "figures" / "factoid_qa-by-shots.svg").read_text(encoding="utf-8")
     assert "magnitude@0.5" in svg
+
+
+def test_of_two_varied_parameters_each_figure_says_what_is_fixed(tmp_path):
+    names = ["factoid_qa", "b", "c", "d"]
+    root = write_run(tmp_path / "run", SETTINGS[:2], names)
+    document = json.loads((root / "run.json").read_text())
+    for name, spec, shots, tokens in zip(
+        names, document["config"]["suites"], (0, 0, 5, 5), (8, 16, 8, 16), strict=True
+    ):
+        spec |= {"suite": "factoid_qa", "label": name}
+        params = {"shots": shots, "max_new_tokens": tokens}
+        document["suites"][name] |= {"suite": "factoid_qa", "params": params}
+    (root / "run.json").write_text(json.dumps(document))
+    from kick.report.figures import planned
+
+    assert [figure.name for figure in planned(read_results(root)) if "-by-" in figure.name] == [
+        "factoid_qa-by-max_new_tokens-with-shots=0", "factoid_qa-by-max_new_tokens-with-shots=5",
+        "factoid_qa-by-shots-with-max_new_tokens=8", "factoid_qa-by-shots-with-max_new_tokens=16",
+    ]  # fmt: skip
 
 
 # For other tools

@@ -1,6 +1,7 @@
 """One thing varied at a time: calibration, a compressor's or a suite's parameter, seeds."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -21,7 +22,7 @@ from kick.report.figures.style import (
     title,
 )
 from kick.report.results import Results, SettingResult
-from kick.settings import DENSE
+from kick.settings import DENSE, variation_in_words
 from kick.suite import Metric
 
 Point = tuple[Any, Estimate, str]  # value of what is varied, score, name
@@ -30,15 +31,23 @@ _MOST_LINES = 12
 
 def planned(results: Results) -> Iterator[Planned]:
     for key in dict.fromkeys(key for result in results.compressed for key in result.setting.variation):
+        short = key.rpartition(".")[2]
         for suite in results.suites:
             if _settings_by_line(results, key, suite):
-                short = key.rpartition(".")[2]
-                yield Planned(
-                    f"{suite}-against-{short}", f"{suite} against {short}", partial(_settings, results, key, suite)
-                )
-    for names, key, values in _suites_that_differ(results):
-        title = f"{names[0].partition(' ')[0]} by {key}"
-        yield Planned(title.replace(" ", "-"), title, partial(_suites, results, names, key, values))
+                draw = partial(_settings, results, key, suite)
+                yield Planned(f"{suite}-over-{short}", f"{suite} against {short}", draw)
+    for group in _suites_that_differ(results):
+        yield Planned(group.heading.replace(" ", "-"), group.heading, partial(_suites, results, group))
+
+
+@dataclass(frozen=True)
+class _Suites:
+    """Suites of one kind, asked the same questions, that differ in the parameter `key` alone."""
+
+    names: list[str]
+    key: str
+    values: list[Any]
+    heading: str
 
 
 def _settings_by_line(results: Results, key: str, suite: str) -> dict[str, list[Point]]:
@@ -69,37 +78,38 @@ def _settings(results: Results, key: str, suite: str) -> tuple[Figure, str]:
     short = key.rpartition(".")[2].replace("_", " ")
     _finish(axes, short + (" of calibration" if key.startswith("calibration.") else ""), metric, f"{suite}: {short}")
     n = dense.n if dense else 0
-    return (
-        figure,
-        f"Score against {short}, all else equal; n = {n}, bars: 95 % intervals. Points at one place are seeds.",
-    )
+    caption = f"Score against {short}, all else equal; n = {n}, bars: 95 % intervals. Points at one place are seeds."
+    return figure, caption
 
 
-def _suites_that_differ(results: Results) -> Iterator[tuple[list[str], str, list[Any]]]:
-    """Suites of one kind that differ in a single parameter: (their names, the parameter, its value in each)."""
-    kinds: dict[str, list[str]] = {}
-    for name, suite in results.run["suites"].items():
-        if name in results.suites:
-            kinds.setdefault(suite.get("suite", name), []).append(name)
-    for names in kinds.values():
-        params = [results.run["suites"][name]["params"] for name in names]
-        for key in sorted({key for own in params for key in own}):
-            groups: dict[str, list[int]] = {}
-            for index, own in enumerate(params):
-                rest = repr(sorted((k, repr(v)) for k, v in own.items() if k != key))
-                groups.setdefault(rest, []).append(index)
-            for members in groups.values():
-                values = [params[index].get(key) for index in members]
-                if len({repr(value) for value in values}) > 1:
-                    yield [names[index] for index in members], key, values
+def _suites_that_differ(results: Results) -> Iterator[_Suites]:
+    suites = {name: suite for name, suite in results.run["suites"].items() if name in results.suites}
+    for kind in dict.fromkeys(suite.get("suite", name) for name, suite in suites.items()):
+        own = {name: suite["params"] for name, suite in suites.items() if suite.get("suite", name) == kind}
+        for key in sorted({key for params in own.values() for key in params}):
+            groups: dict[str, list[str]] = {}
+            for name, params in own.items():
+                fixed = sorted((k, repr(v)) for k, v in params.items() if k != key)
+                asked = tuple(sample.id for sample in results.get(DENSE, name).samples)
+                groups.setdefault(repr((fixed, hash(asked))), []).append(name)
+            differing = [names for names in groups.values() if len({repr(own[name].get(key)) for name in names}) > 1]
+            for names in differing:
+                others = {k: v for k, v in own[names[0]].items() if k != key and _varies(own, k)}
+                words = f" with {variation_in_words(others)}" if len(differing) > 1 and others else ""
+                values = [own[name].get(key) for name in names]
+                yield _Suites(names, key, values, f"{kind} by {key}{words}")
 
 
-def _suites(results: Results, names: list[str], key: str, values: list[Any]) -> tuple[Figure, str]:
+def _varies(params: dict[str, dict[str, Any]], key: str) -> bool:
+    return len({repr(own.get(key)) for own in params.values()}) > 1
+
+
+def _suites(results: Results, group: _Suites) -> tuple[Figure, str]:
     """Numbers along an axis with a line for each setting; words as markers side by side for each setting."""
+    names, key, values, heading = group.names, group.key, group.values, group.heading
     figure, axes = plt.subplots(figsize=(7.4, 4.2))
     metric = results.metric(names[0])
     shown, left_out = shown_settings([r for r in results.settings if r.name == DENSE or not r.setting.is_dense])
-    heading = f"{names[0].partition(' ')[0]} by {key}"
     if all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
         lines = {
             result.name: [

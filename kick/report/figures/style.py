@@ -44,6 +44,7 @@ _STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "kick",
     "pdf.fonttype": 42,
+    "text.parse_math": False,  # a label may hold dollars
 }
 
 

@@ -42,6 +42,9 @@ class Executor(ABC):
     slots: int
     """How many works can be under way at once."""
 
+    apart = False
+    """Whether works were done where the run directory is not seen: their checkpoints never come here."""
+
     def __init__(self, plan: Plan, store: Store, job: Job, watch: Callable[[], Watch]) -> None:
         """watch: makes one for a work, to be told what it is at, where that can be seen from here."""
         self.plan, self.store, self.job, self.watch = plan, store, job, watch

@@ -22,7 +22,7 @@ from kick.errors import RunError
 from kick.lm.memory import free_bytes
 from kick.sweep.clock import Watch
 from kick.sweep.executors.base import Ended, Executor, Job
-from kick.sweep.plan import MODELS_AT_ONCE, WORKER_BYTES, Plan
+from kick.sweep.plan import MODELS_AT_ONCE, WORKER_BYTES, Plan, lms
 from kick.sweep.store import Store
 from kick.sweep.work import Work
 
@@ -37,12 +37,15 @@ class Local(Executor):
         self._selector = selectors.DefaultSelector()
 
     def submit(self, work: Work) -> None:
+        for idle in [worker for worker in self._idle if worker.has_ended]:
+            self._bury(idle)  # it died with nothing to do
         worker = self._idle.pop() if self._idle else self._start()
         worker.begin(work, self.watch())
         self._busy.append(worker)
 
     def _start(self) -> "_Worker":
-        worker = _Worker(self.job, self.store, self._free.popleft(), self.slots, self.plan.device)
+        place = self._free.popleft()
+        worker = _Worker(self.job, self.store, place, _environment(self.plan, place, self.slots))
         self._selector.register(worker.answers, selectors.EVENT_READ, worker)
         return worker
 
@@ -52,6 +55,9 @@ class Local(Executor):
         while self._busy and not ended and (left := until - time.monotonic()) > 0:
             for key, _ in self._selector.select(left):
                 ended += self._hear(key.data)
+        if not ended:  # one whose children hold its pipe open says nothing when it ends
+            for worker in [worker for worker in self._busy if worker.has_ended]:
+                ended += self._hear(worker)
         return ended
 
     def _hear(self, worker: "_Worker") -> list[Ended]:
@@ -63,17 +69,18 @@ class Local(Executor):
                 self._idle.append(worker)
                 return [Ended(worker.finished())]
             worker.tell(message)
-        if not worker.is_gone:
+        if not (worker.is_gone or worker.has_ended):
             return []
+        died = worker.cause_of_death()
+        work = worker.finished() if worker in self._busy else None
+        self._bury(worker)
+        return [Ended(work, died)] if work is not None else []
+
+    def _bury(self, worker: "_Worker") -> None:
         self._selector.unregister(worker.answers)
         self._free.append(worker.place)
-        died = worker.cause_of_death()
+        (self._idle if worker in self._idle else self._busy).remove(worker)
         worker.end()
-        if worker in self._idle:
-            self._idle.remove(worker)
-            return []
-        self._busy.remove(worker)
-        return [Ended(worker.finished(), died)]
 
     def close(self) -> None:
         for worker in [*self._idle, *self._busy]:
@@ -84,19 +91,20 @@ class Local(Executor):
 class _Worker:
     """One process (kick.sweep.executors.worker), and what it is at."""
 
-    def __init__(self, job: Job, store: Store, place: int, of: int, device: str) -> None:
+    def __init__(self, job: Job, store: Store, place: int, environment: dict[str, str]) -> None:
         self.place = place
         self._timeout = job.timeout
         logs = store.root / "logs"
         logs.mkdir(exist_ok=True)
-        self.log: TextIO = open(logs / f"worker-{place}.log", "w+", encoding="utf-8", errors="replace")  # noqa: SIM115
+        self.log: TextIO = open(logs / f"worker-{place}.log", "a+", encoding="utf-8", errors="replace")  # noqa: SIM115
+        self._log_start = self.log.seek(0, os.SEEK_END)  # what an earlier one left at this place stays
         lock = store.lock_file
         self._process = subprocess.Popen(
             [sys.executable, "-m", "kick.sweep.executors.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.log,
-            env=_environment(place, of, device),
+            env=environment,
             pass_fds=[lock.fileno()] if lock is not None else [],
             start_new_session=True,  # its children are ended with it; Ctrl-C is ours to pass on
         )
@@ -118,6 +126,10 @@ class _Worker:
         with suppress(BrokenPipeError):  # it is gone, which its end of the other pipe will tell
             self._process.stdin.write(json.dumps(message).encode() + b"\n")
             self._process.stdin.flush()
+
+    @property
+    def has_ended(self) -> bool:
+        return self._process.poll() is not None
 
     def hear(self) -> list[dict[str, Any]]:
         """What it has said since the last call."""
@@ -144,9 +156,9 @@ class _Worker:
     def cause_of_death(self) -> str:
         """In words, from how the process ended and the last line of its log."""
         code = self._process.wait()
-        self.log.seek(0)
+        self.log.seek(self._log_start)
         log = self.log.read().strip()
-        if "Timeout (" in log:
+        if self._timeout is not None and "Timeout (" in log:
             return f"it took longer than the timeout of {self._timeout:g} s ({self._logged})"
         if code == -signal.SIGKILL:
             return "it was killed (signal 9), as systems do when memory runs out"
@@ -180,7 +192,7 @@ def _how_many(plan: Plan) -> int:
     if asked != "auto":
         return asked
     if plan.device == "cuda":
-        return torch.cuda.device_count()
+        return max(1, torch.cuda.device_count() // _gpus_each(plan))
     if plan.device != "cpu" or any(suite.suite.times_itself for suite in plan.suites):
         return 1
     width = getattr(torch, plan.dtype).itemsize
@@ -192,12 +204,21 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _environment(place: int, of: int, device: str) -> dict[str, str]:
-    """Which GPU or how many threads a worker has."""
+def _gpus_each(plan: Plan) -> int:
+    """As many as the LM that spreads over most of them asks for."""
+    return max(int(spec.params.get("tensor_parallel_size", 1)) for spec in lms(plan.config))
+
+
+def _environment(plan: Plan, place: int, of: int) -> dict[str, str]:
+    """Which GPUs or how many threads a worker has."""
+    import torch
+
     environment = dict(os.environ)
-    if device == "cuda":
+    if plan.device == "cuda":
         seen = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
-        environment["CUDA_VISIBLE_DEVICES"] = seen[place % len(seen)] if seen else str(place)
+        seen = seen or [str(number) for number in range(torch.cuda.device_count())]
+        own = range(place * (each := _gpus_each(plan)), (place + 1) * each)
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(seen[number % len(seen)] for number in own)
     elif of > 1:
         environment["OMP_NUM_THREADS"] = str(max(1, _cores() // of))
     return environment

@@ -19,6 +19,8 @@ from kick.sweep.plan import Plan
 from kick.sweep.store import Store
 from kick.sweep.work import Work
 
+_QUEUED = 1000  # works that Ray is given at once; it decides how many run
+
 
 class Params(Spec):
     address: str | None = None
@@ -30,8 +32,6 @@ class Params(Spec):
 
 
 class Ray(Executor):
-    slots = 1_000_000  # Ray queues
-
     def __init__(self, plan: Plan, store: Store, job: Job, watch: Callable[[], Watch]) -> None:
         super().__init__(plan, store, job, watch)
         try:
@@ -59,8 +59,19 @@ class Ray(Executor):
         if params.resources:
             options["resources"] = params.resources
         self._task = ray.remote(**options)(carry_out_here)
+        workers = plan.config.executor.workers
+        self.slots = workers if workers != "auto" else _QUEUED
         self._mark = leave_mark(store.root)
+        self._note_what_is_missing(ray.cluster_resources(), {"CPU": params.num_cpus, "GPU": gpus, **params.resources})
         self._works: dict[Any, tuple[Work, Watch]] = {}
+
+    def _note_what_is_missing(self, there: dict[str, float], wanted: dict[str, float]) -> None:
+        """Ray waits without a word for nodes that may never join."""
+        for name, amount in wanted.items():
+            if amount > there.get(name, 0.0):
+                self.watch().note(
+                    f"Ray has {there.get(name, 0.0):g} {name} now; a work takes {amount:g}. It waits for more."
+                )
 
     def submit(self, work: Work) -> None:
         watch = self.watch()
@@ -78,6 +89,7 @@ class Ray(Executor):
             came = self._ray.get(reference)
         except self._ray.exceptions.RayError as error:  # the worker, or its node, is gone
             return Ended(work, " ".join(str(error).split())[-300:])
+        self.apart = self.apart or bool(came.files)
         came.take(self.store.root)
         return Ended(work)
 

@@ -19,6 +19,7 @@ from kick.sweep.store import Store
 from kick.sweep.work import Work
 
 _LOOK_EVERY = 0.2  # seconds; submitit itself asks Slurm less often
+_QUEUED = 64  # jobs that Slurm is given at once; sites limit how many may wait
 _DEFAULTS = {"timeout_min": 24 * 60}
 
 
@@ -35,7 +36,7 @@ class Slurm(Executor):
         if plan.device.startswith("cuda"):
             params.setdefault("gpus_per_node", 1)
         cluster = params.pop("cluster", "slurm")
-        self.slots = spec.workers if spec.workers != "auto" else 1_000_000  # Slurm queues
+        self.slots = spec.workers if spec.workers != "auto" else _QUEUED
         try:
             self._executor = submitit.AutoExecutor(folder=store.root / "slurm" / "%j", cluster=cluster)
             self._executor.update_parameters(**params)
