@@ -219,13 +219,14 @@ def test_interrupting_ends_workers_and_the_same_command_goes_on(config, undistur
 
 
 def test_two_sweeps_on_one_folder(config, tmp_path):
-    out = tmp_path / "run"
-    first = kick("sweep", config, "--out", out)
-    wait_until(lambda: (out / "run.json").exists(), first)
-    code, _, err = finish(kick("sweep", config, "--out", out))
+    command = troubled(tmp_path, config, "time.sleep(3600)")
+    first = kick(*command)
+    wait_until(lambda: (tmp_path / "run" / "run.json").exists(), first)
+    code, _, err = finish(kick(*command))
+    first.kill()
+    first.communicate()
     assert code == 2
     assert f"is being written by process {first.pid} on " in err
-    assert finish(first)[0] == 0
 
 
 def test_the_lock_outlives_its_owner_while_workers_write(config, tmp_path):

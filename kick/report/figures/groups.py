@@ -8,7 +8,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from kick.report.figures.style import MAP, Planned, hint_patch, shown_settings, title
-from kick.report.results import Key, Results
+from kick.report.results import FEWEST_IN_MEANS, Key, Results
 from kick.settings import DENSE
 from kick.suite import OVERALL
 
@@ -19,7 +19,8 @@ _FULL = 1.2  # shares above are shown as this
 def planned(results: Results) -> Iterator[Planned]:
     for suite in results.suites:
         groups = [key for key in _keys(results, suite) if key[0] == results.metric(suite).name and key[1] != OVERALL]
-        if len(groups) > 1 and not results.metric(suite).descriptive:
+        telling = [key for key in groups if results.get(DENSE, suite).estimates[key].signal]
+        if len(telling) > 1 and not results.metric(suite).descriptive:
             draw = partial(_map, results, suite, groups, "group")
             yield Planned(f"{suite}-by-group", f"{suite} by group", draw)
         criteria = [
@@ -33,8 +34,8 @@ def planned(results: Results) -> Iterator[Planned]:
 
 
 def _keys(results: Results, suite: str) -> list[Key]:
-    """(metric, group) of everything that the dense model was scored on."""
-    return [key for key, found in results.get(DENSE, suite).estimates.items() if found.n]
+    """(metric, group) of everything that the dense model was scored on, with questions enough to say something."""
+    return [key for key, found in results.get(DENSE, suite).estimates.items() if found.n >= FEWEST_IN_MEANS]
 
 
 def _map(results: Results, suite: str, keys: Sequence[Key], what: str) -> tuple[Figure, str]:

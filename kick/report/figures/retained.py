@@ -16,6 +16,7 @@ from kick.report.figures.style import (
     hint,
     interval_in_words,
     label_line,
+    label_points,
     legend,
     method_style,
     name_ticks,
@@ -58,7 +59,7 @@ def _size_against_retained(results: Results) -> tuple[Figure, str]:
             dense.record["bytes"] / 1e6, 100, marker="*", markersize=13, color="0.2", linestyle="none", label="dense"
         )
     labelled: set[str] = set()
-    places = []
+    places, names = [], []
     for result in results.compressed:
         mean = results.mean_retained(result.name)
         if mean is None or result.record is None:
@@ -91,14 +92,13 @@ def _size_against_retained(results: Results) -> tuple[Figure, str]:
             label=None if method in labelled else method,
         )
         labelled.add(method)
-        axes.annotate(
-            result.setting.levels, (packed, y), xytext=(0, 6), textcoords="offset points", ha="right", fontsize=7.5
-        )
+        names.append((packed, y, result.setting.levels))
     edge = front(places)
     axes.step(
         [x for x, _ in edge], [y for _, y in edge], where="post", color="0.45", linewidth=1.0, zorder=1, label="front"
     )
     _finish(axes, "megabytes of weights", "Size against what was retained")
+    label_points(axes, names)
     caption = (
         "Filled: bytes on disk, where a zero or a quantised weight takes the room of any other. Open: packed, as codes "
         "with their scales (kick export) or, of pruned layers, as non-zero weights and a bit mask (a format that "
@@ -130,6 +130,7 @@ def _speed_against_retained(results: Results, suite: str) -> tuple[Figure, str]:
     figure, axes = plt.subplots()
     axes.plot(1.0, 100, marker="*", markersize=13, color="0.2", linestyle="none", label="dense")
     labelled: set[str] = set()
+    names = []
     for result in results.compressed:
         mean, speed = results.mean_retained(result.name), results.estimate(result.name, suite)
         if mean is None or speed is None or not speed.n:
@@ -143,11 +144,12 @@ def _speed_against_retained(results: Results, suite: str) -> tuple[Figure, str]:
             markersize=5.5, capsize=2, linewidth=0.9, linestyle="none", label=None if method in labelled else method,
         )  # fmt: skip
         labelled.add(method)
-        axes.annotate(result.setting.levels, (x, y), xytext=(4, 4), textcoords="offset points", fontsize=7.5)
+        names.append((x, y, result.setting.levels))
         words = interval_in_words(mean[0], mean[1], percent=True)
         hint(axes, x, y, f"{result.name}: {words}; {interval_in_words(speed.score, speed.interval)} times dense")
     axes.axvline(1.0, color="0.25", linewidth=1.0)
     _finish(axes, "speed over the dense model's, measured here", "Speed against what was retained")
+    label_points(axes, names)
     caption = (
         "Tokens a second over the dense model's, measured in turns on this hardware. Zeros and quantised weights in "
         f"dense storage run as dense ones do. Mean over {', '.join(results.task_suites)}; bars: 95 % intervals."
@@ -160,6 +162,7 @@ def _perplexity_against_capability(results: Results, suite: str) -> tuple[Figure
     figure, axes = plt.subplots()
     axes.plot(1.0, 100, marker="*", markersize=13, color="0.2", linestyle="none", label="dense")
     labelled: set[str] = set()
+    names = []
     largest = 1.0
     for result in results.compressed:
         mean, pair = results.mean_retained(result.name), results.comparison(result.name, suite)
@@ -183,12 +186,13 @@ def _perplexity_against_capability(results: Results, suite: str) -> tuple[Figure
             f"{result.name}: {words}; perplexity {interval_in_words(x, _inverse(pair.interval))} times dense",
         )
         largest = max(largest, x, _inverse(pair.interval).high if pair.interval.low > 0 else x)
-        axes.annotate(result.setting.levels, (x, y), xytext=(4, 4), textcoords="offset points", fontsize=7.5)
+        names.append((x, y, result.setting.levels))
     axes.axvspan(1.0, 1 + PERPLEXITY_MARGIN, color="0.25", alpha=0.08, linewidth=0)
     axes.set_xscale("log")
     axes.set_xlim(left=0.9, right=1.25 * max(largest, 1 + 2 * PERPLEXITY_MARGIN))
     name_ticks(axes.xaxis, "g")
     _finish(axes, "perplexity over the dense model's", "Perplexity against capability")
+    label_points(axes, names)
     caption = (
         f"Each setting's perplexity ({suite}, logarithmic) beside the mean share of the dense score that is left over "
         f"{', '.join(results.task_suites)}; bars: 95 % intervals. Grey: perplexity rises by at most "

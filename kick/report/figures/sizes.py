@@ -7,7 +7,17 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from kick.report.figures.retained import packed_bytes
-from kick.report.figures.style import Planned, bars, hint, interval_in_words, legend, name_ticks, nth_style, title
+from kick.report.figures.style import (
+    Planned,
+    bars,
+    hint,
+    interval_in_words,
+    label_points,
+    legend,
+    name_ticks,
+    nth_style,
+    title,
+)
 from kick.report.results import Results
 from kick.settings import DENSE
 
@@ -26,7 +36,8 @@ def _draw(runs: Sequence[Results], suite: str) -> tuple[Figure, str]:
     figure, axes = plt.subplots(figsize=(7.0, 4.4))
     metric = runs[0].metric(suite)
     scale = 100.0 if metric.unit.startswith("share") else 1.0
-    dense = []
+    dense: list[tuple[float, float]] = []
+    names: list[tuple[float, float, str]] = []
     for number, results in enumerate(runs):
         style = nth_style(number)
         for result in results.settings:
@@ -44,7 +55,7 @@ def _draw(runs: Sequence[Results], suite: str) -> tuple[Figure, str]:
                 linestyle="none", capsize=2, linewidth=0.9, label=f"{name}, dense" if is_dense else None, zorder=4,
             )  # fmt: skip
             if not is_dense:
-                axes.annotate(result.name, (x, y), xytext=(4, 3), textcoords="offset points", fontsize=6.5)
+                names.append((x, y, result.name))
             hint(axes, x, y, f"{name} {result.name}: {interval_in_words(found.score, found.interval)}, {x:.0f} MB")
     dense.sort()
     axes.plot([x for x, _ in dense], [y for _, y in dense], color="0.35", linewidth=1.2, zorder=2)
@@ -56,6 +67,7 @@ def _draw(runs: Sequence[Results], suite: str) -> tuple[Figure, str]:
         axes.set_yscale("log")
     title(axes, f"{suite}: small and dense, or large and sparse")
     legend(axes, len(runs))
+    label_points(axes, names, size=6.5)
     better = "above" if metric.higher_is_better else "below"
     return figure, (
         f"Filled and joined: dense models. Open: compressed ones, at their packed bytes. What lies {better} "

@@ -76,7 +76,7 @@ def in_style() -> Iterator[None]:
 def save(folder: Path, planned: Planned) -> Drawn:
     """SVG with values on hover, PNG and PDF."""
     figure, caption = planned.draw()
-    name = safe_name(planned.name)
+    name = safe_name(planned.name).replace(":", "-")  # not every system has colons in the names of files
     svg = folder / f"{name}.svg"
     figure.draw_without_rendering()
     box = figure.get_tightbbox().padded(0.1)  # laid out once for all three
@@ -161,6 +161,34 @@ def nth_style(place: int) -> dict[str, Any]:
     }
 
 
+def label_points(axes: Axes, points: Sequence[tuple[float, float, str]], size: float = 7.5) -> None:
+    """Name each (x, y) beside it, where no other name or point is. Called when the axes have their limits."""
+    places: Any = axes.transData.transform([(x, y) for x, y, _ in points]) if points else []
+    scale = axes.figure.dpi / 72
+    taken = [(px - 4 * scale, py - 4 * scale, px + 4 * scale, py + 4 * scale) for px, py in places]
+    for (x, y, text), (px, py) in zip(points, places, strict=True):
+        width, height = 0.62 * size * len(text) * scale, 1.1 * size * scale
+        boxes = {}
+        for right, up in _AROUND:
+            left = px + right * scale if right > 0 else px + right * scale - width
+            low = py + up * scale
+            boxes[right, up] = (left, low, left + width, low + height)
+        right, up = min(boxes, key=lambda side: sum(_overlap(boxes[side], other) for other in taken))
+        taken.append(boxes[right, up])
+        axes.annotate(
+            text, (x, y), xytext=(right, up), textcoords="offset points", fontsize=size,
+            ha="left" if right > 0 else "right", va="bottom",
+        )  # fmt: skip
+
+
+_AROUND = tuple((right, up) for up in (3, -10, 11, -18, 19, -26) for right in (5, -5))  # points of paper, best first
+
+
+def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> float:
+    """Area that two boxes (left, low, right, high) share."""
+    return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
+
+
 def label_line(axes: Axes, y: float, text: str, side: str = "center") -> None:
     """Name a horizontal line, to the right of the axes where no curve runs."""
     axes.annotate(
@@ -197,8 +225,8 @@ def shown_settings(settings: Sequence[SettingResult]) -> tuple[list[SettingResul
 
 
 def legend(axes: Axes, count: int) -> None:
-    """Inside the axes while it is short; beside them where it would cover the curves."""
-    if count > 6:
-        axes.legend(loc="upper left", bbox_to_anchor=(1.16, 1.0), fontsize=8)
+    """Inside the axes while it is short; below them where it would cover the curves."""
+    if count > 5:
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=4, fontsize=8)
     else:
         axes.legend(loc="best", fontsize=9)
