@@ -88,7 +88,7 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
     plugins.load_file(folder / "scripted.py")
     config = sweep_of(folder, job["count"]) if job["step"] != "score" else None
     run = folder / f"run-{job['count']}"
-    from kick.report import write_report  # imports are not measured
+    from kick.report import write_report
     from kick.sweep.run import missing_evaluations
 
     if job["step"] == "write":

@@ -91,7 +91,7 @@ def estimate(score: Score) -> Estimate:
 def compare(dense: Score, other: Score, signal: bool) -> Comparison:
     """`other` against `dense` on the samples they share. `signal`: whether the dense score says anything."""
     metric = dense.metric
-    shared = sorted(set(dense.ids) & set(other.ids))
+    shared = _shared(dense, other)
     if not shared:
         nothing = Interval(float("nan"), float("nan"))
         return Comparison(
@@ -151,7 +151,7 @@ def resampled_retained(dense: Score, other: Score, seed: int = 0) -> np.ndarray:
     a small sample in which nothing changed does not claim certainty.
     """
     metric = dense.metric
-    shared = sorted(set(dense.ids) & set(other.ids))
+    shared = _shared(dense, other)
     (dense_value, dense_per), (value, per) = _at(dense, shared), _at(other, shared)
     pseudo = statistics.corners(dense_value, value) if metric.per is None else None
     if pseudo is not None:
@@ -163,8 +163,15 @@ def resampled_retained(dense: Score, other: Score, seed: int = 0) -> np.ndarray:
     )
 
 
+def _shared(dense: Score, other: Score) -> Sequence[str]:
+    """The samples that both answered, in order."""
+    return dense.ids if dense.ids == other.ids else sorted(set(dense.ids) & set(other.ids))
+
+
 def _at(score: Score, ids: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """(value, per) of these samples, added up within clusters: what is resampled."""
+    if ids is score.ids and not score.clusters:
+        return score.value, score.per
     place = {id: index for index, id in enumerate(score.ids)}
     rows = [place[id] for id in ids]
     if not score.clusters:

@@ -90,7 +90,7 @@ def percentile_interval(values: np.ndarray, n: int, confidence: float = CONFIDEN
 
 
 def is_binary(values: np.ndarray) -> bool:
-    return bool(np.isin(values, (0.0, 1.0)).all())
+    return bool(((values == 0.0) | (values == 1.0)).all())
 
 
 def corners(first: np.ndarray, second: np.ndarray) -> np.ndarray | None:

@@ -70,7 +70,10 @@ class Sample:
 
     @classmethod
     def from_json(cls, row: dict[str, Any]) -> "Sample":
-        return cls(**{field.name: row[field.name] for field in fields(cls)})
+        return cls(**{name: row[name] for name in _FIELDS})
+
+
+_FIELDS = tuple(field.name for field in fields(Sample))
 
 
 @dataclass(frozen=True)

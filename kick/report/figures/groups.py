@@ -64,7 +64,7 @@ def _map(results: Results, suite: str, keys: Sequence[Key], what: str) -> tuple[
                 cell = plt.Rectangle((column, row), 1, 1, facecolor="none", edgecolor="none", alpha=0.0, fill=True)
                 axes.add_patch(cell)
                 words = f"{result.name}, {key[1] if what == 'group' else key[0]}: {found.score:.3g} of {pair.dense:.3g}"
-                hint_patch(cell, f"{words}, {pair.verdict}, n {pair.n}")
+                hint_patch(cell, f"{words}, {pair.verdict}, n {pair.n}", unseen=True)
     axes.set_xticks(np.arange(len(settings)) + 0.5, [r.name for r in settings], rotation=90, fontsize=7)
     names = [(key[1] if what == "group" else key[0]).replace("_", " ") for key in rows]
     labels = [f"{name} ({dense.estimates[key].n})" for name, key in zip(names, rows, strict=True)]

@@ -1,9 +1,12 @@
 """What was retained over all suites: against bytes, against perplexity, against speed."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
+from math import isfinite
 from typing import Any
 
+import numpy as np
 import torch
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
@@ -11,8 +14,8 @@ from matplotlib.figure import Figure
 
 from kick.report.figures.style import (
     LOST,
+    MOST_SETTINGS,
     Planned,
-    bars,
     hint,
     interval_in_words,
     label_line,
@@ -22,7 +25,7 @@ from kick.report.figures.style import (
     name_ticks,
     title,
 )
-from kick.report.results import Results
+from kick.report.results import Results, SettingResult
 from kick.report.tables import PERPLEXITY_MARGIN
 from kick.statistics import Interval
 
@@ -37,6 +40,60 @@ def planned(results: Results) -> Iterator[Planned]:
     if (suite := _speed_suite(results)) is not None:
         draw = partial(_speed_against_retained, results, suite)
         yield Planned("speed-against-retained", "Speed against mean retained score", draw)
+
+
+@dataclass(frozen=True)
+class _Point:
+    """A setting at `x`, with the interval `wide` there if it has one. words: what x says."""
+
+    result: SettingResult
+    x: float
+    mean: tuple[float, Interval]
+    words: str
+    wide: Interval | None = None
+
+    @property
+    def y(self) -> float:
+        return 100 * self.mean[0]
+
+
+def _by_method(points: Sequence[_Point]) -> dict[str, list[int]]:
+    """The places of each method's points; a method's patterns belong to it."""
+    found: dict[str, list[int]] = {}
+    for index, point in enumerate(points):
+        found.setdefault(point.result.family.removesuffix(" N:M"), []).append(index)
+    return found
+
+
+def _draw(axes: Axes, results: Results, points: Sequence[_Point], open_markers: bool = False) -> None:
+    """A marker with intervals for each point, and its values on hover. Open markers have no place in the legend."""
+    for method, places in _by_method(points).items():
+        own = [points[index] for index in places]
+        style = method_style(results, method)
+        tall = _reach([point.y for point in own], [point.mean[1] for point in own], 100.0)
+        wide = None
+        if all(point.wide is not None for point in own):
+            wide = _reach([point.x for point in own], [point.wide for point in own if point.wide is not None])
+        axes.errorbar(
+            [point.x for point in own], [point.y for point in own], xerr=wide, yerr=tall, color=style["color"],
+            marker=style["marker"], markersize=5.5, markerfacecolor="white" if open_markers else style["color"],
+            capsize=2, linewidth=0.9, linestyle="none", label=None if open_markers else method, zorder=3,
+        )  # fmt: skip
+    for point in points:
+        mean = interval_in_words(*point.mean, percent=True)
+        hint(axes, point.x, point.y, f"{point.result.name}: {mean}; {point.words}")
+
+
+def _reach(values: Sequence[float], intervals: Sequence[Interval], scale: float = 1.0) -> np.ndarray:
+    """How far intervals reach below and above: [2, points]."""
+    ends = np.array([(own.low, own.high) for own in intervals]).reshape(-1, 2) * scale
+    return np.nan_to_num(np.maximum((ends.T - np.array(values)) * [[-1.0], [1.0]], 0.0), posinf=0.0)
+
+
+def _name(axes: Axes, points: Sequence[_Point]) -> None:
+    """Levels beside the points, while there are few enough to be read."""
+    if len(points) <= 2 * MOST_SETTINGS:
+        label_points(axes, [(point.x, point.y, point.result.setting.levels) for point in points])
 
 
 def _finish(axes: Axes, xlabel: str, heading: str) -> None:
@@ -58,47 +115,27 @@ def _size_against_retained(results: Results) -> tuple[Figure, str]:
         axes.plot(
             dense.record["bytes"] / 1e6, 100, marker="*", markersize=13, color="0.2", linestyle="none", label="dense"
         )
-    labelled: set[str] = set()
-    places, names = [], []
+    points, ends = [], []
     for result in results.compressed:
         mean = results.mean_retained(result.name)
-        if mean is None or result.record is None:
-            continue
-        style = method_style(results, result.family)
-        method = result.family.removesuffix(" N:M")
-        y = 100 * mean[0]
-        disk, packed = result.record["bytes"] / 1e6, packed_bytes(result.record) / 1e6
-        places.append((packed, y))
-        words = interval_in_words(mean[0], mean[1], percent=True)
-        hint(axes, packed, y, f"{result.name}: {words}; {packed:.0f} MB packed, {disk:.0f} MB on disk")
-        reach = bars(y, 100 * mean[1].low, 100 * mean[1].high)
-        axes.plot([packed, disk], [y, y], color=style["color"], linewidth=0.7, alpha=0.5)
-        axes.errorbar(
-            packed,
-            y,
-            yerr=reach,
-            color=style["color"],
-            marker=style["marker"],
-            markerfacecolor="white",
-            capsize=2,
-            linewidth=0.9,
-        )
-        axes.plot(
-            disk,
-            y,
-            color=style["color"],
-            marker=style["marker"],
-            linestyle="none",
-            label=None if method in labelled else method,
-        )
-        labelled.add(method)
-        names.append((packed, y, result.setting.levels))
-    edge = front(places)
+        if mean is not None and result.record is not None:
+            disk, packed = result.record["bytes"] / 1e6, packed_bytes(result.record) / 1e6
+            points.append(_Point(result, packed, mean, f"{packed:.0f} MB packed, {disk:.0f} MB on disk"))
+            ends.append(disk)
+    for method, own in _by_method(points).items():
+        style = method_style(results, method)
+        y = [points[index].y for index in own]
+        across = {"color": style["color"], "linewidth": 0.7, "alpha": 0.5}
+        axes.hlines(y, [points[index].x for index in own], [ends[index] for index in own], **across)
+        filled = {"color": style["color"], "marker": style["marker"], "linestyle": "none"}
+        axes.plot([ends[index] for index in own], y, label=method, **filled)
+    _draw(axes, results, points, open_markers=True)
+    edge = front([(point.x, point.y) for point in points])
     axes.step(
         [x for x, _ in edge], [y for _, y in edge], where="post", color="0.45", linewidth=1.0, zorder=1, label="front"
     )
     _finish(axes, "megabytes of weights", "Size against what was retained")
-    label_points(axes, names)
+    _name(axes, points)
     caption = (
         "Filled: bytes on disk, where a zero or a quantised weight takes the room of any other. Open: packed, as codes "
         "with their scales (kick export) or, of pruned layers, as non-zero weights and a bit mask (a format that "
@@ -129,27 +166,16 @@ def _speed_suite(results: Results) -> str | None:
 def _speed_against_retained(results: Results, suite: str) -> tuple[Figure, str]:
     figure, axes = plt.subplots()
     axes.plot(1.0, 100, marker="*", markersize=13, color="0.2", linestyle="none", label="dense")
-    labelled: set[str] = set()
-    names = []
+    points = []
     for result in results.compressed:
         mean, speed = results.mean_retained(result.name), results.estimate(result.name, suite)
-        if mean is None or speed is None or not speed.n:
-            continue
-        style = method_style(results, result.family)
-        method = result.family.removesuffix(" N:M")
-        x, y = speed.score, 100 * mean[0]
-        axes.errorbar(
-            x, y, xerr=bars(x, speed.interval.low, speed.interval.high),
-            yerr=bars(y, 100 * mean[1].low, 100 * mean[1].high), color=style["color"], marker=style["marker"],
-            markersize=5.5, capsize=2, linewidth=0.9, linestyle="none", label=None if method in labelled else method,
-        )  # fmt: skip
-        labelled.add(method)
-        names.append((x, y, result.setting.levels))
-        words = interval_in_words(mean[0], mean[1], percent=True)
-        hint(axes, x, y, f"{result.name}: {words}; {interval_in_words(speed.score, speed.interval)} times dense")
+        if mean is not None and speed is not None and speed.n:
+            words = f"{interval_in_words(speed.score, speed.interval)} times dense"
+            points.append(_Point(result, speed.score, mean, words, speed.interval))
+    _draw(axes, results, points)
     axes.axvline(1.0, color="0.25", linewidth=1.0)
     _finish(axes, "speed over the dense model's, measured here", "Speed against what was retained")
-    label_points(axes, names)
+    _name(axes, points)
     caption = (
         "Tokens a second over the dense model's, measured in turns on this hardware. Zeros and quantised weights in "
         f"dense storage run as dense ones do. Mean over {', '.join(results.task_suites)}; bars: 95 % intervals."
@@ -161,38 +187,22 @@ def _perplexity_against_capability(results: Results, suite: str) -> tuple[Figure
     """Right: perplexity says it is worse. Down: tasks say so. What lies low on the left is what perplexity hides."""
     figure, axes = plt.subplots()
     axes.plot(1.0, 100, marker="*", markersize=13, color="0.2", linestyle="none", label="dense")
-    labelled: set[str] = set()
-    names = []
-    largest = 1.0
+    points = []
     for result in results.compressed:
         mean, pair = results.mean_retained(result.name), results.comparison(result.name, suite)
-        if mean is None or pair is None or not pair.retained > 0:
-            continue
-        style = method_style(results, result.family)
-        method = result.family.removesuffix(" N:M")
-        x, y = 1 / pair.retained, 100 * mean[0]
-        wide = bars(x, 1 / pair.interval.high, 1 / pair.interval.low)
-        tall = bars(y, 100 * mean[1].low, 100 * mean[1].high)
-        axes.errorbar(
-            x, y, xerr=wide, yerr=tall, color=style["color"], marker=style["marker"], markersize=5.5, capsize=2,
-            linewidth=0.9, linestyle="none", label=None if method in labelled else method, zorder=3,
-        )  # fmt: skip
-        labelled.add(method)
-        words = interval_in_words(mean[0], mean[1], percent=True)
-        hint(
-            axes,
-            x,
-            y,
-            f"{result.name}: {words}; perplexity {interval_in_words(x, _inverse(pair.interval))} times dense",
-        )
-        largest = max(largest, x, _inverse(pair.interval).high if pair.interval.low > 0 else x)
-        names.append((x, y, result.setting.levels))
+        if mean is not None and pair is not None and pair.retained > 0:
+            x, wide = 1 / pair.retained, _inverse(pair.interval)
+            words = f"perplexity {interval_in_words(x, wide)} times dense"
+            points.append(_Point(result, x, mean, words, wide))
+    _draw(axes, results, points)
+    reached = [end for point in points for end in (point.x, point.wide.high if point.wide else 0.0) if isfinite(end)]
+    largest = max([1.0, *reached])
     axes.axvspan(1.0, 1 + PERPLEXITY_MARGIN, color="0.25", alpha=0.08, linewidth=0)
     axes.set_xscale("log")
     axes.set_xlim(left=0.9, right=1.25 * max(largest, 1 + 2 * PERPLEXITY_MARGIN))
     name_ticks(axes.xaxis, "g")
     _finish(axes, "perplexity over the dense model's", "Perplexity against capability")
-    label_points(axes, names)
+    _name(axes, points)
     caption = (
         f"Each setting's perplexity ({suite}, logarithmic) beside the mean share of the dense score that is left over "
         f"{', '.join(results.task_suites)}; bars: 95 % intervals. Grey: perplexity rises by at most "

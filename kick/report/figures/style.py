@@ -101,9 +101,12 @@ def hint(axes: Axes, x: float, y: float, text: str) -> None:
     _hints(axes.figure).artists.append(mark)
 
 
-def hint_patch(patch: Any, text: str) -> None:
-    """Let `text` show where the pointer is over a bar or a cell."""
+def hint_patch(patch: Any, text: str, unseen: bool = False) -> None:
+    """Let `text` show where the pointer is over a bar or a cell. unseen: it is there for nothing else."""
     _hints(patch.figure).add(patch, text)
+    if unseen:
+        patch.set_in_layout(False)
+        _hints(patch.figure).artists.append(patch)
 
 
 @dataclass
@@ -213,7 +216,7 @@ def title(axes: Axes, text: str) -> None:
     axes.set_title(text, loc="left", fontsize=11)
 
 
-MOST_SETTINGS = 60
+MOST_SETTINGS = 48
 """So many stand side by side in a figure that can be read."""
 
 
