@@ -392,3 +392,29 @@ def test_report_again_gives_the_same_tables(finished, tmp_path):
         assert (tmp_path / name).read_bytes() == (finished / name).read_bytes()
     for figure in (finished / "figures").iterdir():
         assert (tmp_path / "figures" / figure.name).read_bytes() == figure.read_bytes()
+
+
+# Policies, several models
+
+
+def test_kept_checkpoints_stay_within_their_budget(config, tmp_path):
+    """A checkpoint of the tiny model takes 37,792 weights of 4 bytes and a tokenizer: the budget holds one of two."""
+    config.write_text(config.read_text() + "keep_checkpoints: true\ndisk_budget_gb: 0.0003\nexecutor: {name: inline}\n")
+    _run(config, tmp_path / "run")
+    kept = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert kept == {"dense", "wanda@2:4"}  # the one that finished first is gone; dense is not counted
+
+
+def test_several_models_have_a_run_each_and_one_leaderboard(config, tmp_path, tiny_model, capsys):
+    twin = tmp_path / "twin"
+    shutil.copytree(tiny_model, twin)
+    text = config.read_text().replace(f"model: {tiny_model}", f"model: [{tiny_model}, {twin}]")
+    config.write_text(text.replace('settings: [magnitude@0.5, "wanda@2:4"]', "settings: [magnitude@0.5]"))
+    assert cli.main(["sweep", str(config), "--out", str(tmp_path / "runs")]) == 0
+    with open(tmp_path / "runs" / "leaderboard.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {(row["model"], row["setting"]) for row in rows} == {
+        (str(model), setting) for model in (tiny_model, twin) for setting in ("dense", "magnitude@0.5")
+    }
+    page = (tmp_path / "runs" / "index.html").read_text(encoding="utf-8")
+    assert "Small and dense, or large and sparse" in page
