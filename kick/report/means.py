@@ -11,14 +11,13 @@ import numpy as np
 from scipy.special import ndtri
 
 from kick import statistics
-from kick.compare import by_unit
+from kick.compare import by_unit, retained_share
 from kick.report.results import Results
 from kick.settings import DENSE
 from kick.statistics import CONFIDENCE, RESAMPLES, Interval
 from kick.suite import Metric, Score
 
 _CHUNK = 2_000_000  # weights of questions drawn at a time
-_CORNERS = np.array([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
 
 Means = dict[str, tuple[float, Interval]]
 
@@ -85,14 +84,14 @@ def retained_draws(dense: Score, others: Sequence[Score], seed: int = 0) -> np.n
             own = by_unit(source, shared)
             target[number] = [own.get(unit, (0.0, 0.0)) for unit in units]
     metric, n = dense.metric, len(units)
-    values = np.concatenate([rows[..., 0].ravel(), before[..., 0].ravel()])
-    bounded = metric.per is None and bool(values.min() >= 0) and bool(values.max() <= 1)
-    chances = np.concatenate([np.full(n, 2.0), np.ones(4)]) if bounded else np.ones(n)
-    if bounded:
-        corners = np.stack([_CORNERS, np.ones_like(_CORNERS)], axis=-1)  # [4, (dense, other), (value, per)]
-        shape = (len(others), 4, 2)
-        before = np.concatenate([before, np.broadcast_to(corners[:, 0], shape)], axis=1)
-        rows = np.concatenate([rows, np.broadcast_to(corners[:, 1], shape)], axis=1)
+    chances = np.ones(n)
+    pairs = None if metric.per else statistics.corners(before[..., 0].ravel(), rows[..., 0].ravel())
+    if pairs is not None:
+        chances = np.concatenate([np.full(n, 2.0), np.ones(len(pairs))])
+        pseudo = np.stack([pairs, np.ones_like(pairs)], axis=-1)  # [4, (dense, other), (value, per)]
+        shape = (len(others), len(pairs), 2)
+        before = np.concatenate([before, np.broadcast_to(pseudo[:, 0], shape)], axis=1)
+        rows = np.concatenate([rows, np.broadcast_to(pseudo[:, 1], shape)], axis=1)
     rng = np.random.default_rng(seed)
     found = np.empty((len(others), RESAMPLES))
     step = max(1, _CHUNK // len(chances))
@@ -108,9 +107,7 @@ def _shares(metric: Metric, weights: np.ndarray, before: np.ndarray, after: np.n
     first, second = (
         [np.tensordot(rows[..., column], weights, axes=(1, 1)) for column in (0, 1)] for rows in (before, after)
     )
-    with np.errstate(divide="ignore", invalid="ignore"):
-        dense, other = metric.combine(*first), metric.combine(*second)
-        return np.divide(other, dense) if metric.higher_is_better else np.divide(dense, other)
+    return retained_share(metric.combine(*first), metric.combine(*second), metric.higher_is_better)
 
 
 def seed_spread(results: Results) -> list[dict[str, Any]]:

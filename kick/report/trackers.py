@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from kick.errors import ConfigError
+from kick.extras import import_extra
 from kick.report.results import Results, SettingResult
 from kick.suite import OVERALL
 
@@ -41,10 +41,7 @@ def _facts(results: Results, result: SettingResult) -> tuple[dict[str, Any], dic
 
 
 def _mlflow(results: Results) -> int:
-    try:
-        import mlflow
-    except ImportError as error:
-        raise ConfigError("--log-to mlflow needs MLflow.", "pip install 'llm-kick[mlflow]'") from error
+    mlflow = import_extra("mlflow", "mlflow", "--log-to mlflow")
     mlflow.set_experiment(f"kick {results.run['model']['name']}")
     for result in results.settings:
         what, numbers = _facts(results, result)
@@ -58,10 +55,7 @@ def _mlflow(results: Results) -> int:
 
 
 def _wandb(results: Results) -> int:
-    try:
-        import wandb
-    except ImportError as error:
-        raise ConfigError("--log-to wandb needs Weights & Biases.", "pip install 'llm-kick[wandb]'") from error
+    wandb = import_extra("wandb", "wandb", "--log-to wandb")
     project = re.sub(r"[/\\#?%:]", "-", f"kick-{results.run['model']['name']}")
     for result in results.settings:
         what, numbers = _facts(results, result)

@@ -23,8 +23,7 @@ def describe(plan: Plan, out: Path, fresh: bool = False) -> tuple[str, dict[str,
     missing = {s.name: plan.suites for s in plan.settings} if fresh else missing_evaluations(plan, store)
     parameters = plan.parameters
     seconds = _seconds(plan, store, {name: [s.name for s in suites] for name, suites in missing.items()}, parameters)
-    width = {"float32": 4, "bfloat16": 2, "float16": 2}[plan.dtype]
-    memory = WORKER_BYTES + MODELS_AT_ONCE * parameters * width
+    memory = WORKER_BYTES + MODELS_AT_ONCE * plan.dense_bytes
     kept = len(plan.settings) if plan.config.keep_checkpoints else min(2, len(missing))
     questions = sum(len(suite.examples) for suite in plan.suites)
     document: dict[str, Any] = {
@@ -38,7 +37,7 @@ def describe(plan: Plan, out: Path, fresh: bool = False) -> tuple[str, dict[str,
         "evaluations": len(plan.settings) * len(plan.suites),
         "missing": {name: [suite.name for suite in suites] for name, suites in missing.items()},
         "estimated_seconds": round(seconds),
-        "estimated_disk_bytes": kept * parameters * width + len(missing) * questions * 3000,
+        "estimated_disk_bytes": kept * plan.dense_bytes + len(missing) * questions * 3000,
         "estimated_memory_bytes": memory,
         "judge": _judge(plan, {suite.name for suites in missing.values() for suite in suites}, len(missing)),
     }

@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import ValidationError
 
 from kick import __version__, meter, models, plugins
@@ -64,6 +65,11 @@ class Plan:
     @cached_property
     def parameters(self) -> int:
         return models.count_parameters(self.path)
+
+    @cached_property
+    def dense_bytes(self) -> int:
+        """Of the dense weights in the run's precision."""
+        return self.parameters * getattr(torch, self.dtype).itemsize
 
     def calibration_of(self, setting: Setting) -> Calibration | None:
         """None where nothing needs it."""

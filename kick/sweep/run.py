@@ -61,9 +61,7 @@ def run(plan: Plan, store: Store, progress: Progress, debug: bool = False) -> Su
 
 def _check_room(plan: Plan, store: Store) -> None:
     """Raise RunError where not even the dense checkpoint and one compressed beside it fit onto the disk."""
-    width = {"float32": 4, "bfloat16": 2, "float16": 2}[plan.dtype]
-    there = (store.checkpoint_path(DENSE) / checkpoints.RECORD).is_file()
-    needed = (1 if there else 2) * plan.parameters * width
+    needed = (1 if store.has_checkpoint(DENSE) else 2) * plan.dense_bytes
     free = shutil.disk_usage(store.root).free
     if plan.given is None and free < needed:
         raise RunError(
@@ -134,18 +132,15 @@ class _Scheduler:
         """Whether there is something to be done with the dense model although it has answered everything."""
         if self.plan.given is not None:
             return False
-        return not self._dense_is_there() or (len(lms(self.plan.config)) > 1 and self.store.parity() is None)
+        return not self.store.has_checkpoint(DENSE) or (len(lms(self.plan.config)) > 1 and self.store.parity() is None)
 
     def _must_wait_for_dense(self) -> bool:
         """Whether the dense work is under way, and what it makes for the others is not there yet."""
-        return DENSE in self.under_way and not self._dense_is_there()
-
-    def _dense_is_there(self) -> bool:
-        return (self.store.checkpoint_path(DENSE) / checkpoints.RECORD).is_file()
+        return DENSE in self.under_way and not self.store.has_checkpoint(DENSE)
 
     def _drop_damaged_dense(self) -> None:
         """What lies there is believed while works go on: so it is looked at once before."""
-        if self._dense_is_there():
+        if self.store.has_checkpoint(DENSE):
             try:
                 problems = checkpoints.verify(checkpoints.read(self.store.checkpoint_path(DENSE)))
             except CheckpointError as error:
@@ -164,9 +159,8 @@ class _Scheduler:
         owed = [self.suites[name] for name, _ in ended.work.owed]
         results = {suite.name: self.store.evaluation(setting.name, suite.name).result() for suite in owed}
         unanswered = [suite for suite in owed if results[suite.name] is None]
-        made = (self.store.checkpoint_path(setting.name) / checkpoints.RECORD).is_file()
         # the first was under way, or all of them waited for the checkpoint that was
-        at_fault = unanswered[:1] if made else unanswered
+        at_fault = unanswered[:1] if self.store.has_checkpoint(setting.name) else unanswered
         at_fault += [suite for suite in owed if (results[suite.name] or {}).get("out_of_memory")]
         died = ended.died or "it had not enough memory"
         again = [suite for suite in unanswered if suite not in at_fault]
@@ -200,7 +194,7 @@ class _Scheduler:
     def _give_up_without_dense(self, owed: list[PlannedSuite]) -> None:
         """Where the dense model could not even be made, neither can anything that starts from it."""
         results = [self.store.evaluation(DENSE, suite.name).result() for suite in owed]
-        could_be_made = self._dense_is_there() or self.executor.apart or self.plan.given is not None
+        could_be_made = self.store.has_checkpoint(DENSE) or self.executor.apart or self.plan.given is not None
         if could_be_made or any(result is None or result["status"] != "failed" for result in results):
             return
         reason = f"without the dense model: {(results[0] or {})['reason']}"

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from kick import meter
+from kick.checkpoint import RECORD
 from kick.errors import RunError
 from kick.files import (
     check_writable,
@@ -119,6 +120,10 @@ class Store:
 
     def checkpoint_path(self, setting: str) -> Path:
         return self.root / "checkpoints" / safe_name(setting)
+
+    def has_checkpoint(self, setting: str) -> bool:
+        """Whether one lies there; it may be damaged."""
+        return (self.checkpoint_path(setting) / RECORD).is_file()
 
     def drop_checkpoint(self, setting: str) -> None:
         shutil.rmtree(self.checkpoint_path(setting), ignore_errors=True)

@@ -77,17 +77,16 @@ class Workshop:
     def _dense_checkpoint(self, watch: Watch) -> Checkpoint:
         """For another setting: where it is not there yet, whoever comes first makes it and the others wait."""
         dense = self.plan.settings[0]  # always first
-        if DENSE in self.checkpoints or self._on_disk(dense) is not None:
+        if DENSE in self.checkpoints or self.store.has_checkpoint(DENSE):
             return self.checkpoint(dense, watch)
         with self.store.alone_with(DENSE):
             return self.checkpoint(dense, watch)
 
     def _on_disk(self, setting: Setting) -> Checkpoint | None:
-        path = self.store.checkpoint_path(setting.name)
-        if not (path / checkpoints.RECORD).is_file():
+        if not self.store.has_checkpoint(setting.name):
             return None
         try:
-            found = checkpoints.read(path)
+            found = checkpoints.read(self.store.checkpoint_path(setting.name))
         except CheckpointError:  # damaged: it is made again
             return None
         return None if checkpoints.verify(found) else found

@@ -12,12 +12,15 @@ from matplotlib.figure import Figure
 from kick.compare import Estimate
 from kick.report.figures.style import (
     Planned,
+    bars,
     hint,
     interval_in_words,
     label_line,
     legend,
     method_style,
+    name_of,
     name_ticks,
+    scale_of,
     title,
 )
 from kick.report.results import Axis, Results, SettingResult
@@ -59,8 +62,8 @@ def _score_against(axis: Axis, results: Results, suite: str) -> tuple[Figure, st
     dense = results.estimate(DENSE, suite)
     assert dense is not None
     figure, axes = plt.subplots()
-    percent = metric.unit.startswith("share")
-    scale = 100.0 if percent else 1.0
+    scale = scale_of(metric)
+    percent = scale == 100
 
     axes.axhline(dense.score * scale, color="0.25", linewidth=1.2)
     label_line(axes, dense.score * scale, "dense", "above" if metric.higher_is_better else "below")
@@ -75,9 +78,7 @@ def _score_against(axis: Axis, results: Results, suite: str) -> tuple[Figure, st
 
     _draw_families(axes, axis, results, suite, scale, dense)
     axes.set_xlabel(_AXES[axis])
-    axes.set_ylabel(
-        f"{metric.name.replace('_', ' ')}{' (%)' if percent else f' ({metric.unit})' if metric.unit else ''}"
-    )
+    axes.set_ylabel(name_of(metric))
     if metric.transform == "exp":
         axes.set_yscale("log")
         name_ticks(axes.yaxis, ",.0f")
@@ -147,7 +148,7 @@ def _draw_families(axes: Axes, axis: Axis, results: Results, suite: str, scale: 
         high = np.array([found.interval.high for _, found in curve]) * scale
         if alone:
             axes.errorbar(
-                x, y, yerr=[np.maximum(y - low, 0), np.maximum(high - y, 0)], label=family, color=style["color"],
+                x, y, yerr=bars(y, low, high), label=family, color=style["color"],
                 marker=style["marker"], markerfacecolor="white", markersize=7, linestyle="none", capsize=3, zorder=4,
             )  # fmt: skip
             for place, score, (_, _, result) in zip(x, y, points, strict=True):

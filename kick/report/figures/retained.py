@@ -16,6 +16,7 @@ from kick.report.figures.style import (
     LOST,
     MOST_SETTINGS,
     Planned,
+    bars,
     hint,
     interval_in_words,
     label_line,
@@ -70,24 +71,18 @@ def _draw(axes: Axes, results: Results, points: Sequence[_Point], open_markers: 
     for method, places in _by_method(points).items():
         own = [points[index] for index in places]
         style = method_style(results, method)
-        tall = _reach([point.y for point in own], [point.mean[1] for point in own], 100.0)
-        wide = None
-        if all(point.wide is not None for point in own):
-            wide = _reach([point.x for point in own], [point.wide for point in own if point.wide is not None])
+        x, y = [point.x for point in own], np.array([point.y for point in own])
+        tall = bars(y / 100, [point.mean[1].low for point in own], [point.mean[1].high for point in own]) * 100
+        known = [point.wide for point in own if point.wide is not None]
+        wide = bars(x, [found.low for found in known], [found.high for found in known]) if known else None
         axes.errorbar(
-            [point.x for point in own], [point.y for point in own], xerr=wide, yerr=tall, color=style["color"],
+            x, y, xerr=wide, yerr=tall, color=style["color"],
             marker=style["marker"], markersize=5.5, markerfacecolor="white" if open_markers else style["color"],
             capsize=2, linewidth=0.9, linestyle="none", label=None if open_markers else method, zorder=3,
         )  # fmt: skip
     for point in points:
         mean = interval_in_words(*point.mean, percent=True)
         hint(axes, point.x, point.y, f"{point.result.name}: {mean}; {point.words}")
-
-
-def _reach(values: Sequence[float], intervals: Sequence[Interval], scale: float = 1.0) -> np.ndarray:
-    """How far intervals reach below and above: [2, points]."""
-    ends = np.array([(own.low, own.high) for own in intervals]).reshape(-1, 2) * scale
-    return np.nan_to_num(np.maximum((ends.T - np.array(values)) * [[-1.0], [1.0]], 0.0), posinf=0.0)
 
 
 def _name(axes: Axes, points: Sequence[_Point]) -> None:

@@ -14,8 +14,10 @@ from kick.report.figures.style import (
     interval_in_words,
     label_points,
     legend,
+    name_of,
     name_ticks,
     nth_style,
+    scale_of,
     title,
 )
 from kick.report.results import Results
@@ -35,7 +37,7 @@ def planned(runs: Sequence[Results]) -> list[Planned]:
 def _draw(runs: Sequence[Results], suite: str) -> tuple[Figure, str]:
     figure, axes = plt.subplots(figsize=(7.0, 4.4))
     metric = runs[0].metric(suite)
-    scale = 100.0 if metric.unit.startswith("share") else 1.0
+    scale = scale_of(metric)
     dense: list[tuple[float, float]] = []
     names: list[tuple[float, float, str]] = []
     for number, results in enumerate(runs):
@@ -62,7 +64,7 @@ def _draw(runs: Sequence[Results], suite: str) -> tuple[Figure, str]:
     axes.set_xscale("log")
     name_ticks(axes.xaxis, ",g")
     axes.set_xlabel("megabytes of weights, packed (logarithmic)")
-    axes.set_ylabel(f"{metric.name.replace('_', ' ')}{' (%)' if scale == 100 else ''}")
+    axes.set_ylabel(name_of(metric))
     if metric.transform == "exp":
         axes.set_yscale("log")
     title(axes, f"{suite}: small and dense, or large and sparse")

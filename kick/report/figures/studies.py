@@ -17,7 +17,9 @@ from kick.report.figures.style import (
     interval_in_words,
     label_line,
     legend,
+    name_of,
     nth_style,
+    scale_of,
     shown_settings,
     title,
 )
@@ -71,7 +73,7 @@ def _settings(results: Results, key: str, suite: str) -> tuple[Figure, str]:
     metric = results.metric(suite)
     dense = results.estimate(DENSE, suite)
     _draw(axes, _settings_by_line(results, key, suite), metric)
-    scale = _scale(metric)
+    scale = scale_of(metric)
     if dense is not None:
         axes.axhline(dense.score * scale, color="0.25", linewidth=1.2)
         label_line(axes, dense.score * scale, "dense", "above")
@@ -124,7 +126,7 @@ def _suites(results: Results, group: _Suites) -> tuple[Figure, str]:
         if len(shown) > _MOST_LINES:
             left_out = f" The first {_MOST_LINES} of {len(shown)} settings."
     else:
-        scale = _scale(metric)
+        scale = scale_of(metric)
         for place, (value, name) in enumerate(zip(values, names, strict=True)):
             style = nth_style(place)
             for x, result in enumerate(shown):
@@ -144,13 +146,9 @@ def _suites(results: Results, group: _Suites) -> tuple[Figure, str]:
     return figure, f"The same questions asked with another {key}; n = {n} each, bars: 95 % intervals.{left_out}"
 
 
-def _scale(metric: Metric) -> float:
-    return 100.0 if metric.unit.startswith("share") else 1.0
-
-
 def _draw(axes: Axes, lines: dict[str, list[Point]], metric: Metric) -> None:
     """Each line through the means at its places, each point with its interval; words stand in the order they come."""
-    scale = _scale(metric)
+    scale = scale_of(metric)
     values = list(dict.fromkeys(value for points in lines.values() for value, _, _ in points))
     numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
     places = {str(value): float(value) if numeric else index for index, value in enumerate(values)}
@@ -177,9 +175,8 @@ def _draw(axes: Axes, lines: dict[str, list[Point]], metric: Metric) -> None:
 
 
 def _finish(axes: Axes, xlabel: str, metric: Metric, heading: str) -> None:
-    percent = " (%)" if _scale(metric) == 100 else f" ({metric.unit})" if metric.unit else ""
     axes.set_xlabel(xlabel)
-    axes.set_ylabel(f"{metric.name.replace('_', ' ')}{percent}")
+    axes.set_ylabel(name_of(metric))
     if metric.transform == "exp":
         axes.set_yscale("log")
     title(axes, heading)

@@ -13,6 +13,7 @@ from typing import Any
 from xml.sax.saxutils import escape
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")
 
@@ -24,6 +25,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from kick.files import safe_name, write_text
 from kick.report.results import Results, SettingResult
 from kick.statistics import TOLERANCE, Interval
+from kick.suite import Metric
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = "osD^vPX<>"
@@ -207,9 +209,21 @@ def name_ticks(axis: Any, form: str) -> None:
     axis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
 
 
-def bars(value: float, low: float, high: float) -> list[list[float]]:
-    """An interval as matplotlib wants it: how far it reaches below and above."""
-    return [[max(0.0, value - low)], [max(0.0, high - value)]]
+def bars(values: Any, low: Any, high: Any) -> np.ndarray:
+    """Intervals as matplotlib wants them: how far they reach below and above [2, n]; one that is not known is none."""
+    reach = np.atleast_2d(np.stack([np.subtract(values, low), np.subtract(high, values)]).T).T
+    return np.nan_to_num(np.maximum(reach, 0.0), posinf=0.0)
+
+
+def scale_of(metric: Metric) -> float:
+    """Shares are drawn in percent."""
+    return 100.0 if metric.unit.startswith("share") else 1.0
+
+
+def name_of(metric: Metric) -> str:
+    """For an axis, with its unit."""
+    unit = "%" if scale_of(metric) == 100 else metric.unit
+    return metric.name.replace("_", " ") + (f" ({unit})" if unit else "")
 
 
 def title(axes: Axes, text: str) -> None:

@@ -195,8 +195,7 @@ def _how_many(plan: Plan) -> int:
         return max(1, torch.cuda.device_count() // _gpus_each(plan))
     if plan.device != "cpu" or any(suite.suite.times_itself for suite in plan.suites):
         return 1
-    width = getattr(torch, plan.dtype).itemsize
-    each = WORKER_BYTES + MODELS_AT_ONCE * plan.parameters * width
+    each = WORKER_BYTES + MODELS_AT_ONCE * plan.dense_bytes
     return max(1, min(_cores(), len(plan.settings), int(free_bytes(torch.device("cpu")) / each)))
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from kick.errors import ConfigError
+from kick.extras import import_extra
 from kick.spec import Spec, explain
 from kick.sweep.clock import Watch
 from kick.sweep.executors.base import Ended, Executor, Job
@@ -34,11 +35,7 @@ class Params(Spec):
 class Ray(Executor):
     def __init__(self, plan: Plan, store: Store, job: Job, watch: Callable[[], Watch]) -> None:
         super().__init__(plan, store, job, watch)
-        try:
-            import ray
-        except ImportError as error:
-            raise ConfigError("the executor 'ray' needs Ray.", "pip install 'llm-kick[ray]'") from error
-        self._ray = ray
+        self._ray = ray = import_extra("ray", "ray", "the executor 'ray'")
         params = parse(Params, plan.config.executor.params, "ray")
         self._started = not ray.is_initialized()
         if self._started:

@@ -11,6 +11,7 @@ from contextlib import suppress
 from typing import Any
 
 from kick.errors import ConfigError
+from kick.extras import import_extra
 from kick.sweep.clock import Watch
 from kick.sweep.executors.base import Ended, Executor, Job
 from kick.sweep.executors.elsewhere import carry_out_here, count, leave_mark
@@ -26,11 +27,7 @@ _DEFAULTS = {"timeout_min": 24 * 60}
 class Slurm(Executor):
     def __init__(self, plan: Plan, store: Store, job: Job, watch: Callable[[], Watch]) -> None:
         super().__init__(plan, store, job, watch)
-        try:
-            import submitit
-        except ImportError as error:
-            raise ConfigError("the executor 'slurm' needs submitit.", "pip install 'llm-kick[slurm]'") from error
-        self._submitit = submitit
+        submitit = import_extra("submitit", "slurm", "the executor 'slurm'")
         spec = plan.config.executor
         params = {**_DEFAULTS, **spec.params}
         if plan.device.startswith("cuda"):
