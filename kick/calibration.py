@@ -126,25 +126,27 @@ def _begin(tokenizer: Any) -> list[int]:
 
 def read_documents(source: str, text_field: str = "text") -> list[str]:
     """The documents of `source`, in a fixed order. Raises DataError if there is none or a row has no text."""
+    if source != "embedded" and is_hub(source):
+        return _read_hub(source, text_field)
+    return [document for file in text_files(source) for document in read_texts(file, text_field)]
+
+
+def text_files(source: str) -> list[Path]:
+    """The local files that hold the documents of `source`, in a fixed order. Raises DataError if there is none."""
     if source == "embedded":
-        return list(read_texts(_EMBEDDED))
+        return [_EMBEDDED]
     path = Path(source).expanduser()
     if path.is_file():
-        return list(read_texts(path, text_field))
-    if path.is_dir():
-        inside = sorted(p for p in path.rglob("*") if p.is_file() and _is_text(p))
-        if not inside:
-            raise DataError(
-                f"the folder {source} holds no .txt, .raw or .jsonl file.",
-                "Calibration text is one of these, or .gz of it.",
-            )
-        return [document for file in inside for document in read_texts(file, text_field)]
-    if is_hub(source):
-        return _read_hub(source, text_field)
-    raise DataError(
-        f"no calibration source '{source}'.",
-        "Expected 'embedded', a text or .jsonl file, a folder, or a hub id (owner/name).",
-    )
+        return [path]
+    if not path.is_dir():
+        raise DataError(
+            f"no text source '{source}'.",
+            "Expected 'embedded', a text or .jsonl file, a folder, or a hub id (owner/name).",
+        )
+    inside = sorted(p for p in path.rglob("*") if p.is_file() and _is_text(p))
+    if not inside:
+        raise DataError(f"the folder {source} holds no .txt, .raw or .jsonl file.", "Text is one of these, or .gz.")
+    return inside
 
 
 def is_hub(source: str) -> bool:

@@ -6,7 +6,8 @@ not a checkpoint.
 
 import hashlib
 import json
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -175,9 +176,17 @@ class Checkpoint:
 
 
 def save(
-    path: Path, model: Any, tokenizer: Any, record: dict[str, Any], measured: Measured, structure: Structure
+    path: Path,
+    model: Any,
+    tokenizer: Any,
+    record: dict[str, Any],
+    measured: Measured,
+    structure: Structure,
+    attachments: Mapping[str, Path] | None = None,
 ) -> Checkpoint:
     """Write model, tokenizer, grids, adapters and record to `path`; it appears there only when all of it is on disk.
+
+    attachments: other files to copy there, by their place in it.
 
     Quantised weights are stored dense, so that everything loads them; the grids are what `kick export` packs them by.
     """
@@ -205,6 +214,9 @@ def save(
             save_file(quantization.to_tensors(structure.grids), partial / GRIDS)
         if structure.adapters:
             adapters.save(partial, model, structure.adapters)
+        for name, file in (attachments or {}).items():
+            (partial / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, partial / name)
         record["files"] = {
             name: {"bytes": (partial / name).stat().st_size, "sha256": sha256_of(partial / name)}
             for name in _files_in(partial)

@@ -1,12 +1,13 @@
 """From a model source and a setting to a checkpoint on disk: one stage, the same for every compressor."""
 
+import shutil
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import ValidationError
 
-from kick import __version__, adapters, plugins
+from kick import __version__, adapters, distributed, plugins
 from kick import checkpoint as checkpoints
 from kick.calibration import Calibration, CalibrationSpec, draw
 from kick.compressor import Compressor, LayerwiseCompressor, Progress, no_progress
@@ -16,7 +17,7 @@ from kick.levels import parse_level
 from kick.meter import Meter, versions
 from kick.models import ModelSource, fetch, is_skeleton, load_model, load_skeleton, load_tokenizer
 from kick.outcome import Outcome, Step
-from kick.settings import Setting, Stage
+from kick.settings import Setting, Stage, digest
 from kick.spec import explain
 from kick.streaming import open_streamed
 
@@ -117,7 +118,9 @@ def compress(
             calibration = None
         known = checkpoints.Structure(adapters=adapters.attached(model))
         done = Outcome(None if is_skeleton(model) else checkpoints.measure(model, structure=known), structure=known)
-        for step in steps:
+        workspace = out.with_name(f".{out.name}.{identity(recipe)}.work")
+        for number, step in enumerate(steps, 1):
+            step.compressor.workspace = workspace / f"{number}-{step.stage.compressor}"
             if step.compressor.needs_calibration and calibration is None:
                 calibration = draw(recipe.calibration, tokenizer, recipe.dtype, recipe.device)
             step.compressor.tokenizer = tokenizer
@@ -147,7 +150,27 @@ def compress(
             "versions": versions(),
             "layers": done.layers,
         }
-        return checkpoints.save(out, model, tokenizer, record, done.measured, done.structure)
+        if distributed.is_main():
+            checkpoints.save(out, model, tokenizer, record, done.measured, done.structure, kept_files(workspace))
+            shutil.rmtree(workspace, ignore_errors=True)
+        distributed.wait()
+        return checkpoints.read(out)
+
+
+def identity(recipe: Recipe) -> str:
+    """What tells apart the workspaces of different recipes for one place."""
+    parts = (recipe.fingerprint, recipe.setting.model_dump(mode="json"), recipe.calibration.model_dump(mode="json"))
+    return digest([*parts, recipe.dtype])
+
+
+def kept_files(workspace: Path) -> dict[str, Path]:
+    """What compressors left for the checkpoint in `kept` of their workspaces, by its place there."""
+    return {
+        f"training/{stage.name}/{file.relative_to(stage / 'kept').as_posix()}": file
+        for stage in sorted(workspace.glob("*"))
+        for file in sorted((stage / "kept").rglob("*"))
+        if file.is_file()
+    }
 
 
 def _check_streamable(steps: list[Step], device: str) -> None:

@@ -1,8 +1,10 @@
 """The Compressor interface, and the base class that walks the blocks for compressors working linear by linear."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, ClassVar
 
 import torch
@@ -58,12 +60,24 @@ class Compressor(ABC):
         self.facts: dict[str, Any] = {}  # whatever else the record should say of this stage
         self.tokenizer: Any = None  # of the model to compress
         self.tokenizer_path: Path | None = None  # where a model that was brought has its own
+        self.expected_parameters: int | None = None  # of the result, where parameters are taken away: verified
+        self.workspace: Path | None = None  # a folder of its own, still there when a killed process is started again
         self.notes: dict[str, Any] = {}  # facts about the linears that are being treated, for their record
         self._at = ""
 
     def warn(self, message: str) -> None:
         """Put `message` into the checkpoint's record, with the linears that are being treated."""
         self.warnings.append(f"{self._at}: {message}" if self._at else message)
+
+    @contextmanager
+    def work_folder(self) -> Iterator[Path]:
+        """Where to keep what is needed to go on after a kill; what lies in its `kept` goes into the checkpoint."""
+        if self.workspace is not None:
+            self.workspace.mkdir(parents=True, exist_ok=True)
+            yield self.workspace
+        else:  # nobody wants to go on
+            with TemporaryDirectory() as folder:
+                yield Path(folder)
 
     def check_level(self, level: Level) -> None:  # noqa: B027 (most reach all that their knob allows)
         """Raise LevelError for a level of the right kind that this compressor cannot reach."""

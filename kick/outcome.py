@@ -71,6 +71,7 @@ class Outcome:
             "grid_violations": _count(after, compressor.grids, "grid_violations"),
         }
         check_reached(step, levels, before, after, own, compressor.layers)
+        check_parameters(step, after)
         for record, masks in zip(self.stages, self.masks, strict=True):
             record["mask_violations"] = revived(decoder, masks)
         if isinstance(compressor, LayerwiseCompressor):
@@ -184,12 +185,21 @@ def check_reached(
         for name, level in levels.items()
         if isinstance(asked := _pruned(level), Sparsity)
     ]
-    if not levels and isinstance(asked := _pruned(step.level), Sparsity):
+    removed = step.compressor.expected_parameters is not None  # a sparsity is then a share of parameters, not of zeros
+    if not levels and not removed and isinstance(asked := _pruned(step.level), Sparsity):
         shortest = min(min(layer["shape"]) for layer in after.layers.values())
         reached = [("the model", asked, after.sparsity, before.sparsity, shortest)]
     for name, asked, found, had, shortest in reached:
         if not asked.fraction - 1 / shortest <= found <= asked.fraction + 1 / shortest + had:
             raise KickError(f"{stage}: {name} has a sparsity of {found:.4f} where {asked} was asked.", _AT_FAULT)
+
+
+def check_parameters(step: Step, after: checkpoints.Measured) -> None:
+    """Refuse a model that has other parameters than its compressor says."""
+    expected = step.compressor.expected_parameters
+    found = after.parameters - sum(layer.get("adapter_parameters", 0) for layer in after.layers.values())
+    if expected is not None and found != expected:
+        raise KickError(f"{step.stage}: {found:,} parameters where {expected:,} were meant.", _AT_FAULT)
 
 
 def _excess(name: str, level: Level, before: checkpoints.Measured, layers: dict[str, dict[str, Any]]) -> float:

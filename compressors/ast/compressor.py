@@ -1,0 +1,93 @@
+"""AST: N:M sparse weights trained with the dense model as teacher.
+
+    kick compress MODEL ast@2:4 --out DIR --param data=DIR --param steps=300 --param slorb=16
+
+Huang et al., "Pruning Large Language Models with Semi-Structural Adaptive Sparse Training", arXiv 2407.20584. Masks
+follow the weights, pruned weights decay under an annealed SR-STE, the dense model teaches, and a low-rank branch
+(SLoRB) can stand beside the sparse weights; `ast@2:4 > awq@4` quantises afterwards with zeros kept. Other values of
+the parameters give the baselines: fixed masks, static SR-STE, iterative and gradual magnitude pruning.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from kick.blocks import find_decoder
+from kick.calibration import Calibration
+from kick.compressor import Compressor, Knob, Progress, check_divisible, no_progress
+from kick.errors import ConfigError, LevelError
+from kick.levels import Level, Pattern
+from kick.models import fetch, find_source, fingerprint, load_model
+
+from ..training.figures import draw
+from ..training.loop import train
+from ..training.spec import Training
+from ..training.text import TextData
+from .objective import Method, SparseTraining
+
+_SPARSE = 0.05  # share of zeros from which on a model is no dense teacher
+
+
+class AST(Compressor):
+    name = "ast"
+    knob = Knob.PATTERN
+
+    class Params(Training, TextData, Method):
+        learning_rate: float = Field(default=2e-4, gt=0)
+        weight_decay: float = Field(default=0.1, ge=0)
+        teacher: str | None = Field(
+            default=None, description="a model source to distil from; by default the model as it comes"
+        )
+
+    def inputs(self) -> dict[str, str]:
+        teacher = self.params.teacher
+        return {"data": self.params.fingerprint()} | (
+            {"teacher": fingerprint(fetch(find_source(teacher)))} if teacher is not None else {}
+        )
+
+    def compress(
+        self,
+        model: nn.Module,
+        level: Level | None,
+        calibration: Calibration | None,
+        *,
+        progress: Progress = no_progress,
+    ) -> nn.Module:
+        if not isinstance(level, Pattern):
+            raise LevelError(f"ast at level '{level}'.", "Expected an N:M pattern, for example ast@2:4.")
+        params = self.params
+        decoder = find_decoder(model)
+        check_divisible(dict.fromkeys(decoder.linears, level))
+        dtype, device = next(model.parameters()).dtype, str(next(model.parameters()).device)
+        teacher = self._teacher(model, decoder.linears, device) if params.distillation else None
+        model = model.float()  # weights are trained in float32 whatever they are stored in
+        with self.work_folder() as folder:
+            mixture = params.open(self.tokenizer, params.sequence_length, self.seed)
+            objective = SparseTraining(model, find_decoder(model), level, params, teacher)
+            history = train(
+                objective, mixture, params, folder, seed=self.seed, device=device, progress=progress, what=self.name
+            )
+            objective.finish()
+            flips = history.column("flip_rate")[1]
+            self.facts = {"training": history.totals(), "last_flip_rate": flips[-1] if flips else None}
+            draw(history, folder / "kept")
+        return model.requires_grad_(False).to(dtype).eval()
+
+    def _teacher(self, model: nn.Module, linears: list[Any], device: str) -> nn.Module:
+        if self.params.teacher is not None:
+            teacher = load_model(fetch(find_source(self.params.teacher)), "float32", device)
+            ours: Any = model
+            if teacher.config.vocab_size != ours.config.vocab_size:  # type: ignore[union-attr]
+                raise ConfigError(f"the teacher '{self.params.teacher}' has another vocabulary than the model.")
+        else:
+            zeros = sum(int((linear.weight == 0).sum()) for linear in linears)
+            if zeros > _SPARSE * sum(linear.weight.numel() for linear in linears):
+                raise ConfigError(
+                    "ast distils from the dense model, and the one it was given is already sparse.",
+                    "Name a teacher, or set distillation to 0.",
+                )
+            teacher = copy.deepcopy(model)
+        return teacher.to(torch.float32).requires_grad_(False).eval()

@@ -1,0 +1,1 @@
+"""Training for compressors that learn: how long (spec), on what (text), the loop, and what is kept of it (history)."""

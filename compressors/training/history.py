@@ -1,0 +1,55 @@
+"""What is kept of a training run: a line for each step, its totals, and figures of it."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from kick.files import to_json
+
+HISTORY = "history.jsonl"
+
+
+class History:
+    """The steps of one run, each a line of history.jsonl in `folder`, written as it comes."""
+
+    def __init__(self, folder: Path, begin: int = 0) -> None:
+        """Keep the steps before `begin`; later ones were not saved and come again."""
+        self.path = folder / HISTORY
+        self.rows: list[dict[str, Any]] = []
+        if self.path.is_file():
+            lines = self.path.read_text(encoding="utf-8").split("\n")
+            self.rows = [row for line in lines if (row := _read(line)) and row["step"] < begin]
+        self.path.write_text("".join(to_json(row, indent=None) + "\n" for row in self.rows), encoding="utf-8")
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(to_json(row, indent=None) + "\n")
+
+    def column(self, name: str) -> tuple[list[int], list[float]]:
+        """(steps, values) of the steps that tell `name`."""
+        rows = [row for row in self.rows if isinstance(row.get(name), int | float)]
+        return [row["step"] for row in rows], [row[name] for row in rows]
+
+    def totals(self) -> dict[str, Any]:
+        """Steps, tokens, tokens a second, hours; the loss at the beginning and over the last tenth."""
+        tokens, seconds = (sum(row[key] for row in self.rows) for key in ("tokens", "seconds"))
+        losses = [row["loss"] for row in self.rows]
+        last = losses[-max(1, len(losses) // 10) :]
+        return {
+            "steps": len(self.rows),
+            "tokens": tokens,
+            "tokens_per_second": round(tokens / seconds, 1) if seconds else None,
+            "hours": round(seconds / 3600, 4),
+            "first_loss": losses[0] if losses else None,
+            "last_loss": math.fsum(last) / len(last) if last else None,
+        }
+
+
+def _read(line: str) -> dict[str, Any] | None:
+    """A row, or nothing for the line that was being written when the process died."""
+    try:
+        return json.loads(line) if line.strip() else None
+    except ValueError:
+        return None

@@ -1,0 +1,69 @@
+"""What is trained: a model with the loss that it is to make small, and what happens between the steps."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .spec import Training
+
+
+class Objective(nn.Module):
+    """Plain continued training: next-token cross-entropy under AdamW. Methods override what they do otherwise.
+
+    Everything that a step changes is a parameter or buffer of this module, or stands in `state_dict_of_run`: that is
+    what a run resumes from.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Means over the predictions of a micro-batch [sequences, length]; `loss` is what is made small."""
+        return {"loss": cross_entropy(self.logits(tokens), labels)}
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """[sequences, length, vocabulary]"""
+        return self.model(tokens, use_cache=False).logits
+
+    def optimizer(self, spec: Training) -> torch.optim.Optimizer:
+        """AdamW; the weight decay is for matrices alone."""
+        named = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        groups = [
+            {"params": [p for p in named if p.ndim >= 2], "weight_decay": spec.weight_decay},
+            {"params": [p for p in named if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW([g for g in groups if g["params"]], spec.learning_rate, spec.betas, spec.eps)
+
+    def clipped(self) -> list[nn.Parameter]:
+        """The parameters whose gradients are clipped together."""
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+    def begin_step(self, step: int, spec: Training) -> None:
+        """Before the forward passes of `step`, counted from 0."""
+
+    def end_step(self, step: int, spec: Training) -> dict[str, Any]:
+        """After the optimizer's step: what the history should tell of it."""
+        return {}
+
+    def state_of_run(self) -> dict[str, Any]:
+        """What is not in tensors and is needed to go on."""
+        return {}
+
+    def restore_run(self, state: dict[str, Any]) -> None:
+        """Set back to `state_of_run`."""
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean over the labelled predictions; logits [sequences, length, vocabulary] predict the token after theirs."""
+    return nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100, reduction="mean"
+    )
+
+
+@torch.no_grad()
+def mean_loss(objective: Objective, sequences: Tensor, batch_size: int = 8) -> float:
+    """Next-token loss over `sequences` [n, length], as `objective` computes its logits now."""
+    total = sum(float(cross_entropy(objective.logits(part), part)) * len(part) for part in sequences.split(batch_size))
+    return total / len(sequences)

@@ -1,0 +1,136 @@
+"""Instruction pairs: conversations in which only the assistant's words are learned.
+
+A row is {"instruction", "input", "output"}, {"prompt", "response"}, {"question", "answer"}, {"messages": [{"role",
+"content"}]} or {"conversations": [{"from", "value"}]}.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from kick.errors import DataError
+from kick.rows import read_jsonl
+
+from .text import Batch
+
+_PAIRS = (("prompt", "response"), ("question", "answer"), ("instruction", "output"))
+_ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
+_NAMES = {"system": "", "user": "User: ", "assistant": "Assistant:"}
+Conversation = list[dict[str, str]]
+
+
+class Pairs:
+    """Batches of conversations, each padded to `length`; every epoch in another order.
+
+    left_out: how many had no answer within `length` tokens. Raises DataError if none is left, or for other rows.
+    """
+
+    def __init__(self, files: list[Path], tokenizer: Any, length: int, seed: int) -> None:
+        self.seed = seed
+        self.rows: list[tuple[list[int], list[int]]] = []
+        self.left_out = 0
+        for file in files:
+            for number, row in read_jsonl(file):
+                tokens, labels = encode(tokenizer, conversation(row, file, number))
+                if any(label != -100 for label in labels[1:length]):
+                    self.rows.append((tokens[:length], labels[:length]))
+                else:
+                    self.left_out += 1
+        if not self.rows:
+            raise DataError(
+                f"no instruction pairs in {files[0].parent}.", f"Each needs an answer within {length} tokens."
+            )
+        self.length = length
+        self.pad = tokenizer.eos_token_id or 0
+
+    def batch(self, step: int, size: int) -> Batch:
+        """Padding stands at the end, where causal attention keeps it from everything before."""
+        drawn = [self._drawn(step * size + place) for place in range(size)]
+        tokens = torch.full((size, self.length), self.pad)
+        labels = torch.full((size, self.length), -100)
+        for into, index in enumerate(drawn):
+            row, wanted = self.rows[index]
+            tokens[into, : len(row)] = torch.tensor(row)
+            labels[into, : len(row)] = torch.tensor(wanted)
+        longest = max(len(self.rows[index][0]) for index in drawn)
+        return Batch(tokens[:, :longest], labels[:, :longest], [f"pair {index}" for index in drawn])
+
+    def _drawn(self, place: int) -> int:
+        epoch, within = divmod(place, len(self.rows))
+        return int(np.random.default_rng([self.seed, epoch]).permutation(len(self.rows))[within])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}  # a batch is a function of its step
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+
+def is_pairs(file: Path) -> bool:
+    """Whether the first row of a .jsonl file is a conversation rather than a text."""
+    if not file.name.removesuffix(".gz").endswith((".jsonl", ".json")):
+        return False
+    first = next(read_jsonl(file), None)
+    return first is not None and _turns(first[1]) is not None
+
+
+def conversation(row: dict[str, Any], file: Path, number: int) -> Conversation:
+    turns = _turns(row)
+    if turns is None or not any(turn["role"] == "assistant" for turn in turns):
+        raise DataError(
+            f"line {number} of {file} is no instruction pair: it has {', '.join(row) or 'nothing'}.",
+            "Expected instruction and output, prompt and response, or messages with an assistant's turn.",
+        )
+    return turns
+
+
+def _turns(row: dict[str, Any]) -> Conversation | None:
+    for key, role, content in (("messages", "role", "content"), ("conversations", "from", "value")):
+        if isinstance(row.get(key), list):
+            turns = row[key]
+            if all(isinstance(t, dict) and t.get(role) in _ROLES and isinstance(t.get(content), str) for t in turns):
+                return [{"role": _ROLES[turn[role]], "content": turn[content]} for turn in turns]
+            return None
+    for asked, answered in _PAIRS:
+        if isinstance(row.get(asked), str) and isinstance(row.get(answered), str):
+            more = f"\n\n{row['input']}" if row.get("input") else ""
+            return [
+                {"role": "user", "content": row[asked] + more},
+                {"role": "assistant", "content": row[answered]},
+            ]
+    return None
+
+
+def encode(tokenizer: Any, turns: Conversation) -> tuple[list[int], list[int]]:
+    """(tokens, labels): labels are -100 but on the assistant's words and the end of its turn."""
+    tokens: list[int] = []
+    labels: list[int] = []
+    done = ""
+    for index, turn in enumerate(turns):
+        if turn["role"] != "assistant":
+            continue
+        asked, whole = _written(tokenizer, turns[:index], ask=True), _written(tokenizer, turns[: index + 1], ask=False)
+        if not (asked.startswith(done) and whole.startswith(asked)):
+            raise DataError("this model's chat template rewrites earlier turns.", "Tune on pairs of one turn.")
+        for text, learned in ((asked[len(done) :], False), (whole[len(asked) :], True)):
+            ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            tokens += ids
+            labels += ids if learned else [-100] * len(ids)
+        done = whole
+    return tokens, labels
+
+
+def _written(tokenizer: Any, turns: Conversation, ask: bool) -> str:
+    """The conversation as text, by the model's chat template or with speakers' names; `ask`: the assistant is next."""
+    if getattr(tokenizer, "chat_template", None):
+        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=ask)
+    end = tokenizer.eos_token or "\n"
+    lines = [
+        f"{_NAMES[turn['role']]} {turn['content']}{end}"
+        if turn["role"] == "assistant"
+        else f"{_NAMES[turn['role']]}{turn['content']}\n"
+        for turn in turns
+    ]
+    return "".join(lines) + (_NAMES["assistant"] if ask else "")

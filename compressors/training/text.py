@@ -1,0 +1,260 @@
+"""Text to train on: domains, each an endless stream of packed sequences, mixed by weights that may change on the way.
+
+Every draw is a function of the seed and the step alone, and every stream can be set back to any point: a run that was
+stopped goes on with the very sequences that it would have seen. Each process draws the same batch and takes its share.
+"""
+
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field
+from torch import Tensor
+
+from kick.calibration import is_hub, text_files
+from kick.errors import ConfigError, DataError, unknown_name
+from kick.rows import read_texts
+from kick.settings import digest
+from kick.spec import Spec
+
+Tokens = NDArray[np.int32]
+_WINDOW = 512  # sequences that are shuffled among each other
+
+
+@dataclass(frozen=True)
+class Batch:
+    """`tokens` [sequences, length], int64; `labels` as well, -100 where no loss is counted; `origin` says of each
+    sequence where it is from."""
+
+    tokens: Tensor
+    labels: Tensor
+    origin: list[str]
+
+    def __getitem__(self, rows: slice) -> "Batch":
+        return Batch(self.tokens[rows], self.labels[rows], self.origin[rows])
+
+    @property
+    def counted(self) -> int:
+        """How many predictions enter the loss: of each labelled token but a sequence's first."""
+        return int((self.labels[:, 1:] != -100).sum())
+
+
+def find_domains(source: str | Mapping[str, str]) -> dict[str, str]:
+    """Domains by name: as given; or the folders inside a folder; or one domain, `text`, that is everything.
+
+    Raises DataError if there is nothing, or a folder of a domain that is empty.
+    """
+    if not isinstance(source, str):
+        return dict(source)
+    path = Path(source).expanduser()
+    folders = sorted(child for child in path.iterdir() if child.is_dir()) if path.is_dir() else []
+    if folders and not any(child.is_file() for child in path.iterdir()):
+        return {folder.name: str(folder) for folder in folders}
+    return {"text": source}
+
+
+def open_documents(source: str, field: str = "text") -> Any:
+    """The documents of `source`, as a `datasets` stream with one column, `text`: a file, a folder or a hub id.
+
+    Raises DataError if there is no such thing.
+    """
+    from datasets import IterableDataset, load_dataset
+
+    if source != "embedded" and not Path(source).expanduser().exists() and is_hub(source):
+        try:
+            rows = load_dataset(source, "en" if source == "allenai/c4" else None, split="train", streaming=True)
+        except Exception as error:  # datasets raises many kinds; each means that the text cannot be had
+            raise DataError(
+                f"the dataset '{source}' cannot be read from the hub: {error}", "Without a network, give local files."
+            ) from error
+        return rows.select_columns([field]).rename_columns({field: "text"} if field != "text" else {})
+    return IterableDataset.from_generator(_read, gen_kwargs={"files": text_files(source), "field": field})
+
+
+def _read(files: list[Path], field: str) -> Iterator[dict[str, str]]:
+    for file in files:
+        for text in read_texts(file, field):
+            yield {"text": text}
+
+
+class Stream:
+    """Sequences of one domain without end: documents tokenised, joined by the end-of-text token and cut.
+
+    The first `held_out` sequences' documents are kept back, for `held`. Sequences are shuffled within windows. Raises
+    DataError for a domain without text, or with too little to hold anything back.
+    """
+
+    def __init__(
+        self, name: str, source: str, tokenizer: Any, length: int, seed: int, held_out: int = 0, field: str = "text"
+    ) -> None:
+        self.name, self.tokenizer, self.length = name, tokenizer, length
+        self.seed = [seed, zlib.crc32(name.encode())]
+        documents = open_documents(source, field)
+        self.held: Tokens = np.empty((0, length), dtype=np.int32)
+        if held_out:
+            self.held, used = self._hold_out(documents, held_out)
+            documents = documents.skip(used)
+        self.documents = documents
+        self._first = documents.state_dict()  # of the documents: where an epoch begins
+        self._window: Tokens = self.held[:0]
+        self._begin: dict[str, Any] = {"number": -1, "documents": self._first, "carried": []}
+        self._next = {**self._begin, "number": 0}
+        self._at = 0
+
+    @property
+    def taken(self) -> int:
+        """How many sequences were taken so far."""
+        return (self._begin["number"] + (self._at < len(self._window) or self._at == 0)) * _WINDOW + self._at
+
+    def take(self) -> Tokens:
+        """The next sequence [length]."""
+        if self._at == len(self._window):
+            self._open(self._next)
+        self._at += 1
+        return self._window[self._at - 1]
+
+    def state(self) -> dict[str, Any]:
+        """Where it stands, for `restore`."""
+        return {"window": self._begin, "at": self._at}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        if state["window"]["number"] >= 0:
+            self._open(state["window"])
+        self._at = state["at"]
+
+    def _open(self, begin: dict[str, Any]) -> None:
+        """Read the window that starts at `begin`, and remember where the one after it starts."""
+        self._begin, carried = begin, list(begin["carried"])
+        self.documents.load_state_dict(begin["documents"])
+        found: list[list[int]] = []
+        while len(found) < _WINDOW:
+            empty = True
+            for tokens in self._tokenised(self.documents):
+                empty = False
+                carried += tokens
+                while len(carried) >= self.length and len(found) < _WINDOW:
+                    found.append(carried[: self.length])
+                    del carried[: self.length]
+                if len(found) == _WINDOW:
+                    break
+            else:  # all documents were read: from the first again
+                if empty:
+                    raise DataError(f"the domain '{self.name}' holds no text.", "Leave it out, or give it documents.")
+                self.documents.load_state_dict(self._first)
+        self._next = {"number": begin["number"] + 1, "documents": self.documents.state_dict(), "carried": carried}
+        order = np.random.default_rng([*self.seed, begin["number"]]).permutation(_WINDOW)
+        self._window, self._at = np.array(found, dtype=np.int32)[order], 0
+
+    def _hold_out(self, documents: Any, wanted: int) -> tuple[Tokens, int]:
+        tokens: list[int] = []
+        for used, piece in enumerate(self._tokenised(documents), 1):
+            tokens += piece
+            if len(tokens) >= wanted * self.length:
+                return np.array(tokens[: wanted * self.length], dtype=np.int32).reshape(wanted, self.length), used
+        raise DataError(
+            f"the domain '{self.name}' holds {len(tokens):,} tokens; {wanted} x {self.length} are to be held out.",
+            "Ask for fewer, or give it more text.",
+        )
+
+    def _tokenised(self, documents: Iterable[dict[str, str]]) -> Iterator[list[int]]:
+        end = [self.tokenizer.eos_token_id] if self.tokenizer.eos_token_id is not None else []
+        for row in documents:
+            if row["text"]:
+                yield self.tokenizer(row["text"], add_special_tokens=False, verbose=False)["input_ids"] + end
+
+
+class Mixture:
+    """Batches in which each sequence's domain is drawn by `weights`, which need not sum to one.
+
+    Raises UnknownNameError for a weight of a domain that is not there.
+    """
+
+    def __init__(self, streams: Mapping[str, Stream], weights: Mapping[str, float] | None, seed: int) -> None:
+        self.streams = dict(streams)
+        for name in weights or {}:
+            if name not in self.streams:
+                raise unknown_name("domain", name, self.streams)
+        self.weights = normalised(weights or dict.fromkeys(self.streams, 1.0), self.streams)
+        self.seed = seed
+
+    def batch(self, step: int, size: int) -> Batch:
+        names = list(self.streams)
+        rng = np.random.default_rng([self.seed, step])
+        drawn = rng.choice(len(names), size=size, p=[self.weights[name] for name in names])
+        origin = [f"{names[index]} {self.streams[names[index]].taken}" for index in drawn]
+        rows = [self.streams[names[index]].take() for index in drawn]
+        tokens = torch.from_numpy(np.stack(rows).astype(np.int64))
+        return Batch(tokens, tokens, origin)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"weights": self.weights, "streams": {name: stream.state() for name, stream in self.streams.items()}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.weights = state["weights"]
+        for name, stream in self.streams.items():
+            stream.restore(state["streams"][name])
+
+
+def normalised(weights: Mapping[str, float], names: Iterable[str]) -> dict[str, float]:
+    """`weights` of `names`, zero where none is given, as shares of their sum. Raises ConfigError for a bad one."""
+    found = {name: float(weights.get(name, 0.0)) for name in names}
+    if min(found.values()) < 0 or not sum(found.values()):
+        raise ConfigError(f"domain weights {found}.", "They are zero or more, and not all zero.")
+    return {name: weight / sum(found.values()) for name, weight in found.items()}
+
+
+def open_mixture(
+    data: str | Mapping[str, str],
+    tokenizer: Any,
+    length: int,
+    seed: int,
+    *,
+    weights: Mapping[str, float] | None = None,
+    held_out: int = 0,
+    validation: str | Mapping[str, str] | None = None,
+    field: str = "text",
+) -> Mixture:
+    """The mixture of all domains of `data`. `held_out` sequences of each are kept back, from `validation` where given.
+
+    Raises DataError for a domain that is empty or has no validation text.
+    """
+    domains = find_domains(data)
+    apart = find_domains(validation) if validation else {}
+    streams = {}
+    for name, source in domains.items():
+        streams[name] = Stream(name, source, tokenizer, length, seed, 0 if apart else held_out, field)
+        if apart and held_out:
+            if name not in apart:
+                raise unknown_name("validation text for the domain", name, apart)
+            streams[name].held = Stream(name, apart[name], tokenizer, length, seed, held_out, field).held
+    return Mixture(streams, weights, seed)
+
+
+class TextData(Spec):
+    """Text to train on, by domains."""
+
+    data: str | dict[str, str] = Field(
+        default="embedded",
+        description="a file, a folder, a hub id; a folder of folders: each is a domain; or domains by name",
+    )
+    weights: dict[str, float] = Field(default={}, description="of the domains at the start; equal if not given")
+    text_field: str = "text"
+
+    def open(self, tokenizer: Any, length: int, seed: int, **more: Any) -> Mixture:
+        return open_mixture(
+            self.data, tokenizer, length, seed, weights=self.weights or None, field=self.text_field, **more
+        )
+
+    def fingerprint(self) -> str:
+        """Identity of the text: names and sizes of its files; of what is on the hub, its id."""
+        found = []
+        for name, source in find_domains(self.data).items():
+            local = source == "embedded" or not is_hub(source)
+            files = [(file.name, file.stat().st_size) for file in text_files(source)] if local else [source]
+            found.append([name, *files])
+        return digest(found)

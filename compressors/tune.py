@@ -1,0 +1,144 @@
+"""Supervised tuning: train a model, or one that was just compressed, on instruction pairs or on plain text.
+
+    kick compress MODEL "llm_pruner@0.2 > tune" --out DIR --param tune.data=alpaca.jsonl
+    kick compress MODEL tune --out DIR --param data=pairs.jsonl --param rank=0
+
+LoRA through `peft` by default (Hu et al., arXiv 2106.09685), as LLM-Pruner recovers (arXiv 2305.11627, section 3.3),
+merged into the weights or kept beside them; `rank: 0` trains all weights, as Sheared LLaMA is tuned (arXiv 2310.06694,
+section 3.3). Of a pair only the answer is learned. Weights that are zero stay zero unless asked otherwise.
+"""
+
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from kick import adapters
+from kick.adapters import LowRank
+from kick.blocks import Linear, find_decoder
+from kick.calibration import Calibration, is_hub, text_files
+from kick.checkpoint import STRAY_ZEROS
+from kick.compressor import Compressor, Knob, Progress, no_progress
+from kick.errors import ConfigError
+from kick.extras import import_extra
+from kick.levels import Level
+
+from .ast.sparse import Masked
+from .training.figures import draw
+from .training.loop import Batches, train
+from .training.objective import Objective
+from .training.pairs import Pairs, is_pairs
+from .training.spec import Training
+from .training.text import TextData
+
+
+class Tune(Compressor):
+    name = "tune"
+    knob = Knob.NONE
+
+    class Params(Training, TextData):
+        rank: int = Field(default=8, ge=0, description="of LoRA; 0: all weights are trained")
+        alpha: float = Field(default=16, gt=0, description="LoRA's changes are scaled by alpha / rank")
+        dropout: float = Field(default=0.05, ge=0, lt=1, description="before LoRA's branches")
+        merge: bool = Field(default=True, description="false: LoRA's branches stay beside the weights, as adapters")
+        keep_zeros: bool = Field(default=True, description="pruned weights stay zero")
+        held_out: int = Field(default=0, ge=0, description="sequences of each domain that are not trained on")
+
+    def inputs(self) -> dict[str, str]:
+        return {"data": self.params.fingerprint()}
+
+    def compress(
+        self,
+        model: nn.Module,
+        level: Level | None,
+        calibration: Calibration | None,
+        *,
+        progress: Progress = no_progress,
+    ) -> nn.Module:
+        params = self.params
+        llm: Any = model
+        dtype, device = llm.dtype, str(llm.device)
+        llm = llm.float()
+        linears = find_decoder(llm).linears
+        masks = {linear: linear.weight != 0 for linear in linears if params.keep_zeros and _is_sparse(linear)}
+        if params.rank and not params.merge and adapters.attached(llm):
+            raise ConfigError("tune with merge: false, on a model that has adapters already.", "Merge them.")
+        batches = self._batches()
+        tuned = add_lora(llm, linears, params) if params.rank else _train_all(llm, masks)
+        with self.work_folder() as folder:
+            history = train(
+                Objective(tuned),
+                batches,
+                params,
+                folder,
+                seed=self.seed,
+                device=device,
+                progress=progress,
+                what=self.name,
+            )
+            draw(history, folder / "kept")
+        self.facts = {"training": history.totals()}
+        if isinstance(batches, Pairs) and batches.left_out:
+            self.warn(f"{batches.left_out} pairs have no answer within {params.sequence_length} tokens; left out.")
+        llm = take_lora(tuned, params.merge) if params.rank else _freeze(llm, masks)
+        if params.merge:
+            for linear, mask in masks.items():
+                linear.weight.mul_(mask)
+        return llm.requires_grad_(False).to(dtype).eval()
+
+    def _batches(self) -> Batches:
+        params = self.params
+        if isinstance(params.data, str) and not is_hub(params.data):
+            files = text_files(params.data)
+            if is_pairs(files[0]):
+                return Pairs(files, self.tokenizer, params.sequence_length, self.seed)
+        return params.open(self.tokenizer, params.sequence_length, self.seed, held_out=params.held_out)
+
+
+def _is_sparse(linear: Linear) -> bool:
+    return float((linear.weight == 0).float().mean()) > STRAY_ZEROS
+
+
+def add_lora(model: Any, linears: list[Linear], params: Any) -> Any:
+    """`model` inside peft's, with branches beside all of `linears` that begin as zero."""
+    peft = import_extra("peft", "train", "tune with a rank")
+    config = peft.LoraConfig(
+        r=params.rank,
+        lora_alpha=params.alpha,
+        lora_dropout=params.dropout,
+        target_modules=[linear.name for linear in linears],
+        task_type="CAUSAL_LM",
+    )
+    return peft.get_peft_model(model, config)
+
+
+@torch.no_grad()
+def take_lora(tuned: Any, merge: bool) -> Any:
+    """The model without peft around it: its branches merged into the weights, or kept as kick's adapters."""
+    if merge:
+        return tuned.merge_and_unload()
+    found = {}
+    for name, module in tuned.base_model.model.named_modules():
+        if hasattr(module, "lora_A"):
+            down, up = (part["default"].weight for part in (module.lora_A, module.lora_B))
+            found[name] = LowRank(down.detach().clone(), up.detach() * module.scaling["default"])
+    model = tuned.unload()
+    adapters.attach(model, found)
+    return model
+
+
+def _train_all(model: Any, masks: dict[Linear, Tensor]) -> Any:
+    """All weights learn, but those that `masks` says are zero."""
+    model.requires_grad_(True)
+    for linear, mask in masks.items():
+        laid_out = mask.T.contiguous() if linear.transposed else mask
+        parametrize.register_parametrization(linear.module, "weight", Masked(laid_out, through=False))
+    return model
+
+
+def _freeze(model: Any, masks: dict[Linear, Tensor]) -> Any:
+    for linear in masks:
+        parametrize.remove_parametrizations(linear.module, "weight", leave_parametrized=True)
+    return model

@@ -1,0 +1,337 @@
+"""AST: masks, gradients, the optimizer, SLoRB, distillation, each against its definition; then all of it, trained."""
+
+import copy
+import json
+
+import pytest
+import torch
+from conftest import make_tiny_llama
+from kick_compressors.ast.compressor import AST
+from kick_compressors.ast.objective import Method, SparseTraining, divergence
+from kick_compressors.ast.optimizer import DecayingAdamW
+from kick_compressors.ast.schedule import decay_at, pattern_at
+from kick_compressors.ast.slorb import Branch, block_means, block_sums, indicator
+from kick_compressors.ast.sparse import SparseLinear, best_mask
+from torch import nn
+
+from kick import adapters
+from kick.blocks import Linear, find_decoder
+from kick.checkpoint import pattern_violations
+from kick.errors import ConfigError, LevelError
+from kick.levels import Pattern, parse_level
+
+TWO_FOUR = Pattern(keep=2, of=4)
+
+
+def sparse(out_features=6, in_features=8, pattern=TWO_FOUR, through=True, seed=0):
+    torch.manual_seed(seed)
+    module = nn.Linear(in_features, out_features, bias=False)
+    return SparseLinear(Linear("linear", module, False), pattern, through)
+
+
+# Masks
+
+
+@pytest.mark.parametrize("pattern", ["1:2", "2:4", "4:8", "1:4", "3:4"])
+def test_exactly_n_of_m_stay_with_ties_and_zeros_too(pattern):
+    level = parse_level(pattern, AST.knob)
+    weight = torch.randint(-1, 2, (16, 32), generator=torch.Generator().manual_seed(0)).float()  # mostly ties and zeros
+    mask = best_mask(weight, level)
+    assert (mask.reshape(16, -1, level.of).sum(-1) == level.keep).all()
+
+
+def test_the_gradient_reaches_pruned_entries_and_is_that_of_the_dense_product():
+    linear = sparse()
+    x, dense = torch.randn(5, 8), linear.dense.detach().clone()
+    linear.module(x).square().sum().backward()
+    masked = (dense * linear.mask).requires_grad_()
+    (x @ masked.T).square().sum().backward()
+    torch.testing.assert_close(linear.dense.grad, masked.grad)
+    assert (linear.dense.grad[~linear.mask] != 0).all()
+
+
+def test_without_a_straight_through_gradient_pruned_entries_get_none():
+    linear = sparse(through=False)
+    linear.module(torch.randn(5, 8)).square().sum().backward()
+    assert (linear.dense.grad[~linear.mask] == 0).all()
+
+
+def test_flips_are_counted_against_the_last_masks_and_the_first():
+    linear = sparse(1, 4)
+    linear.dense.data = torch.tensor([[4.0, 3.0, 2.0, 1.0]])
+    linear.update(TWO_FOUR)
+    linear.masked.initial.copy_(linear.mask)
+    linear.dense.data = torch.tensor([[4.0, 1.0, 2.0, 1.0]])
+    assert linear.update(TWO_FOUR) == (2, 2)  # the second goes, the third comes
+    linear.dense.data = torch.tensor([[4.0, 3.0, 2.0, 1.0]])
+    assert linear.update(TWO_FOUR) == (2, 0)
+
+
+def test_a_conv1d_of_gpt2_is_masked_along_its_inputs():
+    from transformers.pytorch_utils import Conv1D
+
+    module = Conv1D(6, 8)
+    linear = SparseLinear(Linear("conv", module, True), TWO_FOUR, True)
+    assert linear.mask.shape == (8, 6)
+    assert pattern_violations((module.weight.detach()).T, TWO_FOUR) == 0
+
+
+# Schedules
+
+
+def test_lambda_grows_to_its_most_and_stays():
+    at = [decay_at(step, 40_000, 1e-4, "annealing") for step in (0, 5_000, 10_000, 40_000)]
+    assert at == pytest.approx([0, 5e-5, 1e-4, 1e-4])
+    assert decay_at(0, 100, 1e-4, "constant") == 1e-4
+    assert decay_at(50, 100, 1e-4, "none") == 0
+
+
+@pytest.mark.parametrize("kind", ["iterative", "gradual"])
+def test_stages_go_down_to_the_target_and_never_back(kind):
+    kept = [pattern_at(step, 100, Pattern(keep=4, of=16), kind).keep for step in range(100)]
+    assert kept == sorted(kept, reverse=True)
+    assert kept[0] == 15
+    assert kept[50:] == [4] * 50
+    if kind == "gradual":  # cubic: most of it early
+        assert kept[12] < 11
+
+
+# The optimizer
+
+
+def steps_of(optimizer, weight, gradients):
+    for gradient in gradients:
+        weight.grad = gradient.clone()
+        optimizer.step()
+    return weight.detach()
+
+
+def test_without_decay_it_is_adamw():
+    gradients = torch.randn(20, 4, 8, generator=torch.Generator().manual_seed(0))
+    start = torch.randn(4, 8, generator=torch.Generator().manual_seed(1))
+    ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    mask = best_mask(start, TWO_FOUR)
+    a = DecayingAdamW([{"params": [ours], "weight_decay": 0.1}], 1e-2, (0.9, 0.95), 1e-8, lambda _: mask)
+    b = torch.optim.AdamW([theirs], 1e-2, (0.9, 0.95), 1e-8, weight_decay=0.1)
+    torch.testing.assert_close(steps_of(a, ours, gradients), steps_of(b, theirs, gradients), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("second_moment", ["gradient", "momentum"])
+def test_without_gradient_decay_shrinks_what_is_pruned_and_nothing_else(second_moment):
+    start = torch.randn(4, 8, generator=torch.Generator().manual_seed(1))
+    weight, mask = nn.Parameter(start.clone()), best_mask(start, TWO_FOUR)
+    optimizer = DecayingAdamW([{"params": [weight]}], 1e-3, (0.9, 0.95), 1e-8, lambda _: mask, second_moment)
+    optimizer.decay = 1e-2
+    after = steps_of(optimizer, weight, torch.zeros(3, 4, 8))
+    assert torch.equal(after[mask], start[mask])
+    assert (after[~mask].abs() < start[~mask].abs()).all()
+
+
+@pytest.mark.parametrize("second_moment", ["gradient", "momentum"])
+def test_two_steps_by_hand(second_moment):
+    """One pruned weight of 0.5; g = 0.2 and then -0.1; lambda 0.1, lr 0.01."""
+    weight = nn.Parameter(torch.tensor([[0.5]]))
+    optimizer = DecayingAdamW(
+        [{"params": [weight]}], 0.01, (0.9, 0.95), 1e-8, lambda _: torch.tensor([[False]]), second_moment
+    )
+    optimizer.decay = 0.1
+    w, u, v = 0.5, 0.0, 0.0
+    for t, g in enumerate((0.2, -0.1), 1):
+        u = 0.9 * u + 0.1 * g
+        pull = 0.1 * w
+        squared = (u + pull) if second_moment == "momentum" else (g + pull)
+        v = 0.95 * v + 0.05 * squared**2
+        w -= 0.01 / (1 - 0.9**t) * (u + pull) / ((v / (1 - 0.95**t)) ** 0.5 + 1e-8)
+        steps_of(optimizer, weight, torch.tensor([[[g]]]))
+    assert float(weight.detach()) == pytest.approx(w, abs=1e-7)
+
+
+# SLoRB
+
+
+def test_the_branch_is_begun_with_the_means_of_what_was_pruned():
+    linear = sparse(6, 8)
+    branch = Branch(linear, 4, "means")
+    lost = linear.dense.detach() * ~linear.mask
+    assert float(branch.scale.detach()[2, 1]) == pytest.approx(float(lost[2, 4:8].mean()))
+    assert torch.equal(Branch(linear, 4, "zeros").scale, torch.zeros(6, 2))
+    torch.testing.assert_close(block_sums(torch.arange(8.0), 4), indicator(8, 4) @ torch.arange(8.0))
+    torch.testing.assert_close(block_means(lost, 4), lost @ indicator(8, 4).T / 4)
+
+
+def test_an_input_constant_on_each_block_gets_the_dense_output():
+    linear = sparse(6, 8)
+    x = torch.tensor([1.5, 1.5, 1.5, 1.5, -2.0, -2.0, -2.0, -2.0])
+    branch = Branch(linear, 4, "means")
+    torch.testing.assert_close(linear.module(x) + branch(x), x @ linear.dense.T)
+
+
+def test_the_branch_as_an_adapter_is_the_branch():
+    branch = Branch(sparse(6, 8), 4, "means")
+    adapter, x = branch.adapter(), torch.randn(3, 8)
+    torch.testing.assert_close(x @ adapter.down.T @ adapter.up.T, branch(x).detach())
+    assert adapter.rank == 2
+
+
+# Distillation
+
+
+def test_the_divergence_of_a_model_from_itself_is_zero_and_else_the_sum():
+    labels = torch.tensor([[1, 2, -100, 4]])
+    p, q = (torch.randn(1, 4, 7, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    assert float(divergence(p, p, labels, 1.0, False)) == pytest.approx(0, abs=1e-7)
+    a, b = p.softmax(-1)[0], q.softmax(-1)[0]
+    counted = [0, 2]  # position t predicts label t + 1; label 2 is not counted
+    forward = sum(float((a[t] * (a[t] / b[t]).log()).sum()) for t in counted) / 2
+    backward = sum(float((b[t] * (b[t] / a[t]).log()).sum()) for t in counted) / 2
+    assert float(divergence(p, q, labels, 1.0, False)) == pytest.approx(forward, rel=1e-5)
+    assert float(divergence(p, q, labels, 1.0, True)) == pytest.approx(backward, rel=1e-5)
+
+
+# All of it, on a tiny model
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """What a tiny model can learn in a hundred steps: sentences from a small grammar."""
+    import random
+
+    rng = random.Random(0)
+    nouns, verbs = ["the cat", "a dog", "the old man", "my sister"], ["sees", "likes", "follows", "hears"]
+    path = tmp_path_factory.mktemp("text") / "text.jsonl"
+    rows = [
+        {"text": ". ".join(f"{rng.choice(nouns)} {rng.choice(verbs)} {rng.choice(nouns)}" for _ in range(20))}
+        for _ in range(80)
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def taught(tokenizer, text):
+    """A tiny Llama that has learned that text."""
+    from kick_compressors.tune import Tune
+
+    tune = Tune(Tune.Params(data=str(text), rank=0, steps=150, batch_size=8, sequence_length=48, learning_rate=3e-3))
+    tune.tokenizer = tokenizer
+    return tune.compress(make_tiny_llama(initializer_range=0.05), None, None)
+
+
+def prune(model, tokenizer, text, level="2:4", seed=0, workspace=None, **params):
+    given = {
+        "data": str(text),
+        "steps": 60,
+        "batch_size": 4,
+        "sequence_length": 48,
+        "learning_rate": 1e-3,
+        "weight_decay": 0.0,
+    }
+    ast = AST(AST.Params(**{**given, **params}), seed=seed)
+    ast.tokenizer, ast.workspace = tokenizer, workspace
+    return ast.compress(copy.deepcopy(model), parse_level(level, AST.knob), None), ast
+
+
+def loss_on(model, tokenizer, text, length=48):
+    from kick_compressors.training.objective import Objective, mean_loss
+    from kick_compressors.training.text import open_mixture
+
+    held = open_mixture(str(text), tokenizer, length, 99, held_out=40).streams["text"].held
+    return mean_loss(Objective(model), torch.from_numpy(held.astype("int64")))
+
+
+@pytest.mark.parametrize("level", ["2:4", "4:8", "1:4"])
+def test_the_result_is_an_ordinary_model_with_the_pattern_everywhere(taught, tokenizer, text, level):
+    model, ast = prune(taught, tokenizer, text, level, steps=12)
+    for linear in find_decoder(model).linears:
+        assert pattern_violations(linear.weight, parse_level(level, AST.knob)) == 0
+    assert set(model.state_dict()) == set(taught.state_dict())
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert torch.equal(model.get_input_embeddings().weight, model.get_output_embeddings().weight)
+    assert ast.facts["training"]["tokens"] == 12 * 4 * 48
+
+
+def test_flips_calm_down(taught, tokenizer, text, tmp_path):
+    prune(taught, tokenizer, text, steps=200, mask_every=5, decay_most=1e-2, learning_rate=3e-3, workspace=tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "kept" / "history.jsonl").read_text().splitlines()]
+    flips = [row["flip_rate"] for row in rows if "flip_rate" in row]
+    last = flips[-len(flips) // 4 :]
+    assert len(flips) == 40
+    assert sum(last) / len(last) < 0.5 * max(flips)
+    assert rows[0]["decay"] == 0
+    assert rows[-1]["decay"] == 1e-2
+
+
+def test_training_beats_fixed_masks_and_the_branch_helps(taught, tokenizer, text):
+    """At equal tokens, for each of three seeds together: boosted < naive < fixed masks with cross-entropy alone."""
+    fixed, naive, boosted = [], [], []
+    for seed in range(3):
+        for losses, params in (
+            (fixed, {"masks": "fixed", "distillation": 0.0, "decay": "none"}),
+            (naive, {"decay_most": 1e-2}),
+            (boosted, {"decay_most": 1e-2, "slorb": 16}),
+        ):
+            losses.append(loss_on(prune(taught, tokenizer, text, "1:4", seed, **params)[0], tokenizer, text))
+    assert sum(naive) < sum(fixed), (naive, fixed)
+    assert sum(boosted) < sum(naive), (boosted, naive)
+
+
+def test_the_branch_is_kept_apart_and_survives_saving(taught, tokenizer, text, tmp_path):
+    from kick.checkpoint import Structure, measure, read, save, verify
+    from kick.models import load_model
+
+    model, _ = prune(taught, tokenizer, text, steps=8, slorb=16)
+    tokens = torch.arange(24)[None] * 11 % 600
+    before = model(tokens).logits
+    held = adapters.attached(model)
+    assert held
+    assert all(adapter.rank == adapter.down.shape[1] // 16 for adapter in held.values())
+    record = {
+        "setting": {"compressor": "ast", "level": "2:4"},
+        "setting_name": "ast@2:4",
+        "source": {},
+        "calibration": None,
+    }
+    record |= {"dtype": "float32", "warnings": [], "seconds": 0, "peak_memory_bytes": 0, "layers": {}}
+    structure = Structure(patterns={linear.name: TWO_FOUR for linear in find_decoder(model).linears}, adapters=held)
+    save(tmp_path / "out", model, tokenizer, record, measure(model, structure=structure), structure)
+    assert verify(read(tmp_path / "out")) == []
+    torch.testing.assert_close(
+        load_model(tmp_path / "out", "float32", "cpu")(tokens).logits, before, atol=1e-5, rtol=1e-5
+    )
+
+
+def test_zeros_survive_quantisation_afterwards(taught, tokenizer, text):
+    from kick_compressors.rtn import RTN
+
+    model, _ = prune(taught, tokenizer, text, steps=8)
+    zeros = {linear.name: linear.weight == 0 for linear in find_decoder(model).linears}
+    quantised = RTN(RTN.Params(group_size=16)).compress(model, parse_level("4", RTN.knob), None)
+    for linear in find_decoder(quantised).linears:
+        assert (linear.weight[zeros[linear.name]] == 0).all()
+
+
+@pytest.mark.parametrize("masks", ["fixed", "iterative", "gradual"])
+def test_the_baselines_keep_what_they_keep(taught, tokenizer, text, masks):
+    model, _ = prune(
+        taught, tokenizer, text, "1:4", masks=masks, decay="none", distillation=0.0, steps=20, mask_every=2
+    )
+    for linear in find_decoder(model).linears:
+        assert pattern_violations(linear.weight, Pattern(keep=1, of=4)) == 0
+    if masks == "fixed":
+        for linear, dense in zip(find_decoder(model).linears, find_decoder(taught).linears, strict=True):
+            assert torch.equal(
+                linear.weight != 0, best_mask(dense.weight, Pattern(keep=1, of=4)) & (linear.weight != 0)
+            )
+
+
+def test_what_cannot_be_is_refused_before_anything_is_trained(taught, tokenizer, text):
+    with pytest.raises(LevelError, match="7 does not divide"):
+        prune(taught, tokenizer, text, "2:7")
+    with pytest.raises(LevelError, match="48 does not divide"):
+        prune(taught, tokenizer, text, slorb=48)
+    half = prune(taught, tokenizer, text, steps=2)[0]
+    with pytest.raises(ConfigError, match="already sparse"):
+        prune(half, tokenizer, text)
+    prune(half, tokenizer, text, steps=2, distillation=0.0)
+    Method(masks="gradual")
+    assert SparseTraining.__doc__
