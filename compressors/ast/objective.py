@@ -57,13 +57,12 @@ class SparseTraining(Objective):
 
     def forward(self, tokens: Tensor, labels: Tensor) -> dict[str, Tensor]:
         logits = self.logits(tokens)
-        ce = cross_entropy(logits, labels)
         teacher, share = self._teacher[0], self.method.distillation
         if teacher is None or not share:
-            return {"loss": ce}
+            return {"loss": cross_entropy(logits, labels)}
         with torch.no_grad():
             wanted = teacher(tokens, use_cache=False).logits
-        kl = divergence(wanted, logits, labels, self.method.temperature, self.method.divergence == "reverse")
+        ce, kl = distillation(wanted, logits, labels, self.method.temperature, self.method.divergence == "reverse")
         return {"loss": share * kl + (1 - share) * ce, "cross_entropy": ce, "divergence": kl}
 
     def optimizer(self, spec: Training) -> torch.optim.Optimizer:
@@ -112,15 +111,19 @@ class SparseTraining(Objective):
         adapters.attach(self.model, found)
 
 
-def divergence(teacher: Tensor, student: Tensor, labels: Tensor, temperature: float, reverse: bool) -> Tensor:
-    """Mean over the labelled predictions of KL(teacher || student), or the other way round; logits [..., vocabulary].
+def distillation(
+    teacher: Tensor, student: Tensor, labels: Tensor, temperature: float, reverse: bool
+) -> tuple[Tensor, Tensor]:
+    """(cross-entropy, KL(teacher || student), or the other way round): means over the labelled predictions.
 
-    At a temperature T the gradient is that of T^2 KL (Hinton et al., arXiv 1503.02531).
+    Logits [sequences, length, vocabulary]. At a temperature T the divergence is T^2 KL (Hinton et al., 1503.02531).
     """
     counted = labels[:, 1:].flatten() != -100
-    log_p, log_q = (
-        (logits[:, :-1].flatten(0, 1)[counted].float() / temperature).log_softmax(dim=-1)
-        for logits in (teacher, student)
-    )
+    wanted, given = (logits[:, :-1].flatten(0, 1)[counted].float() for logits in (teacher, student))
+    log_q = given.log_softmax(dim=-1)
+    ce = nn.functional.nll_loss(log_q, labels[:, 1:].flatten()[counted])
+    if temperature != 1:
+        log_q = (given / temperature).log_softmax(dim=-1)
+    log_p = (wanted / temperature).log_softmax(dim=-1)
     first, second = (log_q, log_p) if reverse else (log_p, log_q)
-    return temperature**2 * nn.functional.kl_div(second, first, reduction="batchmean", log_target=True)
+    return ce, temperature**2 * (first.exp() * (first - second)).sum(dim=-1).mean()

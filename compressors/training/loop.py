@@ -4,6 +4,7 @@ A run that was stopped goes on from its last state and ends with the weights of 
 batches are functions of seed and step, random numbers are part of the state.
 """
 
+import logging
 import shutil
 import time
 from contextlib import nullcontext
@@ -54,6 +55,7 @@ def train(
 
     `folder` keeps history.jsonl and the last state. Raises TrainingError for a loss that is not finite.
     """
+    logging.getLogger("accelerate").setLevel(logging.ERROR)  # it warns of tied weights at every state
     AcceleratorState._reset_state()  # an earlier stretch may have had another precision
     accelerator = Accelerator(
         mixed_precision="bf16" if spec.bfloat16(device) else "no", cpu=device.partition(":")[0] == "cpu"

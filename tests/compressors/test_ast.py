@@ -7,11 +7,12 @@ import pytest
 import torch
 from conftest import make_tiny_llama
 from kick_compressors.ast.compressor import AST
-from kick_compressors.ast.objective import Method, SparseTraining, divergence
+from kick_compressors.ast.objective import Method, SparseTraining, distillation
 from kick_compressors.ast.optimizer import DecayingAdamW
 from kick_compressors.ast.schedule import decay_at, pattern_at
 from kick_compressors.ast.slorb import Branch, block_means, block_sums, indicator
 from kick_compressors.ast.sparse import SparseLinear, best_mask
+from kick_compressors.training.objective import cross_entropy
 from torch import nn
 
 from kick import adapters
@@ -179,13 +180,17 @@ def test_the_branch_as_an_adapter_is_the_branch():
 def test_the_divergence_of_a_model_from_itself_is_zero_and_else_the_sum():
     labels = torch.tensor([[1, 2, -100, 4]])
     p, q = (torch.randn(1, 4, 7, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
-    assert float(divergence(p, p, labels, 1.0, False)) == pytest.approx(0, abs=1e-7)
+    ce, kl = distillation(p, p, labels, 1.0, False)
+    assert float(kl) == pytest.approx(0, abs=1e-7)
+    assert float(ce) == pytest.approx(float(cross_entropy(p, labels)), rel=1e-6)
     a, b = p.softmax(-1)[0], q.softmax(-1)[0]
     counted = [0, 2]  # position t predicts label t + 1; label 2 is not counted
     forward = sum(float((a[t] * (a[t] / b[t]).log()).sum()) for t in counted) / 2
     backward = sum(float((b[t] * (b[t] / a[t]).log()).sum()) for t in counted) / 2
-    assert float(divergence(p, q, labels, 1.0, False)) == pytest.approx(forward, rel=1e-5)
-    assert float(divergence(p, q, labels, 1.0, True)) == pytest.approx(backward, rel=1e-5)
+    assert float(distillation(p, q, labels, 1.0, False)[1]) == pytest.approx(forward, rel=1e-5)
+    assert float(distillation(p, q, labels, 1.0, True)[1]) == pytest.approx(backward, rel=1e-5)
+    warm = distillation(2 * p, 2 * q, labels, 2.0, False)[1]
+    assert float(warm) == pytest.approx(4 * forward, rel=1e-5)
 
 
 # All of it, on a tiny model
