@@ -105,27 +105,24 @@ class Stream:
         self._begin: dict[str, Any] = {"number": -1, "documents": self._first, "carried": []}
         self._next = {**self._begin, "number": 0}
         self._at = 0
-
-    @property
-    def taken(self) -> int:
-        """How many sequences were taken so far."""
-        return (self._begin["number"] + (self._at < len(self._window) or self._at == 0)) * _WINDOW + self._at
+        self.taken = 0  # sequences so far
 
     def take(self) -> Tokens:
         """The next sequence [length]."""
         if self._at == len(self._window):
             self._open(self._next)
         self._at += 1
+        self.taken += 1
         return self._window[self._at - 1]
 
     def state(self) -> dict[str, Any]:
         """Where it stands, for `restore`."""
-        return {"window": self._begin, "at": self._at}
+        return {"window": self._begin, "at": self._at, "taken": self.taken}
 
     def restore(self, state: dict[str, Any]) -> None:
         if state["window"]["number"] >= 0:
             self._open(state["window"])
-        self._at = state["at"]
+        self._at, self.taken = state["at"], state["taken"]
 
     def _open(self, begin: dict[str, Any]) -> None:
         """Read the window that starts at `begin`, and remember where the one after it starts."""

@@ -1,0 +1,194 @@
+"""The training loop: it resumes to the same weights, two processes are one, and what goes wrong is said."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import make_tiny_llama
+from kick_compressors.training.history import History
+from kick_compressors.training.loop import TrainingError, train
+from kick_compressors.training.objective import Objective
+from kick_compressors.training.spec import Training
+from kick_compressors.training.text import Batch, Stream, find_domains, open_mixture
+from pydantic import ValidationError
+
+from kick.errors import ConfigError, DataError
+
+SPEC = Training(
+    steps=12, batch_size=4, sequence_length=24, learning_rate=1e-3, weight_decay=0.1, warmup=0.2, checkpoint_every=4
+)
+
+
+@pytest.fixture
+def domains(tmp_path):
+    for name, words in (("animals", "cat dog cow"), ("numbers", "one two three four")):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        rows = [{"text": f"{name} {index} {words} " * 3} for index in range(30)]
+        (tmp_path / "data" / name / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return tmp_path / "data"
+
+
+def run(tokenizer, domains, folder, spec=SPEC, objective=None, seed=0):
+    objective = objective or Objective(make_tiny_llama(attention_dropout=0.1))  # chance, to be resumed too
+    mixture = open_mixture(str(domains), tokenizer, spec.sequence_length, seed)
+    history = train(objective, mixture, spec, folder, seed=seed, device="cpu", progress=lambda *_: None, what="test")
+    return objective.model, history
+
+
+class Dies(Objective):
+    """Killed in the middle of a step."""
+
+    def end_step(self, step, spec):
+        if step == 9:
+            raise KeyboardInterrupt
+        return {}
+
+
+def test_it_learns_and_tells_of_every_step(tokenizer, domains, tmp_path):
+    _, history = run(tokenizer, domains, tmp_path / "run", SPEC.model_copy(update={"steps": 40}))
+    losses = history.column("loss")[1]
+    assert len(losses) == 40
+    assert losses[-1] < 0.8 * losses[0]
+    totals = history.totals()
+    assert totals["tokens"] == 40 * 4 * 24
+    assert totals["tokens_per_second"] > 0
+    assert history.rows[0]["learning_rate"] == pytest.approx(1e-3 / 8)  # a fifth of 40 steps is the warm-up
+
+
+def test_a_run_that_was_killed_ends_with_the_same_weights(tokenizer, domains, tmp_path):
+    whole, history = run(tokenizer, domains, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(tokenizer, domains, tmp_path / "cut", objective=Dies(make_tiny_llama(attention_dropout=0.1)))
+    assert [path.name for path in (tmp_path / "cut").glob("state-*")] == ["state-00000008"]
+    with open(tmp_path / "cut" / "history.jsonl", "a") as file:
+        file.write('{"step": 9, "lo')  # the line that was being written
+    resumed, again = run(tokenizer, domains, tmp_path / "cut")
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+    assert again.column("loss") == history.column("loss")
+    once_more, _ = run(tokenizer, domains, tmp_path / "cut")  # nothing is left to do
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), once_more.parameters(), strict=True))
+
+
+def test_micro_batches_are_one_batch(tokenizer, domains, tmp_path):
+    spec = SPEC.model_copy(update={"steps": 4})
+    dense = [
+        run(
+            tokenizer,
+            domains,
+            tmp_path / str(size),
+            spec.model_copy(update={"micro_batch": size}),
+            Objective(make_tiny_llama()),
+        )
+        for size in (0, 1)
+    ]
+    torch.testing.assert_close(dense[0][1].column("loss")[1], dense[1][1].column("loss")[1], rtol=1e-5, atol=1e-6)
+    twice, _ = run(
+        tokenizer,
+        domains,
+        tmp_path / "twice",
+        spec.model_copy(update={"gradient_checkpointing": True}),
+        Objective(make_tiny_llama()),
+    )
+    for a, b in zip(dense[0][0].parameters(), twice.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+SCRIPT = """
+import sys, torch
+sys.path.insert(0, {tests!r})
+from conftest import make_tiny_llama
+from transformers import AutoTokenizer
+from kick_compressors.ast.objective import Method, SparseTraining
+from kick_compressors.training.loop import train
+from kick_compressors.training.spec import Training
+from kick_compressors.training.text import open_mixture
+from kick.blocks import find_decoder
+from kick.levels import Pattern
+import copy
+from pathlib import Path
+torch.set_num_threads(1)
+spec = Training(steps=6, batch_size=4, sequence_length=24, learning_rate=1e-3)
+model = make_tiny_llama()
+teacher = copy.deepcopy(model).requires_grad_(False)
+objective = SparseTraining(model, find_decoder(model), Pattern(keep=2, of=4), Method(mask_every=2, slorb=16), teacher)
+mixture = open_mixture({data!r}, AutoTokenizer.from_pretrained({model!r}), 24, 0)
+train(objective, mixture, spec, Path({folder!r}), seed=0, device="cpu", progress=lambda *_: None, what="test")
+"""
+
+
+def test_two_processes_give_the_losses_of_one(tiny_model, domains, tmp_path):
+    """Under torchrun with gloo, as DDP."""
+    losses = []
+    for processes in (1, 2):
+        folder = tmp_path / f"processes-{processes}"
+        script = tmp_path / f"script-{processes}.py"
+        names = {
+            "tests": str(os.path.dirname(os.path.dirname(__file__))),
+            "data": str(domains),
+            "model": str(tiny_model),
+        }
+        script.write_text(SCRIPT.format(**names, folder=str(folder)))
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--master-port={port}"]
+        command = [sys.executable, *(launcher if processes > 1 else []), str(script)]
+        done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        history = History(folder, 6)
+        losses.append(history.column("loss")[1] + history.column("flip_rate")[1])
+    assert len(losses[0]) == 9
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_a_loss_that_is_no_number_stops_with_the_step_the_batch_and_the_last_state(tokenizer, domains, tmp_path):
+    class Breaks(Objective):
+        def end_step(self, step, spec):
+            if step == 5:
+                with torch.no_grad():
+                    self.model.model.norm.weight.fill_(float("nan"))
+            return {}
+
+    with pytest.raises(
+        TrainingError, match=r"step 6: loss is not finite. The batch was (animals|numbers) \d+"
+    ) as caught:
+        run(tokenizer, domains, tmp_path, objective=Breaks(make_tiny_llama()))
+    assert "state-00000004" in caught.value.hint
+    assert sorted(path.name for path in tmp_path.glob("state-*")) == ["state-00000004"]
+
+
+def test_a_stream_goes_on_where_it_was_and_never_gives_what_was_held_out(tokenizer, tmp_path):
+    file = tmp_path / "text.jsonl"
+    file.write_text("\n".join(json.dumps({"text": f"number {index} " * 6}) for index in range(40)))
+    stream = Stream("x", str(file), tokenizer, 16, 0, held_out=6)
+    held = {tuple(row) for row in stream.held.tolist()}
+    first = [stream.take().tolist() for _ in range(700)]  # more than a window, several epochs
+    state = json.loads(json.dumps(stream.state()))
+    rest = [stream.take().tolist() for _ in range(700)]
+    other = Stream("x", str(file), tokenizer, 16, 0, held_out=6)
+    other.restore(state)
+    assert [other.take().tolist() for _ in range(700)] == rest
+    assert not held & {tuple(row) for row in first + rest}
+    assert stream.taken == 1400
+    assert tokenizer.decode(stream.held[0]).startswith("number 0 ")
+
+
+def test_domains_are_folders_or_names_or_one(tmp_path, domains):
+    assert list(find_domains(str(domains))) == ["animals", "numbers"]
+    assert find_domains("embedded") == {"text": "embedded"}
+    assert find_domains({"a": "x"}) == {"a": "x"}
+    (domains / "empty").mkdir()
+    with pytest.raises(DataError, match="holds no"):
+        open_mixture(str(domains), None, 8, 0)
+
+
+def test_what_a_spec_cannot_be(tokenizer, domains, tmp_path):
+    with pytest.raises(ValidationError, match="micro_batch 3 does not divide"):
+        Training(batch_size=4, micro_batch=3)
+    with pytest.raises(ConfigError, match="not all zero"):
+        open_mixture(str(domains), tokenizer, 8, 0, weights={"animals": 0.0})
+    assert Batch(torch.zeros(2, 3), torch.tensor([[1, -100, 2], [1, 2, 3]]), ["", ""]).counted == 3

@@ -1,0 +1,152 @@
+"""Supervised tuning: what is learned of a pair, LoRA that begins as nothing and merges, zeros that stay."""
+
+import copy
+import json
+
+import pytest
+import torch
+from conftest import make_tiny_llama
+from kick_compressors.magnitude import Magnitude
+from kick_compressors.training.pairs import Pairs, encode, is_pairs
+from kick_compressors.tune import Tune, add_lora, take_lora
+
+from kick import adapters
+from kick.blocks import find_decoder
+from kick.errors import ConfigError, DataError
+from kick.levels import Sparsity
+
+TOKENS = torch.arange(24)[None] * 11 % 600
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    colours = {"sky": "blue", "grass": "green", "snow": "white", "coal": "black"}
+    rows = [
+        {"instruction": f"What colour is {thing}?", "output": f"It is {colour}."} for thing, colour in colours.items()
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def tune(model, tokenizer, data, **params):
+    given = {"data": str(data), "steps": 50, "batch_size": 4, "sequence_length": 64, "learning_rate": 5e-3}
+    compressor = Tune(Tune.Params(**{**given, **params}))
+    compressor.tokenizer = tokenizer
+    return compressor.compress(model, None, None), compressor
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(TOKENS).logits
+
+
+def test_only_the_answer_is_learned(tokenizer):
+    turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good day"}]
+    tokens, labels = encode(tokenizer, turns)
+    assert tokenizer.decode(tokens) == "User: Hello\nAssistant: Good day</s>"
+    learned = [token for token, label in zip(tokens, labels, strict=True) if label != -100]
+    assert tokenizer.decode(learned) == " Good day</s>"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"instruction": "a", "input": "b", "output": "c"},
+        {"prompt": "a", "response": "c"},
+        {"question": "a", "answer": "c"},
+        {
+            "messages": [
+                {"role": "system", "content": "s"},
+                {"role": "user", "content": "a"},
+                {"role": "assistant", "content": "c"},
+            ]
+        },
+        {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "c"}]},
+    ],
+)
+def test_every_form_of_pair_is_read(tokenizer, tmp_path, row):
+    (tmp_path / "p.jsonl").write_text(json.dumps(row))
+    assert is_pairs(tmp_path / "p.jsonl")
+    batch = Pairs([tmp_path / "p.jsonl"], tokenizer, 40, 0).batch(0, 2)
+    assert batch.tokens.shape == batch.labels.shape
+    kept = batch.labels[0][batch.labels[0] != -100]
+    assert tokenizer.decode(kept) == " c</s>"
+
+
+def test_a_chat_template_is_used_where_there_is_one(real_model):
+    from kick.models import load_tokenizer
+
+    tokenizer = load_tokenizer(real_model.path)
+    tokens, labels = encode(tokenizer, [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}])
+    assert "<|im_start|>user\nHi<|im_end|>" in tokenizer.decode(tokens)
+    assert (
+        tokenizer.decode([t for t, label in zip(tokens, labels, strict=True) if label != -100]) == "Hello!<|im_end|>\n"
+    )
+
+
+def test_pairs_that_do_not_fit_are_counted_and_bad_rows_named(tokenizer, tmp_path, pairs):
+    with open(pairs, "a") as file:
+        file.write("\n" + json.dumps({"instruction": "word " * 200, "output": "x"}))
+    _, compressor = tune(make_tiny_llama(), tokenizer, pairs, steps=1)
+    assert compressor.warnings == ["1 pairs have no answer within 64 tokens; left out."]
+    with open(pairs, "a") as file:
+        file.write("\n" + json.dumps({"instruction": "no output"}))
+    with pytest.raises(DataError, match=r"line 6 of .* is no instruction pair: it has instruction"):
+        tune(make_tiny_llama(), tokenizer, pairs, steps=1)
+
+
+def test_lora_begins_as_nothing_and_merging_changes_nothing(tiny_llama):
+    before = logits(tiny_llama)
+    params = Tune.Params(rank=4, dropout=0.0)
+    tuned = add_lora(tiny_llama, find_decoder(tiny_llama).linears, params).eval()
+    assert torch.equal(logits(tuned), before)
+    for name, parameter in tuned.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    changed = logits(tuned)
+    assert not torch.allclose(changed, before, atol=1e-2)
+    kept = take_lora(copy.deepcopy(tuned), merge=False)
+    merged = take_lora(tuned, merge=True)
+    torch.testing.assert_close(logits(merged), changed, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(logits(kept), changed, atol=1e-4, rtol=1e-5)
+    assert len(adapters.attached(kept)) == 14
+
+
+def test_fifty_steps_of_lora_lower_the_loss(tokenizer, pairs):
+    _, compressor = tune(make_tiny_llama(), tokenizer, pairs)
+    training = compressor.facts["training"]
+    assert training["last_loss"] < 0.7 * training["first_loss"]
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_zeros_stay(tokenizer, pairs, rank):
+    model = Magnitude().compress(make_tiny_llama(), Sparsity(fraction=0.5), None)
+    zeros = [linear.weight == 0 for linear in find_decoder(model).linears]
+    dense = [linear.weight.clone() for linear in find_decoder(model).linears]
+    tuned, _ = tune(model, tokenizer, pairs, rank=rank, steps=5, weight_decay=0.1)
+    for linear, zero, before in zip(find_decoder(tuned).linears, zeros, dense, strict=True):
+        assert (linear.weight[zero] == 0).all()
+        assert not torch.equal(linear.weight, before)
+    assert not hasattr(tuned, "peft_config")
+    free, _ = tune(copy.deepcopy(tuned), tokenizer, pairs, rank=rank, steps=5, keep_zeros=False)
+    assert any((linear.weight[zero] != 0).any() for linear, zero in zip(find_decoder(free).linears, zeros, strict=True))
+
+
+def test_lora_is_not_put_beside_other_branches(tokenizer, pairs):
+    tuned, _ = tune(make_tiny_llama(), tokenizer, pairs, merge=False, steps=2)
+    with pytest.raises(ConfigError, match="adapters already"):
+        tune(tuned, tokenizer, pairs, merge=False, steps=2)
+
+
+def test_it_recovers_a_model_whose_layers_differ_in_width(tokenizer, pairs):
+    from kick_compressors.llm_pruner.compressor import LLMPruner
+
+    from kick.calibration import Calibration, CalibrationSpec
+
+    calibration = Calibration(TOKENS.repeat(2, 1), "test", CalibrationSpec())
+    pruner = LLMPruner(LLMPruner.Params(skip_first=1, skip_last=0))
+    model = pruner.compress(make_tiny_llama(), Sparsity(fraction=0.1), calibration)
+    tuned, compressor = tune(model, tokenizer, pairs)
+    assert compressor.facts["training"]["last_loss"] < compressor.facts["training"]["first_loss"]
+    assert tuned.model.layers[1].mlp.up_proj.weight.shape[0] < 64
