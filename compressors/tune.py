@@ -20,7 +20,7 @@ from kick.adapters import LowRank
 from kick.blocks import Linear, find_decoder
 from kick.calibration import Calibration, is_hub, text_files
 from kick.checkpoint import STRAY_ZEROS
-from kick.compressor import Compressor, Knob, Progress, no_progress
+from kick.compressor import Compressor, Cost, Knob, Progress, no_progress
 from kick.errors import ConfigError
 from kick.extras import import_extra
 from kick.levels import Level
@@ -48,6 +48,10 @@ class Tune(Compressor):
 
     def inputs(self) -> dict[str, str]:
         return {"data": self.params.fingerprint()}
+
+    def cost(self, level: Level | None, skeleton: nn.Module) -> Cost:
+        parameters = sum(parameter.numel() for parameter in skeleton.parameters())
+        return self.params.cost(parameters, trained=0 if self.params.rank else None)
 
     def compress(
         self,

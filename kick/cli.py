@@ -100,8 +100,10 @@ def _parser() -> argparse.ArgumentParser:
     _tracker(sweep)
 
     compress = command("compress", "write one compressed checkpoint")
-    compress.add_argument("model", metavar="MODEL")
-    compress.add_argument("setting", metavar="SETTING", help="for example wanda@0.5 or magnitude@2:4")
+    compress.add_argument("model", metavar="MODEL", help="a model, or a sweep file that names one")
+    compress.add_argument(
+        "setting", metavar="SETTING", help="for example wanda@0.5 or magnitude@2:4; of a sweep file one of its own"
+    )
     compress.add_argument("--out", type=Path, required=True, metavar="DIR")
     compress.add_argument(
         "--param", action="append", default=[], metavar="K=V", help="a parameter of the compressor, or calibration.K=V"

@@ -9,18 +9,18 @@ from typing import Any
 
 from kick import checkpoint as checkpoints
 from kick import config as configs
-from kick import models, plugins
+from kick import distributed, models, plugins
 from kick.calibration import CalibrationSpec
 from kick.compress import Recipe, prepare
 from kick.compress import compress as make_checkpoint
 from kick.config import SuiteSpec, SweepConfig
-from kick.errors import CheckpointError, ConfigError, KickError
+from kick.errors import CheckpointError, ConfigError, KickError, unknown_name
 from kick.export import find_format
 from kick.files import check_writable, safe_name, to_json
 from kick.judge.spec import JudgeSpec
 from kick.lm import LMS
 from kick.lm.spec import LMSpec
-from kick.progress import duration, progress
+from kick.progress import Silent, duration, progress
 from kick.settings import Setting, parse_setting
 from kick.sweep.executors.spec import ExecutorSpec
 
@@ -129,19 +129,16 @@ def _run(config: SweepConfig, out: Path, options: Namespace, as_is: bool = False
 
 
 def compress(options: Namespace) -> int:
-    asked = parse_setting(options.setting)
-    own, calibration = _compress_params(options.param, [stage.compressor for stage in asked.stages])
-    first, *then = (stage.model_copy(update={"params": own[stage.compressor]}) for stage in asked.stages)
-    setting = Setting(compressor=first.compressor, level=first.level, params=first.params, then=tuple(then))
+    model, setting, calibration = _what_to_compress(options)
     prepare(setting)
-    source = models.find_source(options.model)
+    source = models.find_source(model)
     check_writable(options.out)
     if options.out.exists() and any(options.out.iterdir()):
         raise ConfigError(f"{options.out} is not empty.", "Choose another --out.")
     device, dtype = models.choose(options.device, options.dtype)
     path = models.fetch(source)
     recipe = Recipe(source, models.fingerprint(path), setting, calibration, dtype, device, options.stream)
-    watching = progress()
+    watching = progress() if distributed.is_main() else Silent()
     try:
         made = make_checkpoint(
             recipe,
@@ -150,7 +147,29 @@ def compress(options: Namespace) -> int:
         )
     finally:
         watching.close()
-    return _print(options, _describe_checkpoint(made), made.record)
+    return _print(options, _describe_checkpoint(made), made.record) if distributed.is_main() else 0
+
+
+def _what_to_compress(options: Namespace) -> tuple[str, Setting, CalibrationSpec]:
+    """Model, setting and calibration, from the arguments or from a sweep file that holds a setting of that name."""
+    if not options.model.endswith((".yaml", ".yml")):
+        asked = parse_setting(options.setting)
+        own, calibration = _compress_params(options.param, [stage.compressor for stage in asked.stages])
+        first, *then = (stage.model_copy(update={"params": own[stage.compressor]}) for stage in asked.stages)
+        setting = Setting(compressor=first.compressor, level=first.level, params=first.params, then=tuple(then))
+        return options.model, setting, calibration
+    config = configs.load(Path(options.model))
+    found = {setting.name: setting for setting in config.all_settings()}
+    if options.setting not in found:
+        raise unknown_name("setting", options.setting, found, f"{options.model} names them.")
+    if options.param:
+        raise ConfigError(f"--param {options.param[0]} beside {options.model}.", "Change it in the file.")
+    if not isinstance(config.model, str):
+        raise ConfigError(f"{options.model} names several models.", "Give one of them, and the setting with --param.")
+    options.dtype = config.dtype if options.dtype == "auto" else options.dtype
+    options.device = config.device if options.device == "auto" else options.device
+    setting = found[options.setting]
+    return config.model, setting, setting.calibration or config.calibration
 
 
 def judge(options: Namespace) -> int:
@@ -458,18 +477,28 @@ def _compress_params(given: Iterable[str], compressors: list[str]) -> tuple[dict
     own: dict[str, dict[str, Any]] = {name: {} for name in compressors}
     calibration: dict[str, Any] = {}
     for key, value in map(_key_value, given):
-        owner, dot, name = key.rpartition(".")
-        if owner == "calibration":
+        owner, _, name = key.partition(".")
+        if name and owner == "calibration":
             calibration[name] = value
-        elif dot and owner in own:
-            own[owner][name] = value
-        elif not dot and len(own) == 1:
-            own[compressors[0]][name] = value
+        elif name and owner in own:
+            _put(own[owner], name, value)
+        elif len(own) == 1:
+            _put(own[compressors[0]], key, value)
         else:
             raise ConfigError(
                 f"--param {key}: whose parameter is it?", f"Put a name in front: {', '.join(own)} or calibration."
             )
     return own, configs.parse_part(CalibrationSpec, calibration, "--param calibration")
+
+
+def _put(params: dict[str, Any], key: str, value: Any) -> None:
+    """Set `key`, whose dots lead into parameters that have parts: `pruning.steps`."""
+    *parents, last = key.split(".")
+    for part in parents:
+        params = params.setdefault(part, {})
+        if not isinstance(params, dict):
+            raise ConfigError(f"--param {key}: '{part}' was given a value before.", "Give it whole, or in parts.")
+    params[last] = value
 
 
 def _split_params(given: Iterable[str], suites: Iterable[str]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:

@@ -153,14 +153,14 @@ def compress(
         if distributed.is_main():
             checkpoints.save(out, model, tokenizer, record, done.measured, done.structure, kept_files(workspace))
             shutil.rmtree(workspace, ignore_errors=True)
-        distributed.wait()
+        distributed.wait()  # the others read what the first one wrote
         return checkpoints.read(out)
 
 
 def identity(recipe: Recipe) -> str:
     """What tells apart the workspaces of different recipes for one place."""
     parts = (recipe.fingerprint, recipe.setting.model_dump(mode="json"), recipe.calibration.model_dump(mode="json"))
-    return digest([*parts, recipe.dtype])
+    return digest([*parts, recipe.dtype, [step.compressor.inputs() for step in prepare(recipe.setting)]])
 
 
 def kept_files(workspace: Path) -> dict[str, Path]:

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, ClassVar
@@ -20,7 +21,17 @@ from kick.quantization import Grid, Quantized
 from kick.streaming import resident
 from kick.walk import BlockWalk, Listener, collect_head
 
-__all__ = ["Compressor", "Knob", "LayerwiseCompressor", "Progress", "Statistic"]
+__all__ = ["Compressor", "Cost", "Knob", "LayerwiseCompressor", "Progress", "Statistic"]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What training takes: tokens seen, floating-point operations, and bytes for weights, gradients and optimizer."""
+
+    tokens: int
+    operations: float
+    memory_bytes: int
+
 
 Progress = Callable[[int, int, str], None]
 """Called with (done, total, what): progress(3, 30, "model.layers.2")."""
@@ -88,6 +99,10 @@ class Compressor(ABC):
         Raises KickError for what is not there; called before anything is written.
         """
         return {}
+
+    def cost(self, level: Level | None, skeleton: nn.Module) -> Cost | None:
+        """What training `skeleton`, the model without its weights, would take; None for what does not train."""
+        return None
 
     @abstractmethod
     def compress(

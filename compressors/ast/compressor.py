@@ -17,7 +17,7 @@ from torch import nn
 
 from kick.blocks import find_decoder
 from kick.calibration import Calibration
-from kick.compressor import Compressor, Knob, Progress, check_divisible, no_progress
+from kick.compressor import Compressor, Cost, Knob, Progress, check_divisible, no_progress
 from kick.errors import ConfigError, LevelError
 from kick.levels import Level, Pattern
 from kick.models import fetch, find_source, fingerprint, load_model
@@ -47,6 +47,10 @@ class AST(Compressor):
         return {"data": self.params.fingerprint()} | (
             {"teacher": fingerprint(fetch(find_source(teacher)))} if teacher is not None else {}
         )
+
+    def cost(self, level: Level | None, skeleton: nn.Module) -> Cost:
+        parameters = sum(parameter.numel() for parameter in skeleton.parameters())
+        return self.params.cost(parameters, teacher=parameters if self.params.distillation else 0)
 
     def compress(
         self,

@@ -152,11 +152,7 @@ class LLMPruner(Compressor):
             modules = [module for index in part for module in _linears(layers[index])]
             sums: Sums = {}
             if self.params.importance in TAYLOR:
-                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-                model.train()  # checkpointing is for training; nothing in a Llama drops out
                 sums = collect(model, modules, tokens, self.params.importance in ("element2", "mixed"))
-                model.eval()
-                model.gradient_checkpointing_disable()
             found += [(index, self.layer_scores(layers[index], shape, sums, generator)) for index in part]
         yield from found
 

@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from kick.calibration import Calibration
-from kick.compressor import Compressor, Knob, Progress, no_progress
+from kick.compressor import Compressor, Cost, Knob, Progress, no_progress
 from kick.errors import ConfigError, LevelError, unknown_name
 from kick.levels import Level, Shape
 from kick.spec import Spec
@@ -82,6 +82,22 @@ class Sheared(Compressor):
     def check_level(self, level: Level) -> None:
         assert isinstance(level, Shape)
         parse_shape(level.name)
+
+    def cost(self, level: Level | None, skeleton: nn.Module) -> Cost:
+        assert isinstance(level, Shape)
+        full: Any = skeleton
+        source = ModelShape.of(full.config)
+        target = find_shape(level.name, source, self.params.heads == "within")
+        small = count_parameters(type(full), target.configuration(full.config))
+        nothing = Cost(0, 0.0, 0)
+        learned = self.params.masks == "learned"
+        pruning = self.params.pruning.cost(sum(p.numel() for p in full.parameters())) if learned else nothing
+        continuing = self.params.continuing.cost(small) if self.params.continuing else nothing
+        return Cost(
+            pruning.tokens + continuing.tokens,
+            pruning.operations + continuing.operations,
+            max(pruning.memory_bytes, continuing.memory_bytes),
+        )
 
     def compress(
         self,

@@ -68,7 +68,7 @@ def train(
     set_seed(seed + rank)
     objective.train()
     if spec.gradient_checkpointing:
-        objective.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        recompute_blocks(objective.model, True)
     model = accelerator.prepare(objective)
     optimizer = accelerator.prepare(objective.optimizer(spec))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer.optimizer, spec.rate)
@@ -111,10 +111,18 @@ def train(
             _save(accelerator, folder, step + 1)
     accelerator.wait_for_everyone()
     if spec.gradient_checkpointing:
-        objective.model.gradient_checkpointing_disable()
+        recompute_blocks(objective.model, False)
     objective.eval()
     accelerator.free_memory()
     return history or History(folder, spec.steps)
+
+
+def recompute_blocks(model: Any, on: bool) -> None:
+    """Whether the backward pass computes blocks again instead of keeping what they computed."""
+    verb = "enable" if on else "disable"
+    switch = getattr(model, f"activation_checkpointing_{verb}", None)  # its name from transformers 5.20 on
+    switch = switch or getattr(model, f"gradient_checkpointing_{verb}")
+    switch(**({"gradient_checkpointing_kwargs": {"use_reentrant": False}} if on else {}))
 
 
 class _Run:

@@ -5,6 +5,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from kick.compressor import Cost
 from kick.spec import Spec
 
 
@@ -58,3 +59,13 @@ class Training(Spec):
 
     def bfloat16(self, device: str) -> bool:
         return self.precision == "bfloat16" or (self.precision == "auto" and device.startswith("cuda"))
+
+    def cost(self, parameters: int, trained: int | None = None, teacher: int = 0) -> Cost:
+        """Of training `parameters`, all or `trained` of them, beside a `teacher` that only runs forward.
+
+        6 operations for each parameter and token, 2 of them forwards (Kaplan et al., arXiv 2001.08361); 2 of the other
+        4 are saved where a parameter is not trained. 4 bytes for each of weight, gradient and AdamW's two moments.
+        """
+        learned = parameters if trained is None else trained
+        operations = self.tokens * (4.0 * parameters + 2.0 * learned + 2.0 * teacher)
+        return Cost(self.tokens, operations, 4 * (parameters + teacher) + 12 * learned)

@@ -3,7 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+from kick.compress import prepare
+from kick.compressor import Compressor
 from kick.meter import product_speed
+from kick.models import load_skeleton
 from kick.progress import duration
 from kick.sweep.plan import MODELS_AT_ONCE, WORKER_BYTES, Plan
 from kick.sweep.run import missing_evaluations
@@ -11,6 +14,8 @@ from kick.sweep.store import RUN, Store, check_usable
 
 _JUDGE_REPLY_TOKENS = 200
 _CHARACTERS_PER_TOKEN = 4.0
+_A100 = 312e12  # operations a second in bfloat16
+_TRAINING_SHARE = 0.35  # of the speed of plain products that training reaches
 _OVERHEAD = 3.0
 """Measured wall seconds over matrix products at full speed alone, on the packaged model: attention, generation token by
 token, loading, and the few-shot examples in front of a question."""
@@ -23,6 +28,8 @@ def describe(plan: Plan, out: Path, fresh: bool = False) -> tuple[str, dict[str,
     missing = {s.name: plan.suites for s in plan.settings} if fresh else missing_evaluations(plan, store)
     parameters = plan.parameters
     seconds = _seconds(plan, store, {name: [s.name for s in suites] for name, suites in missing.items()}, parameters)
+    training = _training(plan, set(missing))
+    seconds += sum(cost["seconds_here"] for cost in training.values())
     memory = WORKER_BYTES + MODELS_AT_ONCE * plan.dense_bytes
     kept = len(plan.settings) if plan.config.keep_checkpoints else min(2, len(missing))
     questions = sum(len(suite.examples) for suite in plan.suites)
@@ -39,6 +46,7 @@ def describe(plan: Plan, out: Path, fresh: bool = False) -> tuple[str, dict[str,
         "estimated_seconds": round(seconds),
         "estimated_disk_bytes": kept * plan.dense_bytes + len(missing) * questions * 3000,
         "estimated_memory_bytes": memory,
+        "training": training,
         "judge": _judge(plan, {suite.name for suites in missing.values() for suite in suites}, len(missing)),
     }
     todo = sum(map(len, missing.values()))
@@ -51,10 +59,39 @@ def describe(plan: Plan, out: Path, fresh: bool = False) -> tuple[str, dict[str,
         f"about {duration(seconds)}, {document['estimated_disk_bytes'] / 1e9:.1f} GB of disk and "
         f"{memory / 1e9:.1f} GB of memory at the peak",
     ]
+    for name, cost in training.items():
+        lines.append(
+            f"{name} trains on {cost['tokens']:,} tokens: about {duration(cost['seconds_here'])} here, "
+            f"{cost['a100_hours']:.1f} hours of an A100; {cost['memory_bytes'] / 1e9:.1f} GB for weights, gradients "
+            "and optimizer"
+        )
     if judged:
         usd = "" if judged["estimated_usd"] is None else f", about {judged['estimated_usd']:.2f} USD"
         lines.append(f"judge: about {judged['questions']:,} questions, {judged['tokens']:,} tokens{usd}")
     return "\n".join(lines), document
+
+
+def _training(plan: Plan, missing: set[str]) -> dict[str, dict[str, Any]]:
+    """What the settings that train would take, by their names."""
+    found: dict[str, dict[str, Any]] = {}
+    skeleton = speed = None
+    for setting in plan.settings:
+        for step in prepare(setting) if setting.name in missing else ():
+            if type(step.compressor).cost is Compressor.cost:
+                continue
+            skeleton = skeleton or load_skeleton(plan.path, "float32")
+            cost = step.compressor.cost(step.level, skeleton)
+            if cost is None:
+                continue
+            speed = speed or product_speed(plan.device, "float32" if plan.device == "cpu" else "bfloat16")
+            own = found.setdefault(
+                setting.name, dict.fromkeys(("tokens", "memory_bytes", "seconds_here", "a100_hours"), 0)
+            )
+            own["tokens"] += cost.tokens
+            own["memory_bytes"] = max(own["memory_bytes"], cost.memory_bytes)
+            own["seconds_here"] += cost.operations / (speed * _TRAINING_SHARE)
+            own["a100_hours"] += cost.operations / (_A100 * _TRAINING_SHARE) / 3600
+    return found
 
 
 def _judge(plan: Plan, missing: set[str], settings: int) -> dict[str, Any] | None:
