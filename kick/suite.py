@@ -195,7 +195,10 @@ class Suite(ABC):
         samples: Sequence[Sample],
         dense: Mapping[str, Sample],
     ) -> Iterator[Question]:
-        """What to ask a judge about `samples`. examples and dense: by id; `judging`: an instance of `Judging`."""
+        """What to ask a judge about `samples`. examples and dense: by id; `judging`: an instance of `Judging`.
+
+        dense: what to compare with, the dense model's answers or those of the setting that `judging.baseline` names.
+        """
         raise ConfigError(
             f"the suite '{self.name}' has nothing for a judge.", "A suite that can be judged declares judged_metrics."
         )

@@ -72,7 +72,9 @@ class MTBench(Suite):
         model_config = ConfigDict(frozen=True, extra="forbid")
 
         kinds: tuple[Literal["single", "pair"], ...] = Field(default=("single", "pair"), min_length=1)
-        baseline: str = Field(default="dense", description="whose answers to compare with: dense, or a .jsonl file")
+        baseline: str = Field(
+            default="dense", description="whose answers to compare with: a setting of the run, or a .jsonl file"
+        )
 
     def examples(self, source: DataSource) -> list[Example]:
         return [
@@ -130,7 +132,7 @@ class MTBench(Suite):
     ) -> Iterator[Question]:
         answers = {sample.id: sample.output or "" for sample in samples}
         baseline = {id: sample.output or "" for id, sample in dense.items()}
-        if judging.baseline != "dense":
+        if judging.baseline.endswith(".jsonl"):
             baseline = read_answers(Path(judging.baseline))
         if "pair" in judging.kinds and not baseline and "kinds" in judging.model_fields_set:
             raise ConfigError(

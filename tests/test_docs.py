@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 
@@ -26,7 +27,7 @@ def forget_plugins(monkeypatch):
 def run(line, *changes):
     for old, new in changes:
         line = line.replace(old, str(new))
-    command, *arguments = line.split()
+    command, *arguments = shlex.split(line)
     assert command == "kick"
     return cli.main(arguments)
 
@@ -41,6 +42,27 @@ def test_the_commands_of_the_first_sweep(tmp_path, monkeypatch, tiny_model, caps
         assert run(line, ("smollm2-135m", tiny_model)) == 0, line
     assert "wanda@2:4" in (tmp_path / "runs/one/scores.csv").read_text()  # a checkpoint keeps its setting's name
     assert (tmp_path / "runs/first/report.html").is_file()
+
+
+def test_the_page_on_training(tmp_path, monkeypatch, tokenizer, capsys):
+    from conftest import make_tiny_llama
+
+    from kick.config import parse, read_yaml
+
+    monkeypatch.chdir(tmp_path)
+    model = tmp_path / "model"
+    make_tiny_llama(num_hidden_layers=12).save_pretrained(model)
+    tokenizer.save_pretrained(model)
+    lines = blocks("docs/train.md", "console")[0].strip().split("\n")
+    assert len(lines) == 4
+    for line in lines:
+        small = (("smollm2-135m", model), ("24x384x1024x6", "6x16x24x2"), ("=20", "=2"))
+        assert run(line, *small) == 0, line
+    assert (tmp_path / "checkpoints/sheared/training/1-sheared/pruning/training.png").is_file()
+    assert not list(tmp_path.glob("checkpoints/.*"))  # what was needed to go on is gone
+    pages = blocks("docs/train.md", "yaml")
+    config = parse({"model": "m", **read_yaml(pages[-1], "the page")}, "the page")
+    assert all(prepare(setting) is not None for setting in config.all_settings())
 
 
 def test_the_documented_compressor_works_as_a_single_file(tmp_path, monkeypatch, tiny_model, forget_plugins, capsys):

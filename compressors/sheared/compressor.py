@@ -265,7 +265,7 @@ class Shearing(Objective):
     def end_step(self, step: int, spec: Training) -> dict[str, Any]:
         told = self.masks.record()
         if (step + 1) % self.params.pruning_every == 0 or step + 1 == spec.steps:
-            counts = {name: round(float(open_.mean())) for name, open_ in self.masks.expected_open().items()}
+            counts = {name: round(float(open_.detach().mean())) for name, open_ in self.masks.expected_open().items()}
             self.masked.z = self.masks.final({name: max(1, count) for name, count in counts.items()})
             told |= self.losses.update(self)
         return told

@@ -17,7 +17,7 @@ import numpy as np
 
 from kick.compare import estimate
 from kick.config import SuiteSpec, SweepConfig, parse_part
-from kick.errors import ConfigError, RunError
+from kick.errors import ConfigError, RunError, unknown_name
 from kick.files import read_json, write_json
 from kick.judge import calibration
 from kick.judge.budget import Budget, BudgetSpent
@@ -177,11 +177,16 @@ def _plan_again(suite: SuiteSpec, data: str, recorded: dict[str, Any]) -> Planne
 def _questions(evaluation: Evaluation, everything: list[Evaluation], spec: JudgeSpec) -> list[Asked]:
     planned = evaluation.planned
     judging = parse_part(planned.suite.Judging, spec.suites.get(planned.name, {}), f"judge.suites.{planned.name}")
-    dense = next((e for e in everything if e.setting == DENSE and e.planned.name == planned.name), None)
+    same = {e.setting: e for e in everything if e.planned.name == planned.name}
+    whose = getattr(judging, "baseline", DENSE)
+    if whose.endswith(".jsonl"):
+        whose = DENSE  # the suite reads the file itself
+    elif whose != DENSE and whose not in same:
+        raise unknown_name("setting to compare with", whose, same, "A file of answers ends in .jsonl.")
+    answers = same[whose].samples if whose in same else []
+    usable = {sample.id: sample for sample in answers if sample.error is None and not sample.truncated}
     examples = {id: example for example in planned.examples for id in planned.suite.sample_ids(example)}
-    usable = [sample for sample in dense.samples if sample.error is None and not sample.truncated] if dense else []
-    samples = {sample.id: sample for sample in usable}
-    questions = planned.suite.judge_questions(judging, examples, evaluation.samples, samples)
+    questions = planned.suite.judge_questions(judging, examples, evaluation.samples, usable)
     return [Asked(evaluation.setting, planned.name, question, _key(question, spec)) for question in questions]
 
 

@@ -43,6 +43,7 @@ def page(results: Results, drawn: list[Drawn]) -> str:
         answers=_answers(results),
         failures=[e for e in results.evaluations.values() if e.reason is not None],
         warnings=[(r.name, w) for r in results.settings if r.record for w in r.record["warnings"]],
+        trained=[(r, r.training) for r in results.compressed if r.training],
         brought=[(r, facts) for r in results.compressed if (facts := _brought(r.record))],
         facts=_facts(results),
         config=json.dumps(results.run["config"], indent=2, ensure_ascii=False),

@@ -65,11 +65,21 @@ class SettingResult:
         """Which figure it belongs to: what its level turns, else what was measured to be less than dense."""
         if isinstance(self.level, Bits):
             return "bits"
+        if self.record is not None and self.dense is not None and _has_another_shape(self.record, self.dense):
+            return "size"  # also where the level is a sparsity: a share of parameters that are gone
         if isinstance(self.level, Sparsity | Pattern | Joint) or self.record is None or self.dense is None:
             return "sparsity"
-        if _has_another_shape(self.record, self.dense):
-            return "size"
         return "bits" if self.record["bits_per_weight"] < self.dense["bits_per_weight"] else "sparsity"
+
+    @property
+    def training(self) -> list[dict[str, Any]]:
+        """What each stage that trained says of it: steps, tokens, hours and, of one stretch, its speed and losses."""
+        stages = self.record.get("stages", []) if self.record else []
+        return [
+            {"compressor": stage["compressor"], **stage["facts"]["training"]}
+            for stage in stages
+            if "training" in stage.get("facts", {})
+        ]
 
     @property
     def stands_alone(self) -> bool:

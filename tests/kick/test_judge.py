@@ -10,7 +10,7 @@ from conftest import make_tiny_llama
 from judge_server import CUT, NOT_JSON, REFUSAL, Fault, JudgeServer, slow, status
 
 from kick import cli
-from kick.errors import KickError
+from kick.errors import KickError, UnknownNameError
 from kick.judge.client import Judge
 from kick.judge.run import judge_run
 from kick.judge.spec import JudgeSpec
@@ -496,6 +496,28 @@ def test_what_was_under_way_when_an_error_ends_it_is_kept(run):
         judge_run(run, spec(server), Silent())
     assert all(count == 1 for prompt, count in server.asked.items() if "Conversation" in prompt)
     assert any("Conversation" in prompt for prompt in answered)
+
+
+def test_another_setting_is_what_answers_are_compared_with(run):
+    """The judge prefers whatever dense said: against it the pruned model loses; against the pruned one dense wins."""
+    lines = (run / "evaluations" / "dense" / "mt_bench" / "samples.jsonl").read_text().split("\n")
+    dense = {row["id"]: row["output"] for row in map(json.loads, filter(None, lines))}
+
+    def prefers_dense(prompt, attempt=1):
+        if "assistant B" not in prompt:
+            return good(prompt)
+        first = prompt.index("Conversation with assistant B")
+        said = [text for text in dense.values() if text and text in prompt]
+        return json.dumps({"winner": "A" if any(prompt.index(text) < first for text in said) else "B"})
+
+    pruned = next(path.name for path in (run / "evaluations").iterdir() if path.name != "dense")
+    with JudgeServer(prefers_dense) as server:
+        judge_run(run, spec(server, suites={"mt_bench": {"kinds": ["pair"], "baseline": pruned}}), Silent())
+        won = rows(run, "mt_bench", "win_rate")
+        assert float(won["dense"]["score"]) > 0.9
+        assert float(won[pruned]["score"]) == 0.5  # against itself
+        with pytest.raises(UnknownNameError, match="setting to compare with named 'nobody'"):
+            judge_run(run, spec(server, suites={"mt_bench": {"baseline": "nobody"}}), Silent())
 
 
 def test_pairs_alone_are_a_score_of_their_own(run):

@@ -38,6 +38,8 @@ def planned(results: Results) -> Iterator[Planned]:
         draw = partial(_perplexity_against_capability, results, suite)
         yield Planned("perplexity-against-capability", "Perplexity against capability", draw)
     yield Planned("size-against-retained", "Size against mean retained score", partial(_size_against_retained, results))
+    if any(result.training for result in results.compressed):
+        yield Planned("cost-against-retained", "Cost of making it against mean retained score", partial(_cost, results))
     if (suite := _speed_suite(results)) is not None:
         draw = partial(_speed_against_retained, results, suite)
         yield Planned("speed-against-retained", "Speed against mean retained score", draw)
@@ -151,6 +153,29 @@ def front(places: list[tuple[float, float]]) -> list[tuple[float, float]]:
         if not found or score > found[-1][1]:
             found.append((size, score))
     return found
+
+
+def _cost(results: Results) -> tuple[Figure, str]:
+    """One-shot methods beside those that train: how long each took to make."""
+    figure, axes = plt.subplots()
+    points = []
+    for result in results.compressed:
+        mean = results.mean_retained(result.name)
+        if mean is not None and result.record is not None and result.record["seconds"] > 0:
+            tokens = sum(stage["tokens"] for stage in result.training)
+            words = f"{result.record['seconds'] / 60:.1f} minutes"
+            words += f", {tokens:,} tokens trained" if tokens else ""
+            points.append(_Point(result, result.record["seconds"] / 60, mean, words))
+    _draw(axes, results, points)
+    axes.set_xscale("log")
+    name_ticks(axes.xaxis, "g")
+    _finish(axes, "minutes to make it, here (logarithmic)", "Cost against what was retained")
+    _name(axes, points)
+    machine = results.run.get("hardware", {}).get("processor", "this machine")
+    return figure, (
+        f"Minutes from the dense model to the checkpoint on {machine}, calibration and training together. "
+        f"Mean over {', '.join(results.task_suites)}; bars: 95 % intervals."
+    )
 
 
 def _speed_suite(results: Results) -> str | None:
