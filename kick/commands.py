@@ -136,6 +136,7 @@ def compress(options: Namespace) -> int:
     if options.out.exists() and any(options.out.iterdir()):
         raise ConfigError(f"{options.out} is not empty.", "Choose another --out.")
     device, dtype = models.choose(options.device, options.dtype)
+    device = distributed.own_device(device)
     path = models.fetch(source)
     recipe = Recipe(source, models.fingerprint(path), setting, calibration, dtype, device, options.stream)
     watching = progress() if distributed.is_main() else Silent()

@@ -3,9 +3,19 @@
 import os
 
 
+def rank() -> int:
+    """Which of the processes this is, from 0."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def is_main() -> bool:
     """Whether this process is the first, or the only one."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return rank() == 0
+
+
+def own_device(device: str) -> str:
+    """`cuda` becomes the GPU that goes with this process."""
+    return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device
 
 
 def wait() -> None:

@@ -94,4 +94,5 @@ class AST(Compressor):
                     "Name a teacher, or set distillation to 0.",
                 )
             teacher = copy.deepcopy(model)
-        return teacher.to(torch.float32).requires_grad_(False).eval()
+        dtype = torch.bfloat16 if self.params.bfloat16(device) else torch.float32  # it computes in this anyway
+        return teacher.to(dtype).requires_grad_(False).eval()

@@ -10,6 +10,7 @@ from kick.blocks import Decoder
 from kick.levels import Pattern
 from kick.spec import Spec
 
+from ..training import parallel
 from ..training.objective import Objective, cross_entropy
 from ..training.spec import Training
 from .optimizer import DecayingAdamW
@@ -70,13 +71,16 @@ class SparseTraining(Objective):
 
         def mask_of(parameter: Tensor) -> Tensor | None:
             linear = masks.get(parameter)  # type: ignore[call-overload]
-            return linear.mask if linear else None
+            return parallel.own_part(linear.mask, parameter) if linear else None
 
         groups = super().optimizer(spec).param_groups
         plain = [{"params": g["params"], "weight_decay": g["weight_decay"]} for g in groups]
         second: Any = self.method.second_moment
         self._optimizer = DecayingAdamW(plain, spec.learning_rate, spec.betas, spec.eps, mask_of, second)
         return self._optimizer
+
+    def companions(self) -> list[nn.Module]:
+        return [teacher for teacher in self._teacher if teacher is not None]
 
     def begin_step(self, step: int, spec: Training) -> None:
         method = self.method

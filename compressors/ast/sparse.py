@@ -13,6 +13,7 @@ from kick.blocks import Linear
 from kick.levels import Pattern
 
 from ..masks import keep_largest
+from ..training import parallel
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -71,12 +72,13 @@ class SparseLinear:
     @torch.no_grad()
     def update(self, pattern: Pattern) -> tuple[int, int]:
         """A new mask by magnitude, which the paper finds best here: (flips since the last, flips since the first)."""
-        dense = self.dense.data
-        mask = self._layout(best_mask(dense.T if self.transposed else dense, pattern))
+        dense = parallel.local(self.dense.data)
+        own = self._layout(best_mask(dense.T if self.transposed else dense, pattern))
+        if not self.masked.through:
+            dense.mul_(own)  # what was pruned does not come back by what it once weighed
+        mask = parallel.whole_of(own, self.dense.data)
         flips = int((mask != self.mask).sum()), int((mask != self.masked.initial).sum())
         self.mask.copy_(mask)
-        if not self.masked.through:
-            dense.mul_(mask)  # what was pruned does not come back by what it once weighed
         return flips
 
     def freeze(self) -> None:

@@ -127,7 +127,7 @@ class Sheared(Compressor):
             held_out=params.held_out,
             validation=params.validation,
         )
-        losses = _Domains(mixture, params, device)
+        losses = Domains(mixture, params, device)
         losses.reference = self._reference(full, losses, parameters)
         self.facts = {"target": str(target), "reference_losses": losses.reference}
         with self.work_folder() as folder:
@@ -172,7 +172,7 @@ class Sheared(Compressor):
         self.expected_parameters = parameters
         return result.requires_grad_(False).to(dtype).eval()
 
-    def _reference(self, model: Any, losses: "_Domains", parameters: int) -> dict[str, float]:
+    def _reference(self, model: Any, losses: "Domains", parameters: int) -> dict[str, float]:
         """Of each domain the loss that a model of the target's size should have."""
         given = self.params.reference
         if given == "source":
@@ -191,7 +191,7 @@ class Sheared(Compressor):
         return found
 
 
-class _Domains:
+class Domains:
     """The held-out loss of each domain, and what it makes of the mixture's weights."""
 
     def __init__(self, mixture: Mixture, params: Loading, device: str) -> None:
@@ -226,7 +226,7 @@ class _Domains:
 class Shearing(Objective):
     """Cross-entropy of the masked model, and the constraint: small in weights and masks, large in the multipliers."""
 
-    def __init__(self, model: Any, masks: Masks, params: Any, losses: _Domains, seed: int) -> None:
+    def __init__(self, model: Any, masks: Masks, params: Any, losses: Domains, seed: int) -> None:
         super().__init__(model.requires_grad_(True))
         self.masks, self.params, self.losses, self.seed = masks, params, losses, seed
         self.masked = MaskedModel(model, masks.within)
@@ -237,11 +237,15 @@ class Shearing(Objective):
         self.step, self.progress = step, step / max(1.0, self.params.target_warmup * spec.steps)
 
     def forward(self, tokens: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.step)  # one z a step, on every process
-        self.masked.z = self.masks.sample(generator)
+        if self.training:  # else it runs under what was set
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.step)  # one z a step, everywhere
+            self.masked.z = self.masks.sample(generator)
         ce = cross_entropy(self.logits(tokens), labels)
         constraint = self.masks.lagrangian(self.progress, self.params.constraint)
         return {"loss": ce + constraint, "cross_entropy": ce, "constraint": constraint}
+
+    def unshared(self) -> list[nn.Parameter]:
+        return list(self.masks.parameters())
 
     def clipped(self) -> list[nn.Parameter]:
         """The weights: the constraint's gradient would drown theirs."""
@@ -274,7 +278,7 @@ class Shearing(Objective):
 class Continuing(Objective):
     """Continued pre-training of the cut model on text that follows the domains' losses."""
 
-    def __init__(self, model: Any, losses: _Domains, every: int) -> None:
+    def __init__(self, model: Any, losses: Domains, every: int) -> None:
         super().__init__(model.requires_grad_(True))
         self.losses, self.every = losses, every
 

@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from kick.files import to_json
+from kick.files import to_json, write_text
 
 HISTORY = "history.jsonl"
 
@@ -13,14 +13,14 @@ HISTORY = "history.jsonl"
 class History:
     """The steps of one run, each a line of history.jsonl in `folder`, written as it comes."""
 
-    def __init__(self, folder: Path, begin: int = 0) -> None:
-        """Keep the steps before `begin`; later ones were not saved and come again."""
+    def __init__(self, folder: Path, begin: int | None = None) -> None:
+        """begin: keep the steps before this one; later ones were not saved and come again. None: only read."""
         self.path = folder / HISTORY
-        self.rows: list[dict[str, Any]] = []
-        if self.path.is_file():
-            lines = self.path.read_text(encoding="utf-8").split("\n")
-            self.rows = [row for line in lines if (row := _read(line)) and row["step"] < begin]
-        self.path.write_text("".join(to_json(row, indent=None) + "\n" for row in self.rows), encoding="utf-8")
+        lines = self.path.read_text(encoding="utf-8").split("\n") if self.path.is_file() else []
+        found = [row for line in lines if (row := _read(line))]
+        self.rows = [row for row in found if begin is None or row["step"] < begin]
+        if begin is not None:
+            write_text(self.path, "".join(to_json(row, indent=None) + "\n" for row in self.rows))
 
     def add(self, row: dict[str, Any]) -> None:
         self.rows.append(row)

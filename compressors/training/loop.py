@@ -4,10 +4,8 @@ A run that was stopped goes on from its last state and ends with the weights of 
 batches are functions of seed and step, random numbers are part of the state.
 """
 
-import logging
-import shutil
 import time
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,9 +17,9 @@ from torch import Tensor
 
 from kick.compressor import Progress
 from kick.errors import ConfigError, KickError
-from kick.files import read_json, write_json
 from kick.progress import duration
 
+from . import parallel, state
 from .history import History
 from .objective import Objective
 from .spec import Training
@@ -55,7 +53,6 @@ def train(
 
     `folder` keeps history.jsonl and the last state. Raises TrainingError for a loss that is not finite.
     """
-    logging.getLogger("accelerate").setLevel(logging.ERROR)  # it warns of tied weights at every state
     AcceleratorState._reset_state()  # an earlier stretch may have had another precision
     accelerator = Accelerator(
         mixed_precision="bf16" if spec.bfloat16(device) else "no", cpu=device.partition(":")[0] == "cpu"
@@ -65,16 +62,26 @@ def train(
         raise ConfigError(f"batch_size {spec.batch_size} for {world} processes.", "Give a multiple of them.")
     share = spec.batch_size // world
     micro = min(spec.micro_batch or share, share)
+    own = range(rank * share, (rank + 1) * share, micro)
     set_seed(seed + rank)
     objective.train()
     if spec.gradient_checkpointing:
         recompute_blocks(objective.model, True)
-    model = accelerator.prepare(objective)
-    optimizer = accelerator.prepare(objective.optimizer(spec))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer.optimizer, spec.rate)
-    accelerator.register_for_checkpointing(batches, schedule, _Run(objective))
+    sharded = spec.sharding == "fsdp" and world > 1
+    model: Any = objective
+    if sharded:
+        parallel.shard(objective)
+    else:
+        model = accelerator.prepare(objective)
+    optimizer = objective.optimizer(spec)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, spec.rate)
 
-    begin = _resume(accelerator, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    begin, rest = state.load(folder, objective, optimizer)
+    if begin:
+        batches.load_state_dict(rest["batches"])
+        schedule.load_state_dict(rest["schedule"])
+        objective.restore_run(rest["run"])
     history = History(folder, begin) if rank == 0 else None
     for step in range(begin, spec.steps):
         started = time.perf_counter()
@@ -82,17 +89,20 @@ def train(
         total = batch.counted
         objective.begin_step(step, spec)
         sums: dict[str, Tensor] = {}
-        own = range(rank * share, (rank + 1) * share, micro)
         for start in own:
             part = batch[start : min(start + micro, (rank + 1) * share)]
             weight = part.counted / total  # so that every prediction of the step counts the same
-            with nullcontext() if start == own[-1] else accelerator.no_sync(model):
+            with _synchronised(accelerator, model, start == own[-1], sharded), accelerator.autocast():
                 losses = model(part.tokens.to(accelerator.device), part.labels.to(accelerator.device))
-                accelerator.backward(losses["loss"] * weight * world)  # processes average their gradients
+            with _synchronised(accelerator, model, start == own[-1], sharded):
+                (losses["loss"] * weight * world).backward()  # processes average their gradients
             for name, value in losses.items():
                 sums[name] = sums.get(name, torch.zeros((), device=accelerator.device)) + value.detach() * weight
+        if sharded:
+            for parameter in objective.unshared():
+                parameter.grad = accelerator.reduce(parameter.grad, "mean")
         means = {name: float(accelerator.reduce(value)) for name, value in sums.items()}
-        norm = float(accelerator.clip_grad_norm_(objective.clipped(), spec.clip))
+        norm = parallel.as_number(torch.nn.utils.clip_grad_norm_(objective.clipped(), spec.clip))
         _check_finite({**means, "gradient norm": norm}, step, batch, folder)
         optimizer.step()
         optimizer.zero_grad()
@@ -108,13 +118,24 @@ def train(
             words = f"{what}, loss {means['loss']:.3f}, {speed:,.0f} tokens/s, {duration(left)} left"
             progress(step + 1, spec.steps, words)
         if (step + 1) % spec.checkpoint_every == 0 or step + 1 == spec.steps:
-            _save(accelerator, folder, step + 1)
+            own_rest = {"batches": batches.state_dict(), "schedule": schedule.state_dict()}
+            state.save(folder, step + 1, objective, optimizer, {**own_rest, "run": objective.state_of_run()})
     accelerator.wait_for_everyone()
+    if sharded:
+        parallel.unshard(objective)
     if spec.gradient_checkpointing:
         recompute_blocks(objective.model, False)
     objective.eval()
     accelerator.free_memory()
-    return history or History(folder, spec.steps)
+    return history or History(folder)
+
+
+def _synchronised(accelerator: Accelerator, model: Any, last: bool, sharded: bool) -> AbstractContextManager[Any]:
+    """Gradients go between processes with the last micro-batch of a step alone."""
+    if sharded:
+        model.set_requires_gradient_sync(last)
+        return nullcontext()
+    return nullcontext() if last else accelerator.no_sync(model)
 
 
 def recompute_blocks(model: Any, on: bool) -> None:
@@ -122,59 +143,14 @@ def recompute_blocks(model: Any, on: bool) -> None:
     verb = "enable" if on else "disable"
     switch = getattr(model, f"activation_checkpointing_{verb}", None)  # its name from transformers 5.20 on
     switch = switch or getattr(model, f"gradient_checkpointing_{verb}")
-    switch(**({"gradient_checkpointing_kwargs": {"use_reentrant": False}} if on else {}))
-
-
-class _Run:
-    """The part of an objective's state that is not in tensors, as accelerate wants it."""
-
-    def __init__(self, objective: Objective) -> None:
-        self.objective = objective
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.objective.state_of_run()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.objective.restore_run(state)
-
-
-def _states(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("state-*") if (path / "step.json").is_file())
-
-
-def _save(accelerator: Accelerator, folder: Path, step: int) -> None:
-    """All that is needed to go on after `step` steps; the one before is let go once this one is whole."""
-    final, partial = folder / f"state-{step:08d}", folder / f".state-{step:08d}.partial"
-    if accelerator.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(partial))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        write_json(partial / "step.json", step)
-        earlier = _states(folder)
-        partial.replace(final)
-        for path in earlier:
-            shutil.rmtree(path)
-    accelerator.wait_for_everyone()
-
-
-def _resume(accelerator: Accelerator, folder: Path) -> int:
-    """Load the last whole state in `folder`; the step to go on with, 0 without one."""
-    folder.mkdir(parents=True, exist_ok=True)
-    accelerator.wait_for_everyone()
-    states = _states(folder)
-    if not states:
-        return 0
-    accelerator.load_state(str(states[-1]))
-    return read_json(states[-1] / "step.json")
+    switch(*([{"use_reentrant": False}] if on else []))
 
 
 def _check_finite(values: dict[str, float], step: int, batch: Batch, folder: Path) -> None:
     bad = [name for name, value in values.items() if value != value or abs(value) == float("inf")]
     if bad:
-        states = _states(folder)
-        last = f"The last good state is {states[-1]}." if states else "No state was saved before."
+        found = state.states(folder)
+        last = f"The last good state is {found[-1]}." if found else "No state was saved before."
         raise TrainingError(
             f"step {step}: {bad[0]} is not finite. The batch was {', '.join(batch.origin)}.",
             f"{last} A smaller learning rate, float32 or cleaner text may help.",

@@ -36,6 +36,14 @@ class Objective(nn.Module):
         ]
         return torch.optim.AdamW([g for g in groups if g["params"]], spec.learning_rate, spec.betas, spec.eps)
 
+    def companions(self) -> list[nn.Module]:
+        """Models that only run beside the one that is trained, a teacher: processes may share them out too."""
+        return []
+
+    def unshared(self) -> list[nn.Parameter]:
+        """Parameters that stay whole on every process: few, and looked at between the steps."""
+        return []
+
     def clipped(self) -> list[nn.Parameter]:
         """The parameters whose gradients are clipped together."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
@@ -64,6 +72,9 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 @torch.no_grad()
 def mean_loss(objective: Objective, sequences: Tensor, batch_size: int = 8) -> float:
-    """Next-token loss over `sequences` [n, length], as `objective` computes its logits now."""
-    total = sum(float(cross_entropy(objective.logits(part), part)) * len(part) for part in sequences.split(batch_size))
+    """Next-token loss over `sequences` [n, length], as `objective` computes it now."""
+    total = 0.0
+    for part in sequences.split(batch_size):
+        losses = objective(part, part)
+        total += float(losses.get("cross_entropy", losses["loss"])) * len(part)
     return total / len(sequences)

@@ -98,51 +98,97 @@ def test_micro_batches_are_one_batch(tokenizer, domains, tmp_path):
 
 
 SCRIPT = """
-import sys, torch
-sys.path.insert(0, {tests!r})
+import copy, sys, torch
+import kick  # before the tests' own folder of that name
+sys.path.append({tests!r})
+from pathlib import Path
 from conftest import make_tiny_llama
 from transformers import AutoTokenizer
+from kick import distributed
+from kick.blocks import find_decoder
+from kick.checkpoint import pattern_violations
+from kick.levels import Pattern
 from kick_compressors.ast.objective import Method, SparseTraining
+from kick_compressors.sheared.compressor import Domains, Sheared, Shearing
+from kick_compressors.sheared.cut import cut
+from kick_compressors.sheared.masks import Masks
+from kick_compressors.sheared.shape import ModelShape, find_shape
 from kick_compressors.training.loop import train
 from kick_compressors.training.spec import Training
 from kick_compressors.training.text import open_mixture
-from kick.blocks import find_decoder
-from kick.levels import Pattern
-import copy
-from pathlib import Path
 torch.set_num_threads(1)
-spec = Training(steps=6, batch_size=4, sequence_length=24, learning_rate=1e-3)
+sharding, what, stop = sys.argv[1], sys.argv[2], int(sys.argv[3])
+spec = Training(steps=6, batch_size=8, micro_batch=2, sequence_length=24, learning_rate=1e-3, sharding=sharding,
+                checkpoint_every=4)
 model = make_tiny_llama()
-teacher = copy.deepcopy(model).requires_grad_(False)
-objective = SparseTraining(model, find_decoder(model), Pattern(keep=2, of=4), Method(mask_every=2, slorb=16), teacher)
-mixture = open_mixture({data!r}, AutoTokenizer.from_pretrained({model!r}), 24, 0)
-train(objective, mixture, spec, Path({folder!r}), seed=0, device="cpu", progress=lambda *_: None, what="test")
+mixture = open_mixture({data!r}, AutoTokenizer.from_pretrained({model!r}), 24, 0, held_out=2)
+if what == "ast":
+    teacher = copy.deepcopy(model).requires_grad_(False)
+    method = Method(mask_every=2, slorb=16)
+    objective = SparseTraining(model, find_decoder(model), Pattern(keep=2, of=4), method, teacher)
+else:
+    source = ModelShape.of(model.config)
+    target = find_shape("1x16x24x2", source)
+    params = Sheared.Params(pruning_every=2)
+    losses = Domains(mixture, params, "cpu")
+    losses.reference = dict.fromkeys(mixture.streams, 0.0)
+    objective = Shearing(model, Masks(source, target, 0.83, 0), params, losses, 0)
+own_end = objective.end_step
+objective.end_step = lambda step, spec: sys.exit(0) if step == stop else own_end(step, spec)
+history = train(objective, mixture, spec, Path({folder!r}), seed=0, device="cpu", progress=lambda *_: None, what="")
+if what == "ast":
+    objective.finish()
+    assert all(pattern_violations(linear.weight, Pattern(keep=2, of=4)) == 0 for linear in find_decoder(model).linears)
+else:
+    objective.masked.remove()
+    model = cut(model, objective.masks.final(), target)
+model.config.use_cache = False
+logits = model(torch.arange(20)[None]).logits  # an ordinary model again, on every process
+assert type(model).__name__ == "LlamaForCausalLM" and type(model.model.layers[0]).__name__ == "LlamaDecoderLayer"
+if distributed.is_main():
+    torch.save(logits.detach(), {folder!r} + "/logits.pt")
 """
 
 
-def test_two_processes_give_the_losses_of_one(tiny_model, domains, tmp_path):
-    """Under torchrun with gloo, as DDP."""
-    losses = []
-    for processes in (1, 2):
-        folder = tmp_path / f"processes-{processes}"
-        script = tmp_path / f"script-{processes}.py"
-        names = {
-            "tests": str(os.path.dirname(os.path.dirname(__file__))),
-            "data": str(domains),
-            "model": str(tiny_model),
-        }
-        script.write_text(SCRIPT.format(**names, folder=str(folder)))
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--master-port={port}"]
-        command = [sys.executable, *(launcher if processes > 1 else []), str(script)]
-        done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-3000:]
-        history = History(folder, 6)
-        losses.append(history.column("loss")[1] + history.column("flip_rate")[1])
-    assert len(losses[0]) == 9
-    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+def launch(folder, processes, sharding, what, tiny_model, domains, stop=-1):
+    """The history's columns and the logits; nothing where all processes end within step `stop`."""
+    script = folder.parent / f"{folder.name}.py"
+    names = {"tests": os.path.dirname(os.path.dirname(__file__)), "data": str(domains), "model": str(tiny_model)}
+    script.write_text(SCRIPT.format(**names, folder=str(folder)))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--master-port={port}"]
+    command = [sys.executable, *(launcher if processes > 1 else []), str(script), sharding, what, str(stop)]
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    if stop >= 0:
+        return {}, None
+    history = History(folder)
+    columns = {"ast": ("loss", "flip_rate"), "sheared": ("cross_entropy", "constraint", "lambda_hidden", "open_head")}
+    return {name: history.column(name)[1] for name in columns[what]}, torch.load(folder / "logits.pt")
+
+
+@pytest.mark.parametrize("what", ["ast", "sheared"])
+def test_two_processes_give_the_losses_of_one(what, tiny_model, domains, tmp_path):
+    """Under torchrun with gloo: copies of the model (DDP), and parts of it (FSDP2)."""
+    alone, logits = launch(tmp_path / "alone", 1, "ddp", what, tiny_model, domains)
+    assert len(alone["loss" if what == "ast" else "constraint"]) == 6
+    for sharding in ("ddp", "fsdp"):
+        both, theirs = launch(tmp_path / sharding, 2, sharding, what, tiny_model, domains)
+        for name, values in alone.items():
+            assert both[name] == pytest.approx(values, abs=1e-5), (sharding, name)
+        torch.testing.assert_close(theirs, logits, atol=1e-3, rtol=1e-3)
+
+
+def test_a_run_in_parts_goes_on_with_another_number_of_processes(tiny_model, domains, tmp_path):
+    whole, logits = launch(tmp_path / "whole", 2, "fsdp", "ast", tiny_model, domains)
+    launch(tmp_path / "stopped", 2, "fsdp", "ast", tiny_model, domains, stop=5)
+    assert [path.name for path in (tmp_path / "stopped").glob("state-*")] == ["state-00000004"]
+    resumed, theirs = launch(tmp_path / "stopped", 1, "ddp", "ast", tiny_model, domains)
+    for name, values in whole.items():
+        assert resumed[name] == pytest.approx(values, abs=1e-5), name
+    torch.testing.assert_close(theirs, logits, atol=1e-3, rtol=1e-3)
 
 
 def test_a_loss_that_is_no_number_stops_with_the_step_the_batch_and_the_last_state(tokenizer, domains, tmp_path):
