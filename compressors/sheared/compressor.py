@@ -143,6 +143,7 @@ class Sheared(Compressor):
                     device=device,
                     progress=progress,
                     what="sheared, pruning",
+                    more_follows=True,
                 )
                 self.facts["pruning"] = history.totals() | masks.record()
                 draw(history, folder / "kept" / "pruning")

@@ -48,10 +48,12 @@ def train(
     device: str,
     progress: Progress,
     what: str,
+    more_follows: bool = False,
 ) -> History:
     """Train `objective` for the steps of `spec`, or those that `folder` does not hold yet.
 
-    `folder` keeps history.jsonl and the last state. Raises TrainingError for a loss that is not finite.
+    `folder` keeps history.jsonl and the last state; the very last step's only where `more_follows`, since otherwise the
+    result is about to be written. Raises TrainingError for a loss that is not finite.
     """
     AcceleratorState._reset_state()  # an earlier stretch may have had another precision
     accelerator = Accelerator(
@@ -117,7 +119,7 @@ def train(
             speed = row["tokens"] / row["seconds"]
             words = f"{what}, loss {means['loss']:.3f}, {speed:,.0f} tokens/s, {duration(left)} left"
             progress(step + 1, spec.steps, words)
-        if (step + 1) % spec.checkpoint_every == 0 or step + 1 == spec.steps:
+        if (step + 1) % spec.checkpoint_every == 0 or (more_follows and step + 1 == spec.steps):
             own_rest = {"batches": batches.state_dict(), "schedule": schedule.state_dict()}
             state.save(folder, step + 1, objective, optimizer, {**own_rest, "run": objective.state_of_run()})
     accelerator.wait_for_everyone()
