@@ -9,9 +9,7 @@ A block that runs without `resident` is read for that one run. Everything outsid
 blocks are kept as safetensors files in `scratch`, one file a block, which must be there until the model is saved.
 """
 
-import ctypes
 import json
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,12 +20,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from kick import adapters
+from kick import adapters, heap
 from kick.blocks import largest_block_list
 from kick.errors import ModelError
 
 INDEX = "model.safetensors.index.json"
-_M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 
 
 class _Storage:
@@ -76,7 +73,7 @@ class _Storage:
         if self.held[block] == 0:
             for name, weight in list(block.named_parameters()):
                 _put(block, name, torch.empty_like(weight, device="meta"))
-            _trim()
+            heap.trim()
 
     def keep(self, block: nn.Module) -> None:
         """Write what the block's weights are now; from here on they are read from there."""
@@ -96,7 +93,7 @@ def open_streamed(path: Path, dtype: str, scratch: Path) -> nn.Module:
 
     if not path.is_dir():
         raise ModelError(f"{path.name} cannot be streamed.", "Streaming reads a directory with safetensors.")
-    _give_tensors_back()
+    heap.give_back()
     config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     kind = getattr(torch, dtype)
     with init_empty_weights(include_buffers=False):
@@ -163,22 +160,6 @@ def save_streamed(model: Any, out: Path) -> None:
         total += sum(tensor.numel() * tensor.itemsize for tensor in tensors.values())
     index_json = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (out / INDEX).write_text(json.dumps(index_json, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _give_tensors_back() -> None:
-    """Tensors get memory of their own, which the system has back as soon as they are freed.
-
-    By itself glibc raises the size from which this holds up to 32 MB as it goes, keeps what is smaller in a heap that
-    fragments, and the deeper the model, the higher its peak.
-    """
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(_M_MMAP_THRESHOLD, 2**20)
-
-
-def _trim() -> None:
-    """Give the rest back too: what lies free between pieces that are still held."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)
 
 
 def _put(module: nn.Module, name: str, tensor: Tensor) -> None:

@@ -15,6 +15,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from torch import Tensor
 
+from kick import heap
 from kick.compressor import Progress
 from kick.errors import ConfigError, KickError
 from kick.progress import duration
@@ -55,6 +56,21 @@ def train(
     `folder` keeps history.jsonl and the last state; the very last step's only where `more_follows`, since otherwise the
     result is about to be written. Raises TrainingError for a loss that is not finite.
     """
+    with heap.kept():
+        return _train(objective, batches, spec, folder, seed, device, progress, what, more_follows)
+
+
+def _train(
+    objective: Objective,
+    batches: Batches,
+    spec: Training,
+    folder: Path,
+    seed: int,
+    device: str,
+    progress: Progress,
+    what: str,
+    more_follows: bool,
+) -> History:
     AcceleratorState._reset_state()  # an earlier stretch may have had another precision
     accelerator = Accelerator(
         mixed_precision="bf16" if spec.bfloat16(device) else "no", cpu=device.partition(":")[0] == "cpu"
