@@ -43,13 +43,13 @@ def arms(data: str, steps: int) -> dict[str, dict[str, dict[str, Any]]]:
     shear = {"compressor": "sheared", "level": "24x384x1024x6"}
     sheared = {
         **text,
-        "validation": f"{data}/ppl/redpajama",
-        "held_out": 8,
+        "held_out": 8,  # of the text to train on: the other is what is measured
         "pruning_every": 20,
         "continuing_every": 40,
     }
     stage = {**short, "learning_rate": 5e-4}
     pruning, continuing = {**stage, "steps": steps, "learning_rate": 1e-4, "warmup": 0.1}, {**stage, "steps": steps}
+    long = {**stage, "steps": 2 * steps}  # the tokens of both stages
     taylor = ("vector", "element1", "element2", "mixed")
     return {
         "llm_pruner": {
@@ -87,7 +87,7 @@ def arms(data: str, steps: int) -> dict[str, dict[str, dict[str, Any]]]:
         "sheared": {
             "random masks": {
                 **shear,
-                "params": {**sheared, "masks": "random", "continuing": {**continuing, "steps": 2 * steps}},
+                "params": {**sheared, "masks": "random", "pruning": pruning, "continuing": long},
             },
             "learned masks": {**shear, "params": {**sheared, "pruning": pruning, "continuing": continuing}},
         },

@@ -4,11 +4,60 @@ Under grouped-query attention transformers lays the query heads of a key head si
 i // queries_per_key.
 """
 
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from kick.errors import LevelError
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """`heads` are query heads; `kv_heads` key and value heads; all of `head_dim`, which pruning leaves."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+    @classmethod
+    def of(cls, config: Any) -> "ModelShape":
+        """Of a Llama-like configuration. Raises LevelError for any other."""
+        try:
+            heads = config.num_attention_heads
+            return cls(
+                config.num_hidden_layers,
+                config.hidden_size,
+                config.intermediate_size,
+                heads,
+                getattr(config, "num_key_value_heads", None) or heads,
+                getattr(config, "head_dim", None) or config.hidden_size // heads,
+            )
+        except AttributeError as error:
+            raise LevelError(f"a {config.model_type} model is not built like Llama: {error}.") from error
+
+    @property
+    def queries_per_key(self) -> int:
+        return self.heads // self.kv_heads
+
+    def configuration(self, source: Any, kept_layers: Sequence[int] | None = None) -> Any:
+        """`source`, a configuration, with this shape. kept_layers: which of its layers these are; the first ones."""
+        config = copy.deepcopy(source)
+        if getattr(config, "layer_types", None):
+            config.layer_types = [config.layer_types[index] for index in kept_layers or range(self.layers)]
+        config.num_hidden_layers, config.hidden_size = self.layers, self.hidden
+        config.intermediate_size = self.intermediate
+        config.num_attention_heads, config.num_key_value_heads = self.heads, self.kv_heads
+        config.head_dim = self.head_dim
+        return config
+
+    def __str__(self) -> str:
+        return f"{self.layers} x {self.hidden} x {self.intermediate} x {self.heads} heads"
 
 
 def parts(layer: Any) -> tuple[Any, Any]:

@@ -44,7 +44,6 @@ class Tune(Compressor):
         dropout: float = Field(default=0.05, ge=0, lt=1, description="before LoRA's branches")
         merge: bool = Field(default=True, description="false: LoRA's branches stay beside the weights, as adapters")
         keep_zeros: bool = Field(default=True, description="pruned weights stay zero")
-        held_out: int = Field(default=0, ge=0, description="sequences of each domain that are not trained on")
 
     def inputs(self) -> dict[str, str]:
         return {"data": self.params.fingerprint()}
@@ -69,7 +68,13 @@ class Tune(Compressor):
         masks = {linear: linear.weight != 0 for linear in linears if params.keep_zeros and _is_sparse(linear)}
         if params.rank and not params.merge and adapters.attached(llm):
             raise ConfigError("tune with merge: false, on a model that has adapters already.", "Merge them.")
+        if params.rank and params.merge and masks:
+            raise ConfigError(
+                "tune merges LoRA into weights of which some must stay zero: what was trained would be lost there.",
+                "Set rank: 0 (all weights but the zeros), merge: false (branches beside them) or keep_zeros: false.",
+            )
         batches = self._batches()
+        torch.manual_seed(self.seed)  # LoRA begins with weights by lot, the same on every process
         tuned = add_lora(llm, linears, params) if params.rank else _train_all(llm, masks)
         with self.work_folder() as folder:
             history = train(
@@ -87,9 +92,6 @@ class Tune(Compressor):
         if isinstance(batches, Pairs) and batches.left_out:
             self.warn(f"{batches.left_out} pairs have no answer within {params.sequence_length} tokens; left out.")
         llm = take_lora(tuned, params.merge) if params.rank else _freeze(llm, masks)
-        if params.merge:
-            for linear, mask in masks.items():
-                linear.weight.mul_(mask)
         return llm.requires_grad_(False).to(dtype).eval()
 
     def _batches(self) -> Batches:
@@ -98,7 +100,7 @@ class Tune(Compressor):
             files = text_files(params.data)
             if is_pairs(files[0]):
                 return Pairs(files, self.tokenizer, params.sequence_length, self.seed)
-        return params.open(self.tokenizer, params.sequence_length, self.seed, held_out=params.held_out)
+        return params.open(self.tokenizer, params.sequence_length, self.seed)
 
 
 def _is_sparse(linear: Linear) -> bool:

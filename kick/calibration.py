@@ -102,8 +102,7 @@ def _fast_precision(dtype: str, device: str) -> str:
 def _segments(documents: list[str], spec: CalibrationSpec, tokenizer: Any) -> Iterator[list[int]]:
     """Segments of at most one sequence, each closed by the end-of-text token: one of each document, then the rest."""
     rng = np.random.default_rng(spec.seed)
-    end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    begin = _begin(tokenizer)
+    begin, end = begin_of_text(tokenizer), end_of_text(tokenizer)
     left_over: list[list[int]] = []
     for index in rng.permutation(len(documents)):
         tokens = tokenizer(documents[index], add_special_tokens=False, verbose=False)["input_ids"]
@@ -118,7 +117,11 @@ def _segments(documents: list[str], spec: CalibrationSpec, tokenizer: Any) -> It
         yield left_over[index]
 
 
-def _begin(tokenizer: Any) -> list[int]:
+def end_of_text(tokenizer: Any) -> list[int]:
+    return [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+
+
+def begin_of_text(tokenizer: Any) -> list[int]:
     """The begin-of-text token, for tokenizers that put it in front of every prompt: activations hang on it."""
     first = tokenizer("a", verbose=False)["input_ids"][:1]
     return first if first == [tokenizer.bos_token_id] else []

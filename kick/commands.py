@@ -137,6 +137,7 @@ def compress(options: Namespace) -> int:
         raise ConfigError(f"{options.out} is not empty.", "Choose another --out.")
     device, dtype = models.choose(options.device, options.dtype)
     device = distributed.own_device(device)
+    distributed.begin(device)
     path = models.fetch(source)
     recipe = Recipe(source, models.fingerprint(path), setting, calibration, dtype, device, options.stream)
     watching = progress() if distributed.is_main() else Silent()
@@ -148,6 +149,7 @@ def compress(options: Namespace) -> int:
         )
     finally:
         watching.close()
+        distributed.end()
     return _print(options, _describe_checkpoint(made), made.record) if distributed.is_main() else 0
 
 

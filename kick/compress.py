@@ -1,5 +1,7 @@
 """From a model source and a setting to a checkpoint on disk: one stage, the same for every compressor."""
 
+import glob
+import re
 import shutil
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -118,7 +120,7 @@ def compress(
             calibration = None
         known = checkpoints.Structure(adapters=adapters.attached(model))
         done = Outcome(None if is_skeleton(model) else checkpoints.measure(model, structure=known), structure=known)
-        workspace = out.with_name(f".{out.name}.{identity(recipe)}.work")
+        workspace = find_workspace(out, recipe)
         for number, step in enumerate(steps, 1):
             step.compressor.workspace = workspace / f"{number}-{step.stage.compressor}"
             if step.compressor.needs_calibration and calibration is None:
@@ -157,10 +159,20 @@ def compress(
         return checkpoints.read(out)
 
 
+def find_workspace(out: Path, recipe: Recipe) -> Path:
+    """Where what is needed to go on is kept until `out` is there. What another recipe left for it is removed."""
+    own = out.with_name(f".{out.name}.{identity(recipe)}.work")
+    if distributed.is_main():
+        for path in out.parent.glob(f".{glob.escape(out.name)}.*.work"):
+            if path != own and re.fullmatch(r"[0-9a-f]{16}", path.name.split(".")[-2]):
+                shutil.rmtree(path)
+    return own
+
+
 def identity(recipe: Recipe) -> str:
     """What tells apart the workspaces of different recipes for one place."""
     parts = (recipe.fingerprint, recipe.setting.model_dump(mode="json"), recipe.calibration.model_dump(mode="json"))
-    return digest([*parts, recipe.dtype, [step.compressor.inputs() for step in prepare(recipe.setting)]])
+    return digest([__version__, *parts, recipe.dtype, [step.compressor.inputs() for step in prepare(recipe.setting)]])
 
 
 def kept_files(workspace: Path) -> dict[str, Path]:

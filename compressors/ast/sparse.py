@@ -73,9 +73,9 @@ class SparseLinear:
     def update(self, pattern: Pattern) -> tuple[int, int]:
         """A new mask by magnitude, which the paper finds best here: (flips since the last, flips since the first)."""
         dense = parallel.local(self.dense.data)
+        if not self.masked.through:  # what was pruned does not come back by what its momentum made of it
+            dense.mul_(parallel.local(parallel.own_part(self.mask, self.dense.data)))
         own = self._layout(best_mask(dense.T if self.transposed else dense, pattern))
-        if not self.masked.through:
-            dense.mul_(own)  # what was pruned does not come back by what it once weighed
         mask = parallel.whole_of(own, self.dense.data)
         flips = int((mask != self.mask).sum()), int((mask != self.masked.initial).sum())
         self.mask.copy_(mask)

@@ -21,12 +21,12 @@ from kick.compressor import Compressor, Knob, Progress, no_progress
 from kick.errors import ConfigError, LevelError
 from kick.levels import Level, Sparsity
 
-from ..llama import layers_of, parts
-from ..sheared.shape import ModelShape
+from ..llama import ModelShape, layers_of, parts
 from .gradients import collect
 from .importance import TAYLOR, Aggregation, Importance, aggregate, unit_scores
 from .widths import channels_removed, heads_removed, ratio_for, rounded
 
+_NEAR = 0.02  # of the level: farther off is worth a warning
 Sums = dict[nn.Module, tuple[Tensor, Tensor | None]]  # (g, F) of each linear
 Kept = tuple[Tensor, Tensor]  # of a layer: the key heads and the MLP channels that stay, in order
 
@@ -35,6 +35,7 @@ class LLMPruner(Compressor):
     name = "llm_pruner"
     knob = Knob.SPARSITY
     needs_calibration = True
+    _gone: int  # parameters that go, by the widths that were chosen
 
     class Params(BaseModel):
         model_config = ConfigDict(frozen=True, extra="forbid")
@@ -68,7 +69,9 @@ class LLMPruner(Compressor):
             raise LevelError("llm_pruner needs calibration text.", "Give a calibration source.")
         llama: Any = model
         layers = layers_of(llama)
-        whole = count(llama)
+        dtype, whole = llama.dtype, count(llama)
+        if dtype == torch.float16:  # its gradients would vanish or overflow
+            llama = llama.float()
         tokens = calibration.tokens[: self.params.samples, : self.params.sample_length]
         self.facts = {"tokens": tokens.numel(), "structure": self.params.structure}
         if self.params.structure == "layer":
@@ -77,25 +80,28 @@ class LLMPruner(Compressor):
             self._drop_hidden(llama, level.fraction, tokens, whole)
         else:
             self._drop_units(llama, layers, level.fraction, tokens, progress)
-        self.expected_parameters = count(llama)
-        self.facts["removed"] = 1 - self.expected_parameters / whole
-        return llama.eval()
+        self.expected_parameters = whole - self._gone
+        removed = self._gone / whole
+        self.facts["removed"] = removed
+        if self.params.ratio_of == "model" and abs(removed - level.fraction) > _NEAR:
+            self.warn(f"{removed:.1%} of the parameters went where {level} was asked: units are that large.")
+        return llama.to(dtype).eval()
 
     # Block-wise
 
     def _drop_units(self, model: Any, layers: Any, share: float, tokens: Tensor, progress: Progress) -> None:
         shape = ModelShape.of(model.config)
         chosen = self._chosen(len(layers))
-        ratio = share
-        if self.params.ratio_of == "model":
-            sizes = [_unit_sizes(layers[index], shape) for index in chosen]
+        sizes = [_unit_sizes(layers[index], shape) for index in chosen]
 
-            def removed(ratio: float) -> float:
-                heads, channels = self._removed(shape, ratio)
-                return sum(heads * head + channels * channel for head, channel in sizes) / count(model)
+        def gone(ratio: float) -> int:
+            heads, channels = self._removed(shape, ratio)
+            return sum(heads * head + channels * channel for head, channel in sizes)
 
-            ratio = ratio_for(share, removed)
+        whole = count(model)
+        ratio = share if self.params.ratio_of == "layers" else ratio_for(share, lambda ratio: gone(ratio) / whole)
         heads, channels = self._removed(shape, ratio)
+        self._gone = gone(ratio)
         kept_heads, kept_channels = shape.kv_heads - heads, shape.intermediate - channels
         if kept_heads < 1 or kept_channels < 1:
             raise LevelError(
@@ -214,6 +220,7 @@ class LLMPruner(Compressor):
         kept = hidden - channels_removed(hidden, ratio)
         kept = max(heads, heads * round(kept / heads))  # transformers wants a multiple of the heads
         dims = scores.topk(kept).indices.sort().values
+        self._gone = round((hidden - kept) * _per_dimension(model))
         self.facts |= {"ratio": ratio, "hidden": kept}
         _slice_hidden(model, dims)
 
@@ -225,6 +232,7 @@ class LLMPruner(Compressor):
         kept = len(layers) - round(share * base / each)
         if not 0 < kept < len(layers):
             raise LevelError(f"level {share:g} leaves {kept} of {len(layers)} layers.", "Choose another share.")
+        self._gone = (len(layers) - kept) * each
         model.model.layers = layers[:kept]
         model.config.num_hidden_layers = kept
         if getattr(model.config, "layer_types", None):
@@ -317,5 +325,6 @@ def _slice_hidden(model: Any, dims: Tensor) -> None:
         elif not (model.config.tie_word_embeddings and module is model.get_output_embeddings()):
             tensors[f"{name}.weight"] = weight[:, at].clone()
     shapes.resize(model, tensors)
+    model.config.head_dim = ModelShape.of(model.config).head_dim  # where it was left to hidden_size by heads
     model.config.hidden_size = len(dims)
     model.tie_weights()

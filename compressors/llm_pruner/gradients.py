@@ -43,8 +43,9 @@ def collect(
             hook.remove()
         for parameter, wanted in zip(model.parameters(), asked, strict=True):
             parameter.requires_grad_(wanted)
-    if not all(bool(mean.isfinite().all()) for mean, _ in found.values()):
-        raise KickError("the gradients are not finite.", "Load the model in float32 or bfloat16.")
+    for sums in found.values():
+        if not all(bool(total.isfinite().all()) for total in sums if total is not None):
+            raise KickError("the gradients are not finite.", "Is the model? Are the calibration's tokens its own?")
     return found
 
 

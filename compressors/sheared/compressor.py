@@ -8,59 +8,44 @@ heads and intermediate dimensions to the target (equations 1 and 2); text comes 
 The result is a plain model of exactly the target's shape.
 """
 
+from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list
-from pydantic import Field
+from pydantic import Field, model_validator
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from kick import distributed
 from kick.calibration import Calibration
 from kick.compressor import Compressor, Cost, Knob, Progress, no_progress
-from kick.errors import ConfigError, LevelError, unknown_name
+from kick.errors import LevelError
 from kick.levels import Level, Shape
-from kick.spec import Spec
+from kick.settings import digest
 
+from ..llama import ModelShape
+from ..training.domains import Domains, Loading
 from ..training.figures import draw
+from ..training.history import History, together
 from ..training.loop import train
-from ..training.objective import Objective, cross_entropy, mean_loss
+from ..training.objective import Objective, cross_entropy
 from ..training.spec import Training
-from ..training.text import Mixture, TextData
+from ..training.text import TextData
 from .cut import cut
-from .domains import LLAMA2_LOSSES, LLAMA2_PARAMETERS, predicted_loss, updated_weights
 from .masked import MaskedModel
 from .masks import Constraint, Masks
-from .shape import ModelShape, find_shape, parse_shape
-
-
-class Loading(Spec):
-    """Dynamic batch loading: how the weights of the domains follow their losses."""
-
-    reference: str | dict[str, float | tuple[float, float, float]] = Field(
-        default="source",
-        description="losses to reach: source (the dense model's own), llama2 (a scaling law through 7B, 13B and 70B), "
-        "or for each domain a number, or the losses of three models of `sizes`",
-    )
-    sizes: tuple[float, float, float] = Field(default=LLAMA2_PARAMETERS, description="parameters of those models")
-    held_out: int = Field(default=16, ge=1, description="sequences a domain, for its loss")
-    validation: str | dict[str, str] | None = Field(
-        default=None, description="where those are from, in the form of `data`; else kept back from it"
-    )
-    dynamic: bool = Field(default=True, description="false: the weights stay, losses are logged all the same")
-    pruning_every: int = Field(default=50, ge=1, description="steps between updates while pruning")
-    continuing_every: int = Field(default=400, ge=1, description="and while training on")
-    clamp: bool = Field(default=True, description="false: losses below their reference lower a weight (authors' code)")
-    floor: float = Field(default=0.0, ge=0, lt=1, description="share of a uniform mixture; 1e-4 in the authors' code")
-    cap: float = Field(default=1.0, gt=0, le=1, description="the most that one domain gets")
+from .shape import find_shape, find_shape_of, parse_shape
 
 
 class Sheared(Compressor):
     name = "sheared"
     knob = Knob.SHAPE
+    _like: dict[str, str] = {}  # noqa: RUF012 (replaced, never changed): the shape of the model that is to be like
 
     class Params(TextData, Loading):
-        pruning: Training = Training(steps=3200, batch_size=32, sequence_length=4096, warmup=0.1)
+        pruning_every: int = Field(default=50, ge=1, description="steps between new weights of domains while pruning")
+        continuing_every: int = Field(default=400, ge=1, description="and while training on")
+        pruning: Training = Training(warmup=0.1)
         continuing: Training | None = Field(default=None, description="null: the model is left as it was cut")
         masks: Literal["learned", "random"] = Field(
             default="learned", description="random: what learned ones must beat; nothing is trained while pruning"
@@ -76,12 +61,20 @@ class Sheared(Compressor):
         lambda_learning_rate: float = Field(default=1.0, gt=0)
         target_warmup: float = Field(default=0.2, gt=0, le=1, description="share of steps until the target holds")
 
+        @model_validator(mode="after")
+        def _reads_one_text(self) -> "Sheared.Params":
+            if self.continuing and self.continuing.sequence_length != self.pruning.sequence_length:
+                raise ValueError("pruning and continuing read the same text: give them one sequence_length")
+            return self
+
     def inputs(self) -> dict[str, str]:
-        return {"data": self.params.fingerprint()}
+        return {"data": self.params.fingerprint(), **self.params.held_out_fingerprint(), **self._like}
 
     def check_level(self, level: Level) -> None:
         assert isinstance(level, Shape)
         parse_shape(level.name)
+        if level.name.startswith("like:"):
+            self._like = {"target": digest(str(find_shape_of(level.name)))}
 
     def cost(self, level: Level | None, skeleton: nn.Module) -> Cost:
         assert isinstance(level, Shape)
@@ -114,8 +107,6 @@ class Sheared(Compressor):
         full: Any = model
         source = ModelShape.of(full.config)
         target = find_shape(level.name, source, within)
-        if params.continuing and params.continuing.sequence_length != params.pruning.sequence_length:
-            raise ConfigError("pruning and continuing with sequences of different lengths.", "They read the same text.")
         dtype, device = full.dtype, str(full.device)
         full = full.float()
         small = target.configuration(full.config)
@@ -127,101 +118,51 @@ class Sheared(Compressor):
             held_out=params.held_out,
             validation=params.validation,
         )
-        losses = Domains(mixture, params, device)
-        losses.reference = self._reference(full, losses, parameters)
+        losses = Domains(mixture, params, full, parameters)
         self.facts = {"target": str(target), "reference_losses": losses.reference}
+        stages = {}
         with self.work_folder() as folder:
             if params.masks == "learned":
                 masks = Masks(source, target, params.beta, self.seed, within).to(device)
                 objective = Shearing(full, masks, params, losses, self.seed)
-                history = train(
-                    objective,
-                    mixture,
-                    params.pruning,
-                    folder / "pruning",
-                    seed=self.seed,
-                    device=device,
-                    progress=progress,
-                    what="sheared, pruning",
-                    more_follows=True,
-                )
-                self.facts["pruning"] = history.totals() | masks.record()
-                draw(history, folder / "kept" / "pruning")
+                stages["pruning"] = self._train("pruning", objective, mixture, folder, device, progress)
+                self.facts["pruning"] = stages["pruning"].totals() | masks.record()
+                if distributed.is_main():
+                    save_file(dict(masks.log_alphas), folder / "kept" / "pruning" / "log_alphas.safetensors")
                 objective.masked.remove()
                 z = masks.final()
             else:
                 z = random_masks(source, target, within, self.seed)
             self.facts["layers_kept"] = z["layer"][0].nonzero().flatten().tolist()
             result = cut(full, {name: value.to(device) for name, value in z.items()}, target, within)
+            full.to("meta")  # it is not needed any more, and large
             if params.continuing:
                 continued = Continuing(result, losses, params.continuing_every)
-                history = train(
-                    continued,
-                    mixture,
-                    params.continuing,
-                    folder / "continuing",
-                    seed=self.seed + 1,
-                    device=device,
-                    progress=progress,
-                    what="sheared, training on",
-                )
-                self.facts["continuing"] = history.totals()
-                draw(history, folder / "kept" / "continuing")
-        stages = [self.facts[stage] for stage in ("pruning", "continuing") if stage in self.facts]
-        self.facts["training"] = {key: sum(stage[key] for stage in stages) for key in ("steps", "tokens", "hours")}
+                stages["continuing"] = self._train("continuing", continued, mixture, folder, device, progress)
+                self.facts["continuing"] = stages["continuing"].totals()
+        if stages:
+            self.facts["training"] = together(list(stages.values()))
         self.facts["domain_weights"] = mixture.weights
         self.expected_parameters = parameters
         return result.requires_grad_(False).to(dtype).eval()
 
-    def _reference(self, model: Any, losses: "Domains", parameters: int) -> dict[str, float]:
-        """Of each domain the loss that a model of the target's size should have."""
-        given = self.params.reference
-        if given == "source":
-            return losses.measure(Objective(model))
-        if isinstance(given, str):
-            if given != "llama2":
-                raise ConfigError(f"reference '{given}'.", "Expected source, llama2, or losses by domain.")
-            given = {name: tuple(values) for name, values in LLAMA2_LOSSES.items()}
-        found = {}
-        for name in losses.mixture.streams:
-            if name not in given:
-                raise unknown_name("reference loss for the domain", name, given)
-            values = given[name]
-            sizes = self.params.sizes
-            found[name] = predicted_loss(sizes, values, parameters) if isinstance(values, tuple) else values
-        return found
-
-
-class Domains:
-    """The held-out loss of each domain, and what it makes of the mixture's weights."""
-
-    def __init__(self, mixture: Mixture, params: Loading, device: str) -> None:
-        self.mixture, self.params = mixture, params
-        self.held = {
-            name: torch.from_numpy(stream.held.astype(np.int64)).to(device) for name, stream in mixture.streams.items()
-        }
-        self.reference: dict[str, float] = {}
-
-    def measure(self, objective: Objective) -> dict[str, float]:
-        was_training = objective.training
-        objective.eval()
-        losses = {name: mean_loss(objective, held) for name, held in self.held.items()}
-        objective.train(was_training)
-        return losses
-
-    def update(self, objective: Objective) -> dict[str, Any]:
-        """Measure, set new weights; what the history should tell of it. All processes take the first one's losses."""
-        losses = broadcast_object_list([self.measure(objective)])[0]
-        if self.params.dynamic:
-            self.mixture.weights = updated_weights(
-                self.mixture.weights,
-                losses,
-                self.reference,
-                clamp=self.params.clamp,
-                floor=self.params.floor,
-                cap=self.params.cap,
-            )
-        return {"domain_loss": losses, "domain_weight": self.mixture.weights}
+    def _train(
+        self, stage: str, objective: Objective, mixture: Any, folder: Path, device: str, progress: Progress
+    ) -> History:
+        first = stage == "pruning"
+        history = train(
+            objective,
+            mixture,
+            getattr(self.params, stage),
+            folder / stage,
+            seed=self.seed if first else self.seed + 1,
+            device=device,
+            progress=progress,
+            what=f"sheared, {stage}",
+            more_follows=first and self.params.continuing is not None,
+        )
+        draw(history, folder / "kept" / stage)
+        return history
 
 
 class Shearing(Objective):
@@ -273,6 +214,7 @@ class Shearing(Objective):
             counts = {name: round(float(open_.detach().mean())) for name, open_ in self.masks.expected_open().items()}
             self.masked.z = self.masks.final({name: max(1, count) for name, count in counts.items()})
             told |= self.losses.update(self)
+            told["open_by_row"] = {name: open_.tolist() for name, open_ in self.masks.expected_open().items()}
         return told
 
 

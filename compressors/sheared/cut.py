@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..llama import parts, spread
-from .shape import ModelShape
+from ..llama import ModelShape, parts, spread
 
 
 @torch.no_grad()
@@ -22,13 +21,13 @@ def cut(model: Any, z: dict[str, Tensor], target: ModelShape, within: bool = Fal
     source = ModelShape.of(model.config)
     hidden = z["hidden"][0]
     dims = hidden.nonzero().flatten()
-    small = type(model)(target.configuration(model.config)).to(model.dtype).to(model.device).eval()
+    layers = z["layer"][0].nonzero().flatten().tolist()
+    small = type(model)(target.configuration(model.config, layers)).to(model.dtype).to(model.device).eval()
     embedding = model.get_input_embeddings().weight
     _fill(small.get_input_embeddings(), embedding[:, dims])
     if not model.config.tie_word_embeddings:
         _fill(small.get_output_embeddings(), model.get_output_embeddings().weight[:, dims])
     small.model.norm.weight.copy_(model.model.norm.weight[dims] * hidden[dims])
-    layers = z["layer"][0].nonzero().flatten().tolist()
     for into, index in zip(small.model.layers, layers, strict=True):
         layer = model.model.layers[index]
         attention, mlp = parts(layer)

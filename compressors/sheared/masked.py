@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..llama import parts, spread
+from ..llama import ModelShape, parts, spread
 
 
 class MaskedModel:
@@ -26,7 +26,7 @@ class MaskedModel:
             model.config.num_attention_heads // model.config.num_key_value_heads,
             model.config.num_key_value_heads,
         )
-        self.head_dim = model.config.head_dim
+        self.head_dim = ModelShape.of(model.config).head_dim
         decoder = model.model
         norms = [decoder.norm]
         self.hooks = [decoder.embed_tokens.register_forward_hook(self._embedding)]

@@ -10,8 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..llama import ModelShape
 from . import hard_concrete
-from .shape import ModelShape
 
 Constraint = Literal["counts", "shares"]
 
@@ -92,7 +92,7 @@ class Masks(nn.Module):
                 total = total + (linear * over + quadratic * over.square()).sum()
             else:
                 over = (expected - target) / size
-                total = total - linear * -over.mean() + quadratic * over.square().mean()
+                total = total + linear * over.mean() + quadratic * over.square().mean()
         return total
 
     @torch.no_grad()

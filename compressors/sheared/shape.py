@@ -5,61 +5,15 @@
 like:PATH             those of another model: a directory or Hugging Face id
 """
 
-import copy
 import re
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict
 
 from kick.errors import LevelError
 
+from ..llama import ModelShape
+
 PAPER = {"1.3B": (24, 2048, 5504, 16), "2.7B": (32, 2560, 6912, 20), "370M": (24, 1024, 2816, 8)}
 _EXPECTED = f"Expected {', '.join(PAPER)}, layers x hidden x intermediate x heads (24x384x1024x6), or like:MODEL."
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """`heads` are query heads; `kv_heads` key and value heads; all of `head_dim`, which pruning leaves."""
-
-    layers: int
-    hidden: int
-    intermediate: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-
-    @classmethod
-    def of(cls, config: Any) -> "ModelShape":
-        """Of a Llama-like configuration. Raises LevelError for any other."""
-        try:
-            heads = config.num_attention_heads
-            return cls(
-                config.num_hidden_layers,
-                config.hidden_size,
-                config.intermediate_size,
-                heads,
-                getattr(config, "num_key_value_heads", None) or heads,
-                getattr(config, "head_dim", None) or config.hidden_size // heads,
-            )
-        except AttributeError as error:
-            raise LevelError(f"a {config.model_type} model has no shape that sheared knows: {error}.") from error
-
-    @property
-    def queries_per_key(self) -> int:
-        return self.heads // self.kv_heads
-
-    def configuration(self, source: Any) -> Any:
-        """`source`, a configuration, with this shape."""
-        config = copy.deepcopy(source)
-        config.num_hidden_layers, config.hidden_size = self.layers, self.hidden
-        config.intermediate_size = self.intermediate
-        config.num_attention_heads, config.num_key_value_heads = self.heads, self.kv_heads
-        config.head_dim = self.head_dim
-        if getattr(config, "layer_types", None):
-            config.layer_types = config.layer_types[: self.layers]
-        return config
-
-    def __str__(self) -> str:
-        return f"{self.layers} x {self.hidden} x {self.intermediate} x {self.heads} heads"
 
 
 def parse_shape(text: str) -> tuple[int, int, int, int] | None:
@@ -81,15 +35,16 @@ def find_shape(text: str, source: ModelShape, keep_kv_heads: bool = False) -> Mo
     """
     numbers = parse_shape(text)
     if numbers is None:
-        from transformers import AutoConfig
-
-        try:
-            other = ModelShape.of(AutoConfig.from_pretrained(text.removeprefix("like:"), trust_remote_code=False))
-        except (OSError, ValueError) as error:
-            raise LevelError(f"'{text}': no configuration to be read there: {error}.", _EXPECTED) from error
+        other = find_shape_of(text)
         if other.head_dim != source.head_dim:
             raise LevelError(f"'{text}' has heads of {other.head_dim}, the model of {source.head_dim}.")
         numbers = (other.layers, other.hidden, other.intermediate, other.heads)
+        expected = source.kv_heads if keep_kv_heads else other.heads // source.queries_per_key
+        if other.kv_heads != expected:
+            raise LevelError(
+                f"'{text}' shares {other.kv_heads} key heads among {other.heads} query heads.",
+                f"Cut from this model, {other.heads} query heads come with {expected}.",
+            )
     layers, hidden, intermediate, heads = numbers
     kv_heads = source.kv_heads if keep_kv_heads else heads // source.queries_per_key
     target = ModelShape(layers, hidden, intermediate, heads, max(kv_heads, 1), source.head_dim)
@@ -112,3 +67,13 @@ def find_shape(text: str, source: ModelShape, keep_kv_heads: bool = False) -> Mo
             "transformers refuses such a configuration.",
         )
     return target
+
+
+def find_shape_of(text: str) -> ModelShape:
+    """The shape of the model that `like:MODEL` names. Raises LevelError if it cannot be read."""
+    from transformers import AutoConfig
+
+    try:
+        return ModelShape.of(AutoConfig.from_pretrained(text.removeprefix("like:"), trust_remote_code=False))
+    except (OSError, ValueError) as error:
+        raise LevelError(f"'{text}': no configuration to be read there: {error}.", _EXPECTED) from error

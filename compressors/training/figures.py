@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
+from kick import distributed
 from kick.report.figures.style import COLOURS, DASHES, in_style
 
 from .history import HISTORY, History
@@ -17,7 +18,13 @@ _STRUCTURES = ("layer", "hidden", "head", "intermediate")
 
 
 def draw(history: History, folder: Path) -> None:
-    """Put history.jsonl and the figure of it, training.svg and .png, into `folder`."""
+    """Put history.jsonl and the figure of it, training.svg and .png, into `folder`. The first process does it."""
+    if distributed.is_main():
+        _draw(history, folder)
+    distributed.wait()
+
+
+def _draw(history: History, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(history.path, folder / HISTORY)
     told = set().union(*history.rows) if history.rows else set()

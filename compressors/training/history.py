@@ -35,7 +35,7 @@ class History:
     def totals(self) -> dict[str, Any]:
         """Steps, tokens, tokens a second, hours; the loss at the beginning and over the last tenth."""
         tokens, seconds = (sum(row[key] for row in self.rows) for key in ("tokens", "seconds"))
-        losses = [row["loss"] for row in self.rows]
+        losses = [row.get("cross_entropy", row["loss"]) for row in self.rows]
         last = losses[-max(1, len(losses) // 10) :]
         return {
             "steps": len(self.rows),
@@ -45,6 +45,20 @@ class History:
             "first_loss": losses[0] if losses else None,
             "last_loss": math.fsum(last) / len(last) if last else None,
         }
+
+
+def together(histories: list[History]) -> dict[str, Any]:
+    """The totals of stretches that followed each other: the first one's first loss, the last one's last."""
+    each = [history.totals() for history in histories]
+    steps, tokens, hours = (sum(totals[key] for totals in each) for key in ("steps", "tokens", "hours"))
+    return {
+        "steps": steps,
+        "tokens": tokens,
+        "tokens_per_second": round(tokens / hours / 3600, 1) if hours else None,
+        "hours": hours,
+        "first_loss": each[0]["first_loss"],
+        "last_loss": each[-1]["last_loss"],
+    }
 
 
 def _read(line: str) -> dict[str, Any] | None:

@@ -5,7 +5,7 @@ batches are functions of seed and step, random numbers are part of the state.
 """
 
 import time
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -72,6 +72,8 @@ def _train(
     more_follows: bool,
 ) -> History:
     AcceleratorState._reset_state()  # an earlier stretch may have had another precision
+    if device.startswith("cuda:"):
+        torch.cuda.set_device(device)
     accelerator = Accelerator(
         mixed_precision="bf16" if spec.bfloat16(device) else "no", cpu=device.partition(":")[0] == "cpu"
     )
@@ -110,9 +112,12 @@ def _train(
         for start in own:
             part = batch[start : min(start + micro, (rank + 1) * share)]
             weight = part.counted / total  # so that every prediction of the step counts the same
-            with _synchronised(accelerator, model, start == own[-1], sharded), accelerator.autocast():
-                losses = model(part.tokens.to(accelerator.device), part.labels.to(accelerator.device))
-            with _synchronised(accelerator, model, start == own[-1], sharded):
+            more = (
+                start != own[-1] and not sharded
+            )  # copies exchange gradients once, parts each time: they hold no more
+            with accelerator.no_sync(model) if more else nullcontext():
+                with accelerator.autocast():
+                    losses = model(part.tokens.to(accelerator.device), part.labels.to(accelerator.device))
                 (losses["loss"] * weight * world).backward()  # processes average their gradients
             for name, value in losses.items():
                 sums[name] = sums.get(name, torch.zeros((), device=accelerator.device)) + value.detach() * weight
@@ -127,7 +132,8 @@ def _train(
         rate = schedule.get_last_lr()[0]
         schedule.step()
         row = {"step": step, **means, "gradient_norm": norm, "learning_rate": rate, "tokens": batch.tokens.numel()}
-        row |= objective.end_step(step, spec)
+        with accelerator.autocast():
+            row |= objective.end_step(step, spec)
         row["seconds"] = time.perf_counter() - started
         if history is not None:
             history.add(row)
@@ -146,14 +152,6 @@ def _train(
     objective.eval()
     accelerator.free_memory()
     return history or History(folder)
-
-
-def _synchronised(accelerator: Accelerator, model: Any, last: bool, sharded: bool) -> AbstractContextManager[Any]:
-    """Gradients go between processes with the last micro-batch of a step alone."""
-    if sharded:
-        model.set_requires_gradient_sync(last)
-        return nullcontext()
-    return nullcontext() if last else accelerator.no_sync(model)
 
 
 def recompute_blocks(model: Any, on: bool) -> None:

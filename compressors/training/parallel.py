@@ -19,6 +19,9 @@ from .objective import Objective
 
 def shard(objective: Objective) -> None:
     """Leave each process its part of the parameters of `objective`, block by block; its companions' as well."""
+    everything = [objective, *objective.companions()]
+    for tensor in (t for module in everything for t in (*module.parameters(), *module.buffers())):
+        dist.broadcast(tensor.detach(), 0)  # parts of one model, not of several that nearly agree
     mesh = init_device_mesh(next(objective.parameters()).device.type, (dist.get_world_size(),))
     apart = set(objective.unshared())
     for model in (objective.model, *objective.companions()):

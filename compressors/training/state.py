@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from kick import distributed
 from kick.files import read_json, write_json
 
 from .objective import Objective
 
+_LEARNED = StateDictOptions(ignore_frozen_params=True, strict=False)  # the rest is as it came
 _STEP, _REST = "step.json", "rest-{rank}.pt"
 
 
@@ -35,7 +36,7 @@ def save(folder: Path, step: int, objective: Objective, optimizer: torch.optim.O
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     distributed.wait()
-    model_state, optimizer_state = get_state_dict(objective, optimizer)
+    model_state, optimizer_state = get_state_dict(objective, optimizer, options=_LEARNED)
     with _quietly():
         dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=partial)
     random = {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}
@@ -59,10 +60,12 @@ def load(folder: Path, objective: Objective, optimizer: torch.optim.Optimizer) -
     if not found:
         return 0, {}
     path = found[-1]
-    model_state, optimizer_state = get_state_dict(objective, optimizer)
+    model_state, optimizer_state = get_state_dict(objective, optimizer, options=_LEARNED)
     with _quietly():
         dcp.load({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=path)
-    set_state_dict(objective, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state)
+    set_state_dict(
+        objective, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state, options=_LEARNED
+    )
     file = path / _REST.format(rank=distributed.rank())
     rest = torch.load(file if file.is_file() else path / _REST.format(rank=0), weights_only=True)
     random = rest.pop("random")

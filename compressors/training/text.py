@@ -16,13 +16,15 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
-from kick.calibration import is_hub, text_files
+from kick.calibration import begin_of_text, end_of_text, is_hub, text_files
 from kick.errors import ConfigError, DataError, unknown_name
+from kick.files import sha256_of
 from kick.rows import read_texts
 from kick.settings import digest
 from kick.spec import Spec
 
 Tokens = NDArray[np.int32]
+_HASHED = 2**31  # bytes of a domain; more would take minutes to read
 _WINDOW = 512  # sequences that are shuffled among each other
 
 
@@ -128,24 +130,25 @@ class Stream:
         """Read the window that starts at `begin`, and remember where the one after it starts."""
         self._begin, carried = begin, list(begin["carried"])
         self.documents.load_state_dict(begin["documents"])
-        found: list[list[int]] = []
-        while len(found) < _WINDOW:
-            empty = True
-            for tokens in self._tokenised(self.documents):
-                empty = False
+        rows = self._tokenised(self.documents)
+        read = 1  # documents since the first one, or as good as one where it began in the middle
+        wanted = _WINDOW * self.length
+        while len(carried) < wanted:
+            tokens = next(rows, None)
+            if tokens is not None:
+                read += 1
                 carried += tokens
-                while len(carried) >= self.length and len(found) < _WINDOW:
-                    found.append(carried[: self.length])
-                    del carried[: self.length]
-                if len(found) == _WINDOW:
-                    break
-            else:  # all documents were read: from the first again
-                if empty:
-                    raise DataError(f"the domain '{self.name}' holds no text.", "Leave it out, or give it documents.")
+            elif read:  # all documents were read: from the first again
+                read = 0
                 self.documents.load_state_dict(self._first)
-        self._next = {"number": begin["number"] + 1, "documents": self.documents.state_dict(), "carried": carried}
+                rows = self._tokenised(self.documents)
+            else:
+                raise DataError(f"the domain '{self.name}' holds no text.", "Leave it out, or give it documents.")
+        found = np.array(carried[:wanted], dtype=np.int32).reshape(_WINDOW, self.length)
+        left = {"documents": self.documents.state_dict(), "carried": carried[wanted:]}
+        self._next = {"number": begin["number"] + 1, **left}
         order = np.random.default_rng([*self.seed, begin["number"]]).permutation(_WINDOW)
-        self._window, self._at = np.array(found, dtype=np.int32)[order], 0
+        self._window, self._at = found[order], 0
 
     def _hold_out(self, documents: Any, wanted: int) -> tuple[Tokens, int]:
         tokens: list[int] = []
@@ -159,10 +162,10 @@ class Stream:
         )
 
     def _tokenised(self, documents: Iterable[dict[str, str]]) -> Iterator[list[int]]:
-        end = [self.tokenizer.eos_token_id] if self.tokenizer.eos_token_id is not None else []
+        begin, end = begin_of_text(self.tokenizer), end_of_text(self.tokenizer)
         for row in documents:
             if row["text"]:
-                yield self.tokenizer(row["text"], add_special_tokens=False, verbose=False)["input_ids"] + end
+                yield begin + self.tokenizer(row["text"], add_special_tokens=False, verbose=False)["input_ids"] + end
 
 
 class Mixture:
@@ -248,10 +251,18 @@ class TextData(Spec):
         )
 
     def fingerprint(self) -> str:
-        """Identity of the text: names and sizes of its files; of what is on the hub, its id."""
-        found = []
-        for name, source in find_domains(self.data).items():
-            local = source == "embedded" or not is_hub(source)
-            files = [(file.name, file.stat().st_size) for file in text_files(source)] if local else [source]
-            found.append([name, *files])
-        return digest(found)
+        """Identity of the text that is trained on."""
+        return fingerprint(self.data)
+
+
+def fingerprint(source: str | Mapping[str, str]) -> str:
+    """Identity of text: its files' contents; of large files names and sizes, of what is on the hub its id."""
+    found: list[Any] = []
+    for name, domain in find_domains(source).items():
+        if domain != "embedded" and is_hub(domain):
+            found.append([name, domain])
+            continue
+        files = text_files(domain)
+        large = sum(file.stat().st_size for file in files) > _HASHED
+        found.append([name, [[file.name, file.stat().st_size if large else sha256_of(file)] for file in files]])
+    return digest(found)

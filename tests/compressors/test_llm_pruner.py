@@ -5,12 +5,11 @@ import copy
 import pytest
 import torch
 from conftest import make_tiny_llama
-from kick_compressors.llama import parts
+from kick_compressors.llama import ModelShape, parts
 from kick_compressors.llm_pruner.compressor import LLMPruner, slice_layer
 from kick_compressors.llm_pruner.gradients import collect
 from kick_compressors.llm_pruner.importance import aggregate, unit_scores
 from kick_compressors.llm_pruner.widths import ratio_for, rounded
-from kick_compressors.sheared.shape import ModelShape
 from kick_compressors.training.objective import cross_entropy
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 

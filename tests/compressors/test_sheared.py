@@ -7,13 +7,14 @@ import math
 import pytest
 import torch
 from conftest import make_tiny_llama
+from kick_compressors.llama import ModelShape
 from kick_compressors.sheared import hard_concrete
 from kick_compressors.sheared.compressor import Sheared, count_parameters, random_masks
 from kick_compressors.sheared.cut import cut
-from kick_compressors.sheared.domains import LLAMA2_LOSSES, LLAMA2_PARAMETERS, predicted_loss, updated_weights
 from kick_compressors.sheared.masked import MaskedModel
 from kick_compressors.sheared.masks import Masks
-from kick_compressors.sheared.shape import PAPER, ModelShape, find_shape, parse_shape
+from kick_compressors.sheared.shape import PAPER, find_shape, parse_shape
+from kick_compressors.training.domains import LLAMA2_LOSSES, LLAMA2_PARAMETERS, predicted_loss, updated_weights
 from kick_compressors.training.spec import Training
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 

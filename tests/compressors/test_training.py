@@ -109,10 +109,12 @@ from kick.blocks import find_decoder
 from kick.checkpoint import pattern_violations
 from kick.levels import Pattern
 from kick_compressors.ast.objective import Method, SparseTraining
-from kick_compressors.sheared.compressor import Domains, Sheared, Shearing
+from kick_compressors.llama import ModelShape
+from kick_compressors.sheared.compressor import Sheared, Shearing
+from kick_compressors.training.domains import Domains
 from kick_compressors.sheared.cut import cut
 from kick_compressors.sheared.masks import Masks
-from kick_compressors.sheared.shape import ModelShape, find_shape
+from kick_compressors.sheared.shape import find_shape
 from kick_compressors.training.loop import train
 from kick_compressors.training.spec import Training
 from kick_compressors.training.text import open_mixture
@@ -130,8 +132,7 @@ else:
     source = ModelShape.of(model.config)
     target = find_shape("1x16x24x2", source)
     params = Sheared.Params(pruning_every=2)
-    losses = Domains(mixture, params, "cpu")
-    losses.reference = dict.fromkeys(mixture.streams, 0.0)
+    losses = Domains(mixture, params, model, 1)
     objective = Shearing(model, Masks(source, target, 0.83, 0), params, losses, 0)
 own_end = objective.end_step
 objective.end_step = lambda step, spec: sys.exit(0) if step == stop else own_end(step, spec)
@@ -221,6 +222,19 @@ def test_a_stream_goes_on_where_it_was_and_never_gives_what_was_held_out(tokeniz
     assert not held & {tuple(row) for row in first + rest}
     assert stream.taken == 1400
     assert tokenizer.decode(stream.held[0]).startswith("number 0 ")
+
+
+def test_one_long_document_is_read_again_and_again(tokenizer, tmp_path):
+    """A window may end inside the only document: what is left of it is still to be given."""
+    words = [f"w{index}" for index in range(3000)]
+    (tmp_path / "book.txt").write_text(" ".join(words))
+    stream = Stream("book", str(tmp_path / "book.txt"), tokenizer, 8, 0)
+    ids = tokenizer(" ".join(words))["input_ids"] + [tokenizer.eos_token_id]
+    endless = torch.tensor(ids).repeat(8)
+    for window in range(3):  # each holds 512 sequences in an order of its own
+        taken = sorted(stream.take().tolist() for _ in range(512))
+        wanted = endless[window * 4096 : (window + 1) * 4096].reshape(512, 8).tolist()
+        assert taken == sorted(wanted)
 
 
 def test_domains_are_folders_or_names_or_one(tmp_path, domains):

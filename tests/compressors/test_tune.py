@@ -119,17 +119,22 @@ def test_fifty_steps_of_lora_lower_the_loss(tokenizer, pairs):
     assert training["last_loss"] < 0.7 * training["first_loss"]
 
 
-@pytest.mark.parametrize("rank", [0, 4])
-def test_zeros_stay(tokenizer, pairs, rank):
+def test_zeros_stay(tokenizer, pairs):
     model = Magnitude().compress(make_tiny_llama(), Sparsity(fraction=0.5), None)
     zeros = [linear.weight == 0 for linear in find_decoder(model).linears]
     dense = [linear.weight.clone() for linear in find_decoder(model).linears]
-    tuned, _ = tune(model, tokenizer, pairs, rank=rank, steps=5, weight_decay=0.1)
+    with pytest.raises(ConfigError, match="must stay zero"):
+        tune(model, tokenizer, pairs, rank=4, steps=5)
+    beside, _ = tune(copy.deepcopy(model), tokenizer, pairs, rank=4, merge=False, steps=5)
+    assert all(
+        (linear.weight[zero] == 0).all() for linear, zero in zip(find_decoder(beside).linears, zeros, strict=True)
+    )
+    tuned, _ = tune(model, tokenizer, pairs, rank=0, steps=5, weight_decay=0.1)
     for linear, zero, before in zip(find_decoder(tuned).linears, zeros, dense, strict=True):
         assert (linear.weight[zero] == 0).all()
         assert not torch.equal(linear.weight, before)
     assert not hasattr(tuned, "peft_config")
-    free, _ = tune(copy.deepcopy(tuned), tokenizer, pairs, rank=rank, steps=5, keep_zeros=False)
+    free, _ = tune(copy.deepcopy(tuned), tokenizer, pairs, rank=4, steps=5, keep_zeros=False)
     assert any((linear.weight[zero] != 0).any() for linear, zero in zip(find_decoder(free).linears, zeros, strict=True))
 
 
