@@ -26,7 +26,7 @@ from kick.extras import import_extra
 from kick.levels import Level
 
 from .ast.sparse import Masked
-from .training.figures import draw
+from .training.figures import keep
 from .training.loop import Batches, train
 from .training.objective import Objective
 from .training.pairs import Pairs, is_pairs
@@ -87,7 +87,7 @@ class Tune(Compressor):
                 progress=progress,
                 what=self.name,
             )
-            draw(history, folder / "kept")
+            keep(history, folder / "kept")
         self.facts = {"training": history.totals()}
         if isinstance(batches, Pairs) and batches.left_out:
             self.warn(f"{batches.left_out} pairs have no answer within {params.sequence_length} tokens; left out.")

@@ -178,7 +178,7 @@ def identity(recipe: Recipe) -> str:
 def kept_files(workspace: Path) -> dict[str, Path]:
     """What compressors left for the checkpoint in `kept` of their workspaces, by its place there."""
     return {
-        f"training/{stage.name}/{file.relative_to(stage / 'kept').as_posix()}": file
+        f"{checkpoints.TRAINING}/{stage.name}/{file.relative_to(stage / 'kept').as_posix()}": file
         for stage in sorted(workspace.glob("*"))
         for file in sorted((stage / "kept").rglob("*"))
         if file.is_file()

@@ -33,7 +33,10 @@ class Silent:
 
 
 class Lines:
-    """A line when something new begins, and while it lasts at most one every ten seconds."""
+    """A line when something new begins, and while it lasts at most one every ten seconds.
+
+    What stands after a comma may change without being new.
+    """
 
     EVERY = 10.0
 
@@ -44,9 +47,10 @@ class Lines:
 
     def step(self, what: str, done: int, total: int, left: float | None) -> None:
         now = time.monotonic()
-        if what == self._what and now - self._last < self.EVERY:
+        begun = what.partition(", ")[0]
+        if begun == self._what and now - self._last < self.EVERY:
             return
-        self._what, self._last = what, now
+        self._what, self._last = begun, now
         remaining = f", {duration(left)} left" if left is not None else ""
         self.note(f"{100 * done // max(1, total):3d} %  {what}{remaining}")
 

@@ -22,7 +22,8 @@ from kick.errors import ConfigError, LevelError
 from kick.levels import Level, Pattern
 from kick.models import fetch, find_source, fingerprint, load_model
 
-from ..training.figures import draw
+from ..training.domains import Domains, Loading
+from ..training.figures import keep
 from ..training.loop import train
 from ..training.spec import Training
 from ..training.text import TextData
@@ -35,7 +36,8 @@ class AST(Compressor):
     name = "ast"
     knob = Knob.PATTERN
 
-    class Params(Training, TextData, Method):
+    class Params(Training, TextData, Method, Loading):
+        update_every: int = Field(default=0, ge=0, description="steps between new weights of domains; 0: they stay")
         learning_rate: float = Field(default=2e-4, gt=0)
         weight_decay: float = Field(default=0.1, ge=0)
         teacher: str | None = Field(
@@ -44,9 +46,8 @@ class AST(Compressor):
 
     def inputs(self) -> dict[str, str]:
         teacher = self.params.teacher
-        return {"data": self.params.fingerprint()} | (
-            {"teacher": fingerprint(fetch(find_source(teacher)))} if teacher is not None else {}
-        )
+        read = {"data": self.params.fingerprint(), **self.params.held_out_fingerprint()}
+        return read | ({"teacher": fingerprint(fetch(find_source(teacher)))} if teacher is not None else {})
 
     def cost(self, level: Level | None, skeleton: nn.Module) -> Cost:
         parameters = sum(parameter.numel() for parameter in skeleton.parameters())
@@ -69,15 +70,19 @@ class AST(Compressor):
         teacher = self._teacher(model, decoder.linears, device) if params.distillation else None
         model = model.float()  # weights are trained in float32 whatever they are stored in
         with self.work_folder() as folder:
-            mixture = params.open(self.tokenizer, params.sequence_length, self.seed)
-            objective = SparseTraining(model, find_decoder(model), level, params, teacher)
+            held = {"held_out": params.held_out, "validation": params.validation} if params.update_every else {}
+            mixture = params.open(self.tokenizer, params.sequence_length, self.seed, **held)
+            size = sum(parameter.numel() for parameter in model.parameters())
+            domains = Domains(mixture, params, model, size) if params.update_every else None
+            objective = SparseTraining(model, find_decoder(model), level, params, teacher, domains, params.update_every)
             history = train(
                 objective, mixture, params, folder, seed=self.seed, device=device, progress=progress, what=self.name
             )
             objective.finish()
             flips = history.column("flip_rate")[1]
             self.facts = {"training": history.totals(), "last_flip_rate": flips[-1] if flips else None}
-            draw(history, folder / "kept")
+            self.facts |= {"domain_weights": mixture.weights} if domains else {}
+            keep(history, folder / "kept")
         return model.requires_grad_(False).to(dtype).eval()
 
     def _teacher(self, model: nn.Module, linears: list[Any], device: str) -> nn.Module:

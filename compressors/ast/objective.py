@@ -11,6 +11,7 @@ from kick.levels import Pattern
 from kick.spec import Spec
 
 from ..training import parallel
+from ..training.domains import Domains
 from ..training.objective import Objective, cross_entropy
 from ..training.spec import Training
 from .optimizer import DecayingAdamW
@@ -40,11 +41,24 @@ class Method(Spec):
 
 
 class SparseTraining(Objective):
-    """Trains `model` under masks of `pattern`. `teacher`: the dense model, for distillation."""
+    """Trains `model` under masks of `pattern`. `teacher`: the dense model, for distillation.
 
-    def __init__(self, model: Any, decoder: Decoder, pattern: Pattern, method: Method, teacher: Any = None) -> None:
+    domains: whose weights in the mixture follow their losses, every `update_every` steps.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        decoder: Decoder,
+        pattern: Pattern,
+        method: Method,
+        teacher: Any = None,
+        domains: Domains | None = None,
+        update_every: int = 0,
+    ) -> None:
         super().__init__(model.requires_grad_(True))
         self.pattern, self.method = pattern, method
+        self.domains, self.update_every = domains, update_every
         self._teacher = [teacher]  # in a list: not a part of what is trained, saved or shared out
         begin = pattern_at(0, 10**9, pattern, method.masks)
         self.linears = [SparseLinear(linear, begin, method.masks == "adaptive") for linear in decoder.linears]
@@ -59,7 +73,7 @@ class SparseTraining(Objective):
     def forward(self, tokens: Tensor, labels: Tensor) -> dict[str, Tensor]:
         logits = self.logits(tokens)
         teacher, share = self._teacher[0], self.method.distillation
-        if teacher is None or not share:
+        if teacher is None or not share or not self.training:
             return {"loss": cross_entropy(logits, labels)}
         with torch.no_grad():
             wanted = teacher(tokens, use_cache=False).logits
@@ -91,6 +105,8 @@ class SparseTraining(Objective):
         """The masks are taken anew every `mask_every` steps: |m_t - m_(t-1)| and |m_t - m_0| over all weights."""
         assert self._optimizer is not None
         told: dict[str, Any] = {"decay": self._optimizer.decay}
+        if self.domains is not None and (step + 1) % self.update_every == 0:
+            told |= self.domains.update(self)
         if self.method.masks == "fixed" or (step + 1) % self.method.mask_every:
             return told
         pattern = pattern_at(step + 1, spec.steps, self.pattern, self.method.masks)

@@ -25,7 +25,7 @@ from kick.settings import digest
 
 from ..llama import ModelShape
 from ..training.domains import Domains, Loading
-from ..training.figures import draw
+from ..training.figures import keep
 from ..training.history import History, together
 from ..training.loop import train
 from ..training.objective import Objective, cross_entropy
@@ -161,7 +161,7 @@ class Sheared(Compressor):
             what=f"sheared, {stage}",
             more_follows=first and self.params.continuing is not None,
         )
-        draw(history, folder / "kept" / stage)
+        keep(history, folder / "kept" / stage)
         return history
 
 

@@ -101,7 +101,6 @@ def _train(
     if begin:
         batches.load_state_dict(rest["batches"])
         schedule.load_state_dict(rest["schedule"])
-        objective.restore_run(rest["run"])
     history = History(folder, begin) if rank == 0 else None
     for step in range(begin, spec.steps):
         started = time.perf_counter()
@@ -142,8 +141,8 @@ def _train(
             words = f"{what}, loss {means['loss']:.3f}, {speed:,.0f} tokens/s, {duration(left)} left"
             progress(step + 1, spec.steps, words)
         if (step + 1) % spec.checkpoint_every == 0 or (more_follows and step + 1 == spec.steps):
-            own_rest = {"batches": batches.state_dict(), "schedule": schedule.state_dict()}
-            state.save(folder, step + 1, objective, optimizer, {**own_rest, "run": objective.state_of_run()})
+            rest = {"batches": batches.state_dict(), "schedule": schedule.state_dict()}
+            state.save(folder, step + 1, objective, optimizer, rest)
     accelerator.wait_for_everyone()
     if sharded:
         parallel.unshard(objective)

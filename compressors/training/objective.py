@@ -11,8 +11,7 @@ from .spec import Training
 class Objective(nn.Module):
     """Plain continued training: next-token cross-entropy under AdamW. Methods override what they do otherwise.
 
-    Everything that a step changes is a parameter or buffer of this module, or stands in `state_dict_of_run`: that is
-    what a run resumes from.
+    Everything that a step changes is a parameter or buffer of this module: that is what a run resumes from.
     """
 
     def __init__(self, model: Any) -> None:
@@ -54,13 +53,6 @@ class Objective(nn.Module):
     def end_step(self, step: int, spec: Training) -> dict[str, Any]:
         """After the optimizer's step: what the history should tell of it."""
         return {}
-
-    def state_of_run(self) -> dict[str, Any]:
-        """What is not in tensors and is needed to go on."""
-        return {}
-
-    def restore_run(self, state: dict[str, Any]) -> None:
-        """Set back to `state_of_run`."""
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from kick.calibration import begin_of_text
 from kick.errors import DataError
 from kick.rows import read_jsonl
 
@@ -43,6 +44,7 @@ class Pairs:
                 f"no instruction pairs in {files[0].parent}.", f"Each needs an answer within {length} tokens."
             )
         self.length = length
+        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
         self.pad = tokenizer.eos_token_id or 0
 
     def batch(self, step: int, size: int) -> Batch:
@@ -59,7 +61,9 @@ class Pairs:
 
     def _drawn(self, place: int) -> int:
         epoch, within = divmod(place, len(self.rows))
-        return int(np.random.default_rng([self.seed, epoch]).permutation(len(self.rows))[within])
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.rows))
+        return int(self._order[within])
 
     def state_dict(self) -> dict[str, Any]:
         return {}  # a batch is a function of its step
@@ -127,10 +131,11 @@ def _written(tokenizer: Any, turns: Conversation, ask: bool) -> str:
     if getattr(tokenizer, "chat_template", None):
         return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=ask)
     end = tokenizer.eos_token or "\n"
+    first = tokenizer.decode(begin_of_text(tokenizer))
     lines = [
         f"{_NAMES[turn['role']]} {turn['content']}{end}"
         if turn["role"] == "assistant"
         else f"{_NAMES[turn['role']]}{turn['content']}\n"
         for turn in turns
     ]
-    return "".join(lines) + (_NAMES["assistant"] if ask else "")
+    return first + "".join(lines) + (_NAMES["assistant"] if ask else "")

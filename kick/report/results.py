@@ -35,6 +35,7 @@ class SettingResult:
     setting: Setting
     record: dict[str, Any] | None
     dense: dict[str, Any] | None = None  # the dense model's record
+    histories: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # of each stretch of training, its steps
 
     @property
     def name(self) -> str:
@@ -256,7 +257,10 @@ def read_results(path: Path) -> Results:
         if dense is not None and setting_name != DENSE:
             evaluation.comparisons = dict(_compare(dense, evaluation))
     dense_record = store.record(DENSE)
-    results = [SettingResult(setting, store.record(setting.name), dense_record) for setting in settings]
+    results = [
+        SettingResult(setting, store.record(setting.name), dense_record, store.histories(setting.name))
+        for setting in settings
+    ]
     judge = read_json(path / JUDGE) if (path / JUDGE).is_file() else None
     return Results(path, run, results, suites, evaluations, judge)
 

@@ -90,8 +90,10 @@ class Lane:
         """Nothing more will come of what was started."""
         self.skip(self.units)
 
-    def show(self, *_: object) -> None:
-        self.clock.show(self.what)
+    def show(self, *progress: object) -> None:
+        """progress: (done, total, what); what comes after a comma there is shown, the loss of a training say."""
+        _, _, detail = str(progress[-1] if progress else "").partition(", ")
+        self.clock.show(f"{self.what}, {detail}" if detail else self.what)
 
     def note(self, message: str) -> None:
         self.clock.progress.note(message)

@@ -3,12 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-from kick.compress import prepare
-from kick.compressor import Compressor
+from kick.compressor import Cost
 from kick.meter import product_speed
-from kick.models import load_skeleton
 from kick.progress import duration
-from kick.sweep.plan import MODELS_AT_ONCE, WORKER_BYTES, Plan
+from kick.sweep.costs import training_costs, worker_bytes
+from kick.sweep.plan import Plan
 from kick.sweep.run import missing_evaluations
 from kick.sweep.store import RUN, Store, check_usable
 
@@ -28,9 +27,10 @@ def describe(plan: Plan, out: Path, fresh: bool = False) -> tuple[str, dict[str,
     missing = {s.name: plan.suites for s in plan.settings} if fresh else missing_evaluations(plan, store)
     parameters = plan.parameters
     seconds = _seconds(plan, store, {name: [s.name for s in suites] for name, suites in missing.items()}, parameters)
-    training = _training(plan, set(missing))
+    costs = {name: cost for name, cost in training_costs(plan).items() if name in missing}
+    training = _training(plan, costs)
     seconds += sum(cost["seconds_here"] for cost in training.values())
-    memory = WORKER_BYTES + MODELS_AT_ONCE * plan.dense_bytes
+    memory = worker_bytes(plan, costs)
     kept = len(plan.settings) if plan.config.keep_checkpoints else min(2, len(missing))
     questions = sum(len(suite.examples) for suite in plan.suites)
     document: dict[str, Any] = {
@@ -71,27 +71,18 @@ def describe(plan: Plan, out: Path, fresh: bool = False) -> tuple[str, dict[str,
     return "\n".join(lines), document
 
 
-def _training(plan: Plan, missing: set[str]) -> dict[str, dict[str, Any]]:
-    """What the settings that train would take, by their names."""
-    found: dict[str, dict[str, Any]] = {}
-    skeleton = speed = None
-    for setting in plan.settings:
-        for step in prepare(setting) if setting.name in missing else ():
-            if type(step.compressor).cost is Compressor.cost:
-                continue
-            skeleton = skeleton or load_skeleton(plan.path, "float32")
-            cost = step.compressor.cost(step.level, skeleton)
-            if cost is None:
-                continue
-            speed = speed or product_speed(plan.device, "float32" if plan.device == "cpu" else "bfloat16")
-            own = found.setdefault(
-                setting.name, dict.fromkeys(("tokens", "memory_bytes", "seconds_here", "a100_hours"), 0)
-            )
-            own["tokens"] += cost.tokens
-            own["memory_bytes"] = max(own["memory_bytes"], cost.memory_bytes)
-            own["seconds_here"] += cost.operations / (speed * _TRAINING_SHARE)
-            own["a100_hours"] += cost.operations / (_A100 * _TRAINING_SHARE) / 3600
-    return found
+def _training(plan: Plan, costs: dict[str, Cost]) -> dict[str, dict[str, Any]]:
+    """Their time here and on an A100."""
+    speed = product_speed(plan.device, "float32" if plan.device == "cpu" else "bfloat16") if costs else 1.0
+    return {
+        name: {
+            "tokens": cost.tokens,
+            "memory_bytes": cost.memory_bytes,
+            "seconds_here": cost.operations / (speed * _TRAINING_SHARE),
+            "a100_hours": cost.operations / (_A100 * _TRAINING_SHARE) / 3600,
+        }
+        for name, cost in costs.items()
+    }
 
 
 def _judge(plan: Plan, missing: set[str], settings: int) -> dict[str, Any] | None:

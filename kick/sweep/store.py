@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from kick import meter
-from kick.checkpoint import RECORD
+from kick.checkpoint import RECORD, TRAINING
 from kick.errors import RunError
 from kick.files import (
     check_writable,
@@ -34,6 +34,7 @@ from kick.files import (
     write_text,
 )
 from kick.judge.questions import Judgment
+from kick.rows import read_jsonl
 from kick.suite import Sample
 from kick.sweep.lock import lock
 from kick.sweep.plan import Plan
@@ -167,6 +168,19 @@ class Store:
         if json.loads(to_json(record)) != self.record(setting):
             self.setting_path(setting).mkdir(parents=True, exist_ok=True)
             write_json(self.setting_path(setting) / "kick.json", record)
+
+    def keep_training(self, setting: str, checkpoint: Path) -> None:
+        """Histories and figures of what was trained, which outlive the checkpoint."""
+        if (checkpoint / TRAINING).is_dir():
+            shutil.copytree(checkpoint / TRAINING, self.setting_path(setting) / TRAINING, dirs_exist_ok=True)
+
+    def histories(self, setting: str) -> dict[str, list[dict[str, Any]]]:
+        """The steps of each stretch of training of `setting`, by its place: `1-sheared/pruning`."""
+        folder = self.setting_path(setting) / TRAINING
+        return {
+            path.parent.relative_to(folder).as_posix(): [row for _, row in read_jsonl(path)]
+            for path in sorted(folder.rglob("history.jsonl"))
+        }
 
 
 class EvaluationStore:

@@ -41,6 +41,7 @@ class Workshop:
                 raise
             self.checkpoints[setting.name] = found
             self.store.keep_record(setting.name, found.record)
+            self.store.keep_training(setting.name, found.path)
         return self.checkpoints[setting.name]
 
     def begin(self) -> None:

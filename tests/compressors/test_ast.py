@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import make_tiny_llama
 from kick_compressors.ast.compressor import AST
-from kick_compressors.ast.objective import Method, SparseTraining, distillation
+from kick_compressors.ast.objective import distillation
 from kick_compressors.ast.optimizer import DecayingAdamW
 from kick_compressors.ast.schedule import decay_at, pattern_at
 from kick_compressors.ast.slorb import Branch, block_means, block_sums, indicator
@@ -17,6 +17,7 @@ from torch import nn
 
 from kick import adapters
 from kick.blocks import Linear, find_decoder
+from kick.calibration import Calibration, CalibrationSpec
 from kick.checkpoint import pattern_violations
 from kick.errors import ConfigError, LevelError
 from kick.levels import Pattern, parse_level
@@ -199,11 +200,20 @@ def test_the_divergence_of_a_model_from_itself_is_zero_and_else_the_sum():
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     """What a tiny model can learn in a hundred steps: sentences from a small grammar."""
+    return sentences(tmp_path_factory.mktemp("text") / "text.jsonl", 0)
+
+
+@pytest.fixture(scope="module")
+def unseen(tmp_path_factory):
+    """Other sentences of that grammar."""
+    return sentences(tmp_path_factory.mktemp("text") / "unseen.jsonl", 1)
+
+
+def sentences(path, seed):
     import random
 
-    rng = random.Random(0)
+    rng = random.Random(seed)
     nouns, verbs = ["the cat", "a dog", "the old man", "my sister"], ["sees", "likes", "follows", "hears"]
-    path = tmp_path_factory.mktemp("text") / "text.jsonl"
     rows = [
         {"text": ". ".join(f"{rng.choice(nouns)} {rng.choice(verbs)} {rng.choice(nouns)}" for _ in range(20))}
         for _ in range(80)
@@ -224,7 +234,7 @@ def taught(tokenizer, text):
 
 def prune(model, tokenizer, text, level="2:4", seed=0, workspace=None, **params):
     given = {
-        "data": str(text),
+        "data": text if isinstance(text, dict) else str(text),
         "steps": 60,
         "batch_size": 4,
         "sequence_length": 48,
@@ -266,7 +276,7 @@ def test_flips_calm_down(taught, tokenizer, text, tmp_path):
     assert rows[-1]["decay"] == 1e-2
 
 
-def test_training_beats_fixed_masks_and_the_branch_helps(taught, tokenizer, text):
+def test_training_beats_fixed_masks_and_the_branch_helps(taught, tokenizer, text, unseen):
     """At equal tokens, for each of three seeds together: boosted < naive < fixed masks with cross-entropy alone."""
     fixed, naive, boosted = [], [], []
     for seed in range(3):
@@ -275,7 +285,7 @@ def test_training_beats_fixed_masks_and_the_branch_helps(taught, tokenizer, text
             (naive, {"decay_most": 1e-2}),
             (boosted, {"decay_most": 1e-2, "slorb": 16}),
         ):
-            losses.append(loss_on(prune(taught, tokenizer, text, "1:4", seed, **params)[0], tokenizer, text))
+            losses.append(loss_on(prune(taught, tokenizer, text, "1:4", seed, **params)[0], tokenizer, unseen))
     assert sum(naive) < sum(fixed), (naive, fixed)
     assert sum(boosted) < sum(naive), (boosted, naive)
 
@@ -305,14 +315,30 @@ def test_the_branch_is_kept_apart_and_survives_saving(taught, tokenizer, text, t
     )
 
 
-def test_zeros_survive_quantisation_afterwards(taught, tokenizer, text):
-    from kick_compressors.rtn import RTN
+def test_zeros_and_the_branch_survive_quantisation_afterwards(taught, tokenizer, text):
+    from kick_compressors.awq import AWQ
 
-    model, _ = prune(taught, tokenizer, text, steps=8)
+    model, _ = prune(taught, tokenizer, text, steps=8, slorb=16)
+    branches = {name: adapter.up.clone() for name, adapter in adapters.attached(model).items()}
     zeros = {linear.name: linear.weight == 0 for linear in find_decoder(model).linears}
-    quantised = RTN(RTN.Params(group_size=16)).compress(model, parse_level("4", RTN.knob), None)
+    tokens = torch.randint(2, 600, (4, 32), generator=torch.Generator().manual_seed(0))
+    calibration = Calibration(tokens, "test", CalibrationSpec(samples=4, sequence_length=32))
+    before = model(tokens).logits
+    quantised = AWQ(AWQ.Params(group_size=16)).compress(model, parse_level("8", AWQ.knob), calibration)
     for linear in find_decoder(quantised).linears:
         assert (linear.weight[zeros[linear.name]] == 0).all()
+    assert adapters.attached(quantised).keys() == branches.keys()
+    change = (quantised(tokens).logits - before).norm() / before.norm()
+    assert change < 0.05  # folded scales reach the branch too
+
+
+def test_domains_follow_their_losses_here_too(taught, tokenizer, text, tmp_path):
+    other = tmp_path / "other.jsonl"
+    other.write_text("\n".join(json.dumps({"text": f"{n} times {n} is {n * n}. " * 8}) for n in range(40)))
+    data = {"seen": str(text), "new": str(other)}
+    reference = {"seen": 100.0, "new": 0.1}
+    _, ast = prune(taught, tokenizer, data, steps=8, update_every=2, held_out=2, reference=reference)
+    assert ast.facts["domain_weights"]["new"] > 0.9
 
 
 @pytest.mark.parametrize("masks", ["fixed", "iterative", "gradual"])
@@ -338,5 +364,3 @@ def test_what_cannot_be_is_refused_before_anything_is_trained(taught, tokenizer,
     with pytest.raises(ConfigError, match="already sparse"):
         prune(half, tokenizer, text)
     prune(half, tokenizer, text, steps=2, distillation=0.0)
-    Method(masks="gradual")
-    assert SparseTraining.__doc__

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -59,6 +60,14 @@ def test_a_sweep_measures_trained_compressors_beside_the_others(sweep, tmp_path,
     assert by_name["llm_pruner@0.1 > tune"].parameters_removed == pytest.approx(0.1, abs=0.01)
     assert {result.axis for result in results.settings[3:]} == {"size"}
     assert not list((tmp_path / "run").rglob("*.work"))
+    assert not (tmp_path / "run" / "checkpoints").is_dir() or not list((tmp_path / "run" / "checkpoints").iterdir())
+    drawn = {path.stem for path in (tmp_path / "run" / "figures").glob("training-*.png")}
+    assert drawn == {
+        "training-ast@2-4 > rtn@4-1-ast",
+        "training-llm_pruner@0.1 > tune-2-tune",
+        "training-sheared@1x16x24x2-1-sheared-pruning",
+        "training-sheared@1x16x24x2-1-sheared-continuing",
+    }
 
 
 def test_one_setting_of_a_sweep_file_alone(sweep, tmp_path, capsys):
@@ -119,6 +128,26 @@ def test_a_killed_training_goes_on_and_ends_with_the_same_weights(tiny_model, tm
         for name in ("killed", "whole")
     ]
     assert losses[0] == losses[1]
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("setting", ["ast@2:4", "magnitude@0.5"])
+def test_several_processes_write_one_checkpoint(setting, tiny_model, tmp_path):
+    """Under torchrun, for what trains and for what does not: the first process writes and speaks."""
+    program = tmp_path / "program.py"
+    program.write_text("import sys\nfrom kick.cli import main\nsys.exit(main(sys.argv[1:]))\n")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"]
+    params = ["--param=steps=4", "--param=sequence_length=16", "--param=sharding=fsdp"] if setting == "ast@2:4" else []
+    command = ["compress", str(tiny_model), setting, "--out", str(tmp_path / "out"), *params]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launcher, str(program), *command], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("verified") == 0
+    assert done.stdout.count(f"{setting} of ") == 1
+    assert cli.main(["inspect", str(tmp_path / "out")]) == 0
     assert not list(tmp_path.glob(".*"))
 
 

@@ -9,11 +9,11 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from kick.errors import ConfigError
-from kick.report.figures import answers, curves, groups, retained, studies
+from kick.report.figures import answers, curves, groups, retained, studies, training
 from kick.report.figures.style import Drawn, Planned, in_style, save
 from kick.report.results import Results
 
-_ROOMS = (retained, curves, studies, groups, answers)  # in the order in which a report shows them
+_ROOMS = (retained, curves, studies, groups, answers, training)  # in the order in which a report shows them
 
 
 def planned(results: Results) -> list[Planned]:

@@ -163,9 +163,10 @@ def _cost(results: Results) -> tuple[Figure, str]:
         mean = results.mean_retained(result.name)
         if mean is not None and result.record is not None and result.record["seconds"] > 0:
             tokens = sum(stage["tokens"] for stage in result.training)
-            words = f"{result.record['seconds'] / 60:.1f} minutes"
-            words += f", {tokens:,} tokens trained" if tokens else ""
-            points.append(_Point(result, result.record["seconds"] / 60, mean, words))
+            trained = 60 * sum(stage["hours"] for stage in result.training)  # a resumed run's last process saw a part
+            minutes = max(result.record["seconds"] / 60, trained)
+            words = f"{minutes:.1f} minutes" + (f", {tokens:,} tokens trained" if tokens else "")
+            points.append(_Point(result, minutes, mean, words))
     _draw(axes, results, points)
     axes.set_xscale("log")
     name_ticks(axes.xaxis, "g")

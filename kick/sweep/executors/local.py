@@ -21,8 +21,9 @@ from typing import Any, TextIO
 from kick.errors import RunError
 from kick.lm.memory import free_bytes
 from kick.sweep.clock import Watch
+from kick.sweep.costs import training_costs, worker_bytes
 from kick.sweep.executors.base import Ended, Executor, Job
-from kick.sweep.plan import MODELS_AT_ONCE, WORKER_BYTES, Plan, lms
+from kick.sweep.plan import Plan, lms
 from kick.sweep.store import Store
 from kick.sweep.work import Work
 
@@ -195,7 +196,7 @@ def _how_many(plan: Plan) -> int:
         return max(1, torch.cuda.device_count() // _gpus_each(plan))
     if plan.device != "cpu" or any(suite.suite.times_itself for suite in plan.suites):
         return 1
-    each = WORKER_BYTES + MODELS_AT_ONCE * plan.dense_bytes
+    each = worker_bytes(plan, training_costs(plan))
     return max(1, min(_cores(), len(plan.settings), int(free_bytes(torch.device("cpu")) / each)))
 
 

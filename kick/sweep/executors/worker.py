@@ -65,8 +65,7 @@ class Teller:
         self._tell("advance", count)
 
     def show(self, *progress: object) -> None:
-        del progress
-        self._tell("show")
+        self._tell("show", *progress)
 
     def stop(self) -> None:
         self._tell("stop")

@@ -1,0 +1,32 @@
+"""What the settings of a plan that train would take, and what one worker needs for any of them."""
+
+from kick.compress import prepare
+from kick.compressor import Compressor, Cost
+from kick.models import load_skeleton
+from kick.sweep.plan import MODELS_AT_ONCE, WORKER_BYTES, Plan
+
+
+def training_costs(plan: Plan) -> dict[str, Cost]:
+    """By the names of the settings; stages that train one after the other add up, but for their memory."""
+    found: dict[str, Cost] = {}
+    skeleton = None
+    for setting in plan.settings:
+        for step in prepare(setting):
+            if type(step.compressor).cost is Compressor.cost:
+                continue
+            skeleton = skeleton or load_skeleton(plan.path, "float32")
+            cost = step.compressor.cost(step.level, skeleton)
+            if cost is not None:
+                before = found.get(setting.name, Cost(0, 0.0, 0))
+                found[setting.name] = Cost(
+                    before.tokens + cost.tokens,
+                    before.operations + cost.operations,
+                    max(before.memory_bytes, cost.memory_bytes),
+                )
+    return found
+
+
+def worker_bytes(plan: Plan, training: dict[str, Cost]) -> float:
+    """Memory of a process that does any of the plan's works."""
+    most = max((cost.memory_bytes for cost in training.values()), default=0)
+    return WORKER_BYTES + max(MODELS_AT_ONCE * plan.dense_bytes, most)
