@@ -307,6 +307,29 @@ def test_layer_wise_keeps_the_first_layers():
     torch.testing.assert_close(pruned(TOKENS).logits, dense(TOKENS).logits)
 
 
+@pytest.mark.parametrize("structure", ["block", "channel"])
+def test_models_with_biases_and_no_head_dim_are_pruned_and_saved(structure, tmp_path):
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = Qwen2ForCausalLM(
+        Qwen2Config(**shape, num_key_value_heads=2, vocab_size=600, tie_word_embeddings=True)
+    ).eval()
+    pruned, _ = prune(model, 0.5, structure=structure, uniform=structure == "block", ratio_of="layers")
+    pruned.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(loaded(TOKENS).logits, pruned(TOKENS).logits)
+
+
+def test_a_model_in_half_precision_is_scored_in_single():
+    half, pruner = prune(make_tiny_llama().half(), 0.2)
+    single, _ = prune(make_tiny_llama().half().float(), 0.2)
+    assert half.dtype == torch.float16
+    assert all(torch.equal(a, b.half()) for a, b in zip(half.parameters(), single.parameters(), strict=True))
+    assert pruner.expected_parameters == sum(p.numel() for p in half.parameters())
+
+
 def test_what_cannot_be_pruned_is_said():
     from kick.testing import tiny_model
 

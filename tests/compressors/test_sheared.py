@@ -90,7 +90,7 @@ def test_the_cut_model_is_the_masked_model(tied, heads, kv_heads, within):
     small = cut(model, z, target, within)
     masked = MaskedModel(model, within)
     masked.z = z
-    assert (logits(model) - logits(small)).abs().max() < 1e-4 * logits(small).abs().max()
+    assert (logits(model) - logits(small)).abs().max() < 1e-5 * logits(small).abs().max()
     assert small.config.tie_word_embeddings == tied
     assert small.config.num_hidden_layers == 3
 
@@ -205,7 +205,13 @@ def test_another_models_configuration_is_a_target(tmp_path):
         tmp_path
     )
     assert parse_shape(f"like:{tmp_path}") is None
-    assert find_shape(f"like:{tmp_path}", ModelShape.of(make_tiny_llama().config)) == ModelShape(1, 16, 64, 2, 1, 8)
+    source = ModelShape.of(make_tiny_llama().config)
+    assert find_shape(f"like:{tmp_path}", source) == ModelShape(1, 16, 64, 2, 1, 8)
+    make_tiny_llama(num_hidden_layers=1, hidden_size=16, num_attention_heads=2, num_key_value_heads=2).save_pretrained(
+        tmp_path
+    )
+    with pytest.raises(LevelError, match="2 key heads among 2 query heads"):
+        find_shape(f"like:{tmp_path}", source)
     assert PAPER["1.3B"] == (24, 2048, 5504, 16)
 
 
@@ -332,7 +338,7 @@ def domains(tmp_path):
     return tmp_path / "data"
 
 
-def shear(tokenizer, data, level="1x16x24x2", workspace=None, **params):
+def shear(tokenizer, data, level="1x16x24x2", workspace=None, progress=lambda *_: None, **params):
     given = {
         "data": str(data),
         "held_out": 4,
@@ -344,7 +350,7 @@ def shear(tokenizer, data, level="1x16x24x2", workspace=None, **params):
     }
     compressor = Sheared(Sheared.Params(**given))
     compressor.tokenizer, compressor.workspace = tokenizer, workspace
-    return compressor.compress(make_tiny_llama(), Shape(name=level), None), compressor
+    return compressor.compress(make_tiny_llama(), Shape(name=level), None, progress=progress), compressor
 
 
 def test_shearing_gives_the_target_and_tells_all_on_the_way(tokenizer, domains, tmp_path):
@@ -362,6 +368,53 @@ def test_shearing_gives_the_target_and_tells_all_on_the_way(tokenizer, domains, 
         assert (folder / "training.png").stat().st_size > 10_000
         assert set(rows[9]["domain_loss"]) == {"easy", "hard"}
     assert "lambda_head" in json.loads((tmp_path / "work/kept/pruning/history.jsonl").read_text().splitlines()[0])
+
+
+class PlugPulledError(Exception):
+    """Somebody pulled the plug."""
+
+
+@pytest.mark.parametrize("after", [12, 45])
+def test_shearing_goes_on_in_either_stage(tokenizer, domains, tmp_path, after):
+    """Stopped while it prunes (12 of 30 steps) and while it trains on (15 of 30): the same model in the end."""
+    seen = 0
+
+    def stop(*_):
+        nonlocal seen
+        seen += 1
+        if seen == after:
+            raise PlugPulledError
+
+    stage = {"steps": 30, "batch_size": 4, "sequence_length": 32, "learning_rate": 1e-3, "checkpoint_every": 10}
+    given = {"pruning": stage, "continuing": stage}
+    whole, expected = shear(tokenizer, domains, **given)
+    with pytest.raises(PlugPulledError):
+        shear(tokenizer, domains, workspace=tmp_path / "work", progress=stop, **given)
+    resumed, compressor = shear(tokenizer, domains, workspace=tmp_path / "work", **given)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+    assert compressor.facts["domain_weights"] == expected.facts["domain_weights"]
+    for key in ("steps", "tokens", "first_loss", "last_loss"):
+        assert compressor.facts["training"][key] == expected.facts["training"][key]
+
+
+def test_models_like_llama_with_biases_and_no_head_dim_are_cut_right():
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+    config = Qwen2Config(**shape, num_key_value_heads=2, vocab_size=600, initializer_range=0.2)
+    model = Qwen2ForCausalLM(config).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.5)
+    source = ModelShape.of(model.config)
+    target = find_shape("2x16x24x2", source)
+    z = some_masks(source, target)
+    small = cut(model, z, target)
+    masked = MaskedModel(model)
+    masked.z = z
+    torch.testing.assert_close(logits(model), logits(small), atol=1e-4, rtol=1e-4)
+    assert small.config.head_dim == 8
 
 
 def test_a_domain_that_lags_gains_weight(tokenizer, domains):

@@ -63,8 +63,8 @@ def test_a_sweep_measures_trained_compressors_beside_the_others(sweep, tmp_path,
     assert not (tmp_path / "run" / "checkpoints").is_dir() or not list((tmp_path / "run" / "checkpoints").iterdir())
     drawn = {path.stem for path in (tmp_path / "run" / "figures").glob("training-*.png")}
     assert drawn == {
-        "training-ast@2-4 > rtn@4-1-ast",
-        "training-llm_pruner@0.1 > tune-2-tune",
+        "training-ast@2-4 %3E rtn@4-1-ast",
+        "training-llm_pruner@0.1 %3E tune-2-tune",
         "training-sheared@1x16x24x2-1-sheared-pruning",
         "training-sheared@1x16x24x2-1-sheared-continuing",
     }
