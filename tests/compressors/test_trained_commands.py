@@ -70,6 +70,45 @@ def test_a_sweep_measures_trained_compressors_beside_the_others(sweep, tmp_path,
     }
 
 
+TUNED = """
+model: {model}
+data: embedded
+settings:
+  - {{compressor: tune, label: dense-tuned, params: {{data: {pairs}, rank: 0, steps: 4, sequence_length: 48}}}}
+  - compressor: magnitude
+    label: pruned-tuned
+    levels: [0.5]
+    then: [{{compressor: tune, params: {{data: {pairs}, rank: 0, steps: 4, sequence_length: 48}}}}]
+suites: [{{suite: mt_bench, params: {{max_new_tokens: 6}}, limit: 2}}]
+executor: {{name: inline}}
+judge: {{model: scripted, base_url: "{url}", suites: {{mt_bench: {{kinds: [pair], baseline: dense-tuned}}}}}}
+"""
+
+
+def test_models_tuned_on_pairs_are_compared_in_both_orders(tokenizer, tmp_path, monkeypatch, capsys):
+    """Sheared LLaMA's section 3: a judge that always likes the first answer better has no favourite."""
+    from conftest import make_tiny_llama
+    from judge_server import JudgeServer
+
+    monkeypatch.setenv("OPENAI_API_KEY", "x")
+    make_tiny_llama(max_position_embeddings=8192).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    pairs = tmp_path / "pairs.jsonl"
+    rows = [{"instruction": f"Say {n}.", "output": f"{n}, gladly."} for n in range(8)]
+    pairs.write_text("\n".join(map(json.dumps, rows)))
+    with JudgeServer(lambda prompt, attempt: '{"winner": "A"}') as server:
+        text = TUNED.format(model=tmp_path / "model", pairs=pairs, url=server.url)
+        (tmp_path / "sweep.yaml").write_text(text)
+        assert cli.main(["sweep", str(tmp_path / "sweep.yaml"), "--out", str(tmp_path / "run")]) == 0
+    with open(tmp_path / "run" / "scores.csv") as file:
+        found = [row for row in csv.DictReader(file) if (row["metric"], row["group"]) == ("win_rate", "overall")]
+    rates = {row["setting"]: float(row["score"]) for row in found}
+    assert rates["dense-tuned"] == 0.5  # against itself
+    assert 0 <= rates["pruned-tuned@0.5"] <= 0.5  # ties, and what is empty loses
+    record = json.loads((tmp_path / "run/evaluations/pruned-tuned@0.5/kick.json").read_text())
+    assert record["sparsity"] >= 0.49
+
+
 def test_one_setting_of_a_sweep_file_alone(sweep, tmp_path, capsys):
     out = tmp_path / "sheared"
     assert cli.main(["compress", str(sweep), "sheared@1x16x24x2", "--out", str(out)]) == 0

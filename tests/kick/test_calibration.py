@@ -58,7 +58,7 @@ def test_sources(tmp_path):
             json.dumps({"text": "first\u2028line"}, ensure_ascii=False) + "\n"
         )  # a separator that is no line end
     assert read_documents(str(tmp_path)) == ["first\u2028line", "second"]
-    with pytest.raises(DataError, match="no calibration source"):
+    with pytest.raises(DataError, match="no text source"):
         read_documents("nowhere.txt")
     (tmp_path / "bad.jsonl").write_text('{"other": 1}\n')
     with pytest.raises(DataError, match="line 1"):

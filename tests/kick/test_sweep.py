@@ -274,7 +274,7 @@ CHANGES = {
     "wrong parameter": (("format: cloze", "format: essay"), "'format': input should be 'letters' or 'cloze'"),
     "missing data": (("data: embedded", "data: /nowhere/at/all"), "no data folder /nowhere/at/all"),
     "unknown lm": (("batch_size: 4", "name: slow"), "no lm named 'slow'"),
-    "unknown calibration": (("samples: 2", "source: none.txt, samples: 2"), "no calibration source 'none.txt'"),
+    "unknown calibration": (("samples: 2", "source: none.txt, samples: 2"), "no text source 'none.txt'"),
     "too little calibration text": (("samples: 2", "samples: 100000"), "tokens; 'embedded' holds"),
     "no suite": (("suites:\n", "suites: []\nother:\n"), "suites is ()"),
     "no device": (("data:", "device: abacus\ndata:"), "device 'abacus' cannot be used"),
