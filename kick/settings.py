@@ -78,8 +78,8 @@ class Setting(Stage):
 
     @property
     def levels(self) -> str:
-        """`0.5`, or chained `0.5 > 4`."""
-        return CHAIN.join(stage.level for stage in self.stages)
+        """`0.5`, or chained `0.5 > 4`; of stages without a level nothing."""
+        return CHAIN.join(stage.level for stage in self.stages if stage.level)
 
     @property
     def method(self) -> str:

@@ -107,7 +107,7 @@ def _multipliers(axes: Axes, rows: Rows) -> None:
         _line(axes, rows, f"lambda_{name}", nth, linestyle=DASHES[nth], label=f"λ {name}")
         _line(axes, rows, f"phi_{name}", nth, linestyle=DASHES[nth], alpha=0.4, label=f"φ {name}")
     axes.set_ylabel("multipliers")
-    axes.legend()
+    axes.legend(fontsize=7.5, ncols=2)
 
 
 def _domain_losses(axes: Axes, rows: Rows) -> None:
