@@ -150,6 +150,7 @@ def test_wanda_on_two_blocks_of_the_real_model(real_checkpoint, level):
             mask = (
                 torch.ones_like(groups, dtype=torch.bool).scatter_(-1, order[..., :remove], False).reshape(score.shape)
             )
-            assert torch.equal(mine.weight != 0, mask & (linear.weight != 0)), linear.name
+            differ = (mine.weight != 0) != (mask & (linear.weight != 0))
+            assert differ.sum() <= 1e-5 * differ.numel(), linear.name  # scores that are equal but for the order of sums
         for linear, mine in zip(block.linears, ours.linears, strict=True):
             linear.weight.copy_(mine.weight)
