@@ -30,6 +30,7 @@ from kick.streaming import resident, save_streamed, storage_of
 RECORD = "kick.json"
 GRIDS = "quantization/grids.safetensors"  # in a folder of its own: some loaders read every file beside the weights
 TRAINING = "training"  # the folder with histories and figures of what was trained
+HISTORY = "history.jsonl"  # in it: a line for each step
 FORMAT = 1
 STRAY_ZEROS = 0.05  # share of a linear's weights; fewer zeros are no mask
 

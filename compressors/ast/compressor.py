@@ -17,6 +17,7 @@ from torch import nn
 
 from kick.blocks import find_decoder
 from kick.calibration import Calibration
+from kick.checkpoint import STRAY_ZEROS
 from kick.compressor import Compressor, Cost, Knob, Progress, check_divisible, no_progress
 from kick.errors import ConfigError, LevelError
 from kick.levels import Level, Pattern
@@ -28,8 +29,6 @@ from ..training.loop import train
 from ..training.spec import Training
 from ..training.text import TextData
 from .objective import Method, SparseTraining
-
-_SPARSE = 0.05  # share of zeros from which on a model is no dense teacher
 
 
 class AST(Compressor):
@@ -74,7 +73,7 @@ class AST(Compressor):
             mixture = params.open(self.tokenizer, params.sequence_length, self.seed, **held)
             size = sum(parameter.numel() for parameter in model.parameters())
             domains = Domains(mixture, params, model, size) if params.update_every else None
-            objective = SparseTraining(model, find_decoder(model), level, params, teacher, domains, params.update_every)
+            objective = SparseTraining(model, decoder, level, params, teacher, domains, params.update_every)
             history = train(
                 objective, mixture, params, folder, seed=self.seed, device=device, progress=progress, what=self.name
             )
@@ -93,7 +92,7 @@ class AST(Compressor):
                 raise ConfigError(f"the teacher '{self.params.teacher}' has another vocabulary than the model.")
         else:
             zeros = sum(int((linear.weight == 0).sum()) for linear in linears)
-            if zeros > _SPARSE * sum(linear.weight.numel() for linear in linears):
+            if zeros > STRAY_ZEROS * sum(linear.weight.numel() for linear in linears):
                 raise ConfigError(
                     "ast distils from the dense model, and the one it was given is already sparse.",
                     "Name a teacher, or set distillation to 0.",

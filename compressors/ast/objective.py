@@ -1,18 +1,19 @@
 """AST's objective: masked weights, the dense model as teacher, masks that follow the weights."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from kick import adapters
 from kick.blocks import Decoder
 from kick.levels import Pattern
 from kick.spec import Spec
 
 from ..training import parallel
 from ..training.domains import Domains
-from ..training.objective import Objective, cross_entropy
+from ..training.objective import Objective, cross_entropy, groups_of
 from ..training.spec import Training
 from .optimizer import DecayingAdamW
 from .schedule import Decay, Masks, decay_at, pattern_at
@@ -32,12 +33,12 @@ class Method(Spec):
     decay: Decay = Field(default="annealing", description="of pruned weights; constant is static SR-STE")
     decay_most: float = Field(default=1e-4, ge=0, description="lambda after its ramp")
     decay_ramp: float = Field(default=0.25, gt=0, le=1, description="share of the steps over which lambda grows")
-    second_moment: str = Field(default="gradient", pattern="gradient|momentum")
+    second_moment: Literal["gradient", "momentum"] = "gradient"
     distillation: float = Field(default=0.67, ge=0, le=1, description="a in a KL(teacher || student) + (1 - a) CE")
-    divergence: str = Field(default="forward", pattern="forward|reverse")
+    divergence: Literal["forward", "reverse"] = "forward"
     temperature: float = Field(default=1.0, gt=0, description="of the distillation; the authors' code has 2")
     slorb: int = Field(default=0, ge=0, description="block of the low-rank branch (16 in the paper); 0: none")
-    slorb_start: str = Field(default="means", pattern="means|zeros")
+    slorb_start: Literal["means", "zeros"] = "means"
 
 
 class SparseTraining(Objective):
@@ -87,10 +88,8 @@ class SparseTraining(Objective):
             linear = masks.get(parameter)  # type: ignore[call-overload]
             return parallel.own_part(linear.mask, parameter) if linear else None
 
-        groups = super().optimizer(spec).param_groups
-        plain = [{"params": g["params"], "weight_decay": g["weight_decay"]} for g in groups]
-        second: Any = self.method.second_moment
-        self._optimizer = DecayingAdamW(plain, spec.learning_rate, spec.betas, spec.eps, mask_of, second)
+        groups, second = groups_of(self, spec), self.method.second_moment
+        self._optimizer = DecayingAdamW(groups, spec.learning_rate, spec.betas, spec.eps, mask_of, second)
         return self._optimizer
 
     def companions(self) -> list[nn.Module]:
@@ -116,8 +115,6 @@ class SparseTraining(Objective):
 
     def finish(self) -> None:
         """The model becomes an ordinary one: N of M, with the branch as an adapter."""
-        from kick import adapters
-
         found = {}
         for hook in self._hooks:
             hook.remove()

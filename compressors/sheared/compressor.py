@@ -28,7 +28,7 @@ from ..training.domains import Domains, Loading
 from ..training.figures import keep
 from ..training.history import History, together
 from ..training.loop import train
-from ..training.objective import Objective, cross_entropy
+from ..training.objective import Objective, cross_entropy, groups_of
 from ..training.spec import Training
 from ..training.text import TextData
 from .cut import cut
@@ -194,15 +194,9 @@ class Shearing(Objective):
         return list(self.model.parameters())
 
     def optimizer(self, spec: Training) -> torch.optim.Optimizer:
-        plain = super().optimizer(spec)
-        own = {id(parameter) for parameter in self.masks.parameters()}
-        groups: list[dict[str, Any]] = [
-            {"params": kept, "weight_decay": group["weight_decay"]}
-            for group in plain.param_groups
-            if (kept := [parameter for parameter in group["params"] if id(parameter) not in own])
-        ]
         alphas, lambdas = list(self.masks.log_alphas.values()), list(self.masks.lambdas.values())
-        groups += [
+        groups = [
+            *groups_of(self.model, spec),
             {"params": alphas, "lr": self.params.mask_learning_rate, "weight_decay": 0.0},
             {"params": lambdas, "lr": self.params.lambda_learning_rate, "weight_decay": 0.0, "maximize": True},
         ]

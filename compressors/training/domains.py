@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list
 from pydantic import Field
 from scipy.optimize import brentq
 
@@ -74,7 +73,7 @@ class Domains:
         self.reference = self._reference(source, parameters)
 
     def measure(self, objective: Objective) -> dict[str, float]:
-        """Of each domain, by all processes together: each takes its share of the sequences."""
+        """Of each domain, by all processes together: each takes its share of the sequences, all get the same means."""
         was_training = objective.training
         objective.eval()
         world, rank = distributed.world(), distributed.rank()
@@ -87,8 +86,8 @@ class Domains:
         return {name: sum(losses[name] for losses in everyone) / len(everyone) for name in own}
 
     def update(self, objective: Objective) -> dict[str, Any]:
-        """Measure, set new weights; what the history should tell of it. All processes take the first one's losses."""
-        losses = self._agreed(objective)
+        """Measure, set new weights; what the history should tell of it."""
+        losses = self.measure(objective)
         if self.params.dynamic:
             self.mixture.weights = updated_weights(
                 self.mixture.weights,
@@ -100,15 +99,6 @@ class Domains:
             )
         return {"domain_loss": losses, "domain_weight": self.mixture.weights}
 
-    def _agreed(self, objective: Objective) -> dict[str, float]:
-        losses = self.measure(objective)
-        return broadcast_object_list([losses])[0] if distributed.begun() else losses
-
-    @property
-    def tokens(self) -> int:
-        """That one measurement reads."""
-        return sum(held.numel() for held in self.held.values())
-
     def _share(self, held: torch.Tensor, rank: int, world: int) -> torch.Tensor:
         """Equal shares; what does not divide is read by all, so that none waits for another in vain."""
         if not distributed.begun() or len(held) % world:
@@ -118,7 +108,7 @@ class Domains:
     def _reference(self, source: Any, parameters: int) -> dict[str, float]:
         given = self.params.reference
         if given == "source":
-            return self._agreed(Objective(source))
+            return self.measure(Objective(source))
         if isinstance(given, str):
             if given != "llama2":
                 raise ConfigError(f"reference '{given}'.", "Expected source, llama2, or losses by domain.")

@@ -4,8 +4,9 @@ import shutil
 from pathlib import Path
 
 from kick import distributed
+from kick.checkpoint import HISTORY
 
-from .history import HISTORY, History
+from .history import History
 
 
 def keep(history: History, folder: Path) -> None:

@@ -5,9 +5,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from kick.checkpoint import HISTORY
 from kick.files import to_json, write_text
-
-HISTORY = "history.jsonl"
 
 
 class History:

@@ -39,6 +39,7 @@ class Batches(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
+@heap.kept()
 def train(
     objective: Objective,
     batches: Batches,
@@ -56,21 +57,6 @@ def train(
     `folder` keeps history.jsonl and the last state; the very last step's only where `more_follows`, since otherwise the
     result is about to be written. Raises TrainingError for a loss that is not finite.
     """
-    with heap.kept():
-        return _train(objective, batches, spec, folder, seed, device, progress, what, more_follows)
-
-
-def _train(
-    objective: Objective,
-    batches: Batches,
-    spec: Training,
-    folder: Path,
-    seed: int,
-    device: str,
-    progress: Progress,
-    what: str,
-    more_follows: bool,
-) -> History:
     AcceleratorState._reset_state()  # an earlier stretch may have had another precision
     if device.startswith("cuda:"):
         torch.cuda.set_device(device)
@@ -111,9 +97,8 @@ def _train(
         for start in own:
             part = batch[start : min(start + micro, (rank + 1) * share)]
             weight = part.counted / total  # so that every prediction of the step counts the same
-            more = (
-                start != own[-1] and not sharded
-            )  # copies exchange gradients once, parts each time: they hold no more
+            # copies exchange gradients once a step; parts each time, since they hold no more than their own
+            more = start != own[-1] and not sharded
             with accelerator.no_sync(model) if more else nullcontext():
                 with accelerator.autocast():
                     losses = model(part.tokens.to(accelerator.device), part.labels.to(accelerator.device))

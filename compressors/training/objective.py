@@ -27,13 +27,7 @@ class Objective(nn.Module):
         return self.model(tokens, use_cache=False).logits
 
     def optimizer(self, spec: Training) -> torch.optim.Optimizer:
-        """AdamW; the weight decay is for matrices alone."""
-        named = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        groups = [
-            {"params": [p for p in named if p.ndim >= 2], "weight_decay": spec.weight_decay},
-            {"params": [p for p in named if p.ndim < 2], "weight_decay": 0.0},
-        ]
-        return torch.optim.AdamW([g for g in groups if g["params"]], spec.learning_rate, spec.betas, spec.eps)
+        return torch.optim.AdamW(groups_of(self, spec), spec.learning_rate, spec.betas, spec.eps)
 
     def companions(self) -> list[nn.Module]:
         """Models that only run beside the one that is trained, a teacher: processes may share them out too."""
@@ -53,6 +47,16 @@ class Objective(nn.Module):
     def end_step(self, step: int, spec: Training) -> dict[str, Any]:
         """After the optimizer's step: what the history should tell of it."""
         return {}
+
+
+def groups_of(module: nn.Module, spec: Training) -> list[dict[str, Any]]:
+    """The parameters of `module` that learn, as an optimizer takes them: the weight decay is for matrices alone."""
+    learned = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in learned if p.ndim >= 2], "weight_decay": spec.weight_decay},
+        {"params": [p for p in learned if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

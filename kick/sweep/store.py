@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from kick import meter
-from kick.checkpoint import RECORD, TRAINING
+from kick.checkpoint import HISTORY, RECORD, TRAINING
 from kick.errors import RunError
 from kick.files import (
     check_writable,
@@ -179,7 +179,7 @@ class Store:
         folder = self.setting_path(setting) / TRAINING
         return {
             path.parent.relative_to(folder).as_posix(): [row for _, row in read_jsonl(path)]
-            for path in sorted(folder.rglob("history.jsonl"))
+            for path in sorted(folder.rglob(HISTORY))
         }
 
 
