@@ -87,7 +87,7 @@ def test_a_verdict_leads_to_the_answers_that_changed(page):
     row = page.locator("#verdict-table tbody tr", has_text="magnitude@0.5").filter(has_text="factoid_qa")
     row.locator("a").first.click()
     target = page.locator("details", has=page.locator("summary", has_text="magnitude@0.5 on factoid_qa")).first
-    assert target.get_attribute("open") is not None
+    target.and_(page.locator("[open]")).wait_for()  # the browser tells of a new address after the click has returned
     assert "40 lost, 0 won" in target.locator("summary").first.inner_text()
     flip = target.locator(".flip").first
     assert "dense (right)" in flip.inner_text()
