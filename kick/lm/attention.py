@@ -1,12 +1,14 @@
-"""Attention on a CPU where torch's own kernel is slow: packed rows in bfloat16, and single tokens with grouped heads.
+"""Attention on a CPU for what this package asks: rows packed after a prefix, and single tokens with grouped heads.
 
-torch's fused kernel for CPUs takes 22 ms for 512 queries over 2,560 keys of a 9-head layer, with bfloat16 no less than
-with float32; as two plain matrix products for each key head it is 13 ms, since those use the bfloat16 units. Scores and
-probabilities are rounded to bfloat16 on the way, as in transformers' own eager attention; the mode is in the record.
+Packed rows: all queries see all of the prefix, and little of the row itself. torch's fused kernel, given both with one
+mask, computes every pair of them and reads the mask besides. Here it runs once over the prefix, without a mask, and for
+each chunk of the row over the few keys that the chunk can see; the two parts are averaged by the probability mass of
+each (the merging step of FlashAttention, arXiv 2205.14135 section 3.1).
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,20 +18,34 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "kick"
-_FEWEST_QUERIES = 64  # below, the fused kernel is as fast
 _SHARED = "_kick_shared"  # what a tensor of keys is told of those before it
-_visible = 0
+_fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+"""torch's fused kernel, which also gives the logarithm of each query's mass: query, key and value [b, heads, n, d]."""
+
+
+@dataclass(frozen=True)
+class PackedRow:
+    """What the queries of one row see: the first `prefix` keys, and of the row's own keys those that a mask says.
+
+    chunks: (start, end, first), queries [start, end) see none of the row's keys before `first` nor after `end`.
+    """
+
+    prefix: int
+    chunks: tuple[tuple[int, int, int], ...]
+
+
+_row: PackedRow | None = None
 
 
 @contextmanager
-def visible_prefix(length: int) -> Iterator[None]:
-    """While it lasts, every query of a masked call sees the first `length` keys: their mask is not looked at."""
-    global _visible
-    _visible = length
+def packed_row(row: PackedRow) -> Iterator[None]:
+    """While it lasts, masked calls are about this row."""
+    global _row
+    _row = row
     try:
         yield
     finally:
-        _visible = 0
+        _row = None
 
 
 def attention(
@@ -37,34 +53,47 @@ def attention(
 ) -> tuple[Tensor, None]:
     """query [b, heads, q, d], key and value [b, key heads, k, d], additive mask [b, 1, q, k] -> [b, q, heads, d].
 
-    By plain products where that is faster and means the same; else torch's fused attention.
+    In parts where that is faster and means the same; else torch's fused attention.
     """
-    special = [options.get(name) for name in ("softcap", "position_bias", "cache", "s_aux")]
-    if query.shape[2] == 1 and not any(each is not None for each in special):
+    special = any(options.get(name) is not None for name in ("softcap", "position_bias", "cache", "s_aux"))
+    if query.shape[2] == 1 and not special:
         shared = getattr(key, _SHARED, None)
         if shared is not None:
             return _after_shared(query, key, value, attention_mask, options.get("scaling"), *shared), None
         return _one_token(query, key, value, attention_mask, options.get("scaling")), None
     if (
-        attention_mask is None
-        or query.shape[0] != 1
-        or query.shape[2] < _FEWEST_QUERIES
-        or query.dtype != torch.bfloat16
+        _row is None
+        or attention_mask is None
         or attention_mask.dtype == torch.bool
-        or any(each is not None for each in special)
+        or query.shape[0] != 1
+        or query.shape[2:] != (key.shape[2] - _row.prefix, value.shape[3])
+        or special
     ):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    return _in_parts(query, key, value, attention_mask, options.get("scaling"), _row), None
+
+
+def _in_parts(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None, row: PackedRow) -> Tensor:
+    """query [1, heads, q, d], key and value [1, key heads, prefix + q, d], mask [1, 1, q, prefix + q]."""
     heads, queries, size = query.shape[1:]
-    groups, keys = key.shape[1:3]
-    rows = query[0].reshape(groups, heads // groups * queries, size)  # query head i reads key head i // (heads/groups)
-    scale = options.get("scaling") or size**-0.5
-    mask = attention_mask[0, :, :, _visible:]
-    result = torch.empty_like(rows)
-    for group in range(groups):
-        scores = torch.mm(rows[group] * scale, key[0, group].T)  # [heads of the group * q, k]
-        scores.view(-1, queries, keys)[:, :, _visible:] += mask
-        torch.mm(scores.softmax(dim=-1), value[0, group], out=result[group])
-    return result.view(1, heads, queries, size).transpose(1, 2).contiguous(), None
+    groups, prefix = key.shape[1], row.prefix
+    repeated = heads // groups
+    result = query.new_empty(1, queries, heads, size)
+    if prefix:
+        folded = query.reshape(1, groups, repeated * queries, size)  # without a mask, heads are but more queries
+        before, before_mass = _fused(folded, key[:, :, :prefix], value[:, :, :prefix], scale=scale)
+        before, before_mass = before.reshape(query.shape), before_mass.reshape(1, heads, queries)
+    own_key, own_value = (tensor[:, :, prefix:].repeat_interleave(repeated, dim=1) for tensor in (key, value))
+    for start, end, first in row.chunks:
+        visible = mask[:, :, start:end, prefix + first : prefix + end]
+        own, mass = _fused(
+            query[:, :, start:end], own_key[:, :, first:end], own_value[:, :, first:end], attn_mask=visible, scale=scale
+        )
+        if prefix:
+            share = torch.sigmoid(before_mass[:, :, start:end] - mass)[..., None]  # of the prefix, in float32
+            own = own.to(share.dtype).lerp(before[:, :, start:end].to(share.dtype), share)
+        result[:, start:end] = own.transpose(1, 2)
+    return result
 
 
 def _one_token(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
@@ -118,8 +147,3 @@ def use(model: Any) -> None:
 
 def used_by(model: Any) -> bool:
     return model.config._attn_implementation == NAME
-
-
-def wants_mask(model: Any) -> bool:
-    """Whether plain products are used, which know causality from the mask alone."""
-    return used_by(model) and model.dtype == torch.bfloat16

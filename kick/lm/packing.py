@@ -50,6 +50,15 @@ class Packed:
         for start in range(0, len(self.tokens), most):
             yield start, Packed.chain(self.tokens[start : start + most])
 
+    def chunks(self, size: int) -> Iterator[tuple[int, int, int]]:
+        """(start, end, first): of the row, tokens [start, end), at most `size`, attend to none before `first`."""
+        roots: list[int] = []
+        for place, parent in enumerate(self.parent):
+            roots.append(place if parent < 0 else roots[parent])
+        for start in range(0, len(roots), size):
+            end = min(start + size, len(roots))
+            yield start, end, min(roots[start:end])
+
     def attends(self, prefix_length: int) -> np.ndarray:
         """Boolean [q, prefix + q]: each token sees the prefix, its ancestors and itself."""
         size = len(self.tokens)

@@ -15,6 +15,7 @@ from transformers.cache_utils import DynamicCache
 from kick.lm import attention
 from kick.lm.packing import Packed
 
+_QUERIES_AT_ONCE = 256  # of a packed row: more see more keys that few of them need, fewer fill the units worse
 _LOGITS_AT_ONCE = 128  # positions whose logits are in memory at a time
 _LIKELIEST = 16  # tokens of a position whose logits are computed exactly in half precision
 
@@ -62,14 +63,14 @@ class Runner:
         found = []
         for start, piece in row.pieces(most):
             inside = [place - start for place in places if start <= place < start + len(piece.tokens)]
-            with attention.visible_prefix(length + start):
+            with attention.packed_row(attention.PackedRow(length + start, tuple(piece.chunks(_QUERIES_AT_ONCE)))):
                 columns = torch.tensor(inside, dtype=torch.long, device=self.device)
                 found.append(self.at(self._inputs(piece, cache, length + start), torch.zeros_like(columns), columns))
         return torch.cat(found)
 
     def _inputs(self, row: Packed, cache: DynamicCache | None, length: int) -> dict[str, Any]:
         mask = None
-        if length or not row.is_chain or attention.wants_mask(self.model):
+        if length or not row.is_chain:
             seen = torch.from_numpy(row.attends(length)).to(self.device)
             mask = torch.zeros(seen.shape, dtype=self.model.dtype, device=self.device)
             mask = mask.masked_fill_(~seen, torch.finfo(self.model.dtype).min)[None, None]

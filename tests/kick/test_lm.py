@@ -6,7 +6,6 @@ import torch
 from conftest import make_tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from kick.errors import KickError
@@ -476,27 +475,49 @@ def test_beams_are_refused(lm):
         lm.generate_until([request])
 
 
-@pytest.mark.parametrize("visible", [0, 192])
-def test_attention_by_plain_products_is_attention(visible):
-    """In bfloat16, against float32 by torch's own kernel: about as close as transformers' eager attention comes."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("prefix", [0, 1, 192])
+@pytest.mark.parametrize("size", [7, 50, 128])
+def test_attention_in_parts_is_attention(dtype, prefix, size):
+    """Against the definition in float64; in bfloat16 it is closer than transformers' eager attention."""
     torch.manual_seed(0)
-    module = type("Module", (), {"num_key_value_groups": 3, "is_causal": True, "layer_idx": 0, "training": False})()
-    query, key, value = torch.randn(1, 9, 128, 64), torch.randn(1, 3, 320, 64), torch.randn(1, 3, 320, 64)
-    seen = torch.ones(1, 1, 128, 320, dtype=torch.bool)
-    seen[..., 192:] = torch.rand(128, 128) < 0.5
+    words = [[1, 2, 3, 4, *range(10, 40)], [1, 2, 3, 9, *range(50, 80)], [5, *range(80, 108)], [6, 7, 8], [6, 7, 9, 9]]
+    (row,) = pack(words, range(len(words)), 1000)
+    n = len(row.tokens)
+    seen = torch.from_numpy(row.attends(prefix))[None, None]
+    exact = torch.randn(1, 9, n, 64), torch.randn(1, 3, prefix + n, 64), torch.randn(1, 3, prefix + n, 64)
+    rounded = [tensor.to(dtype) for tensor in exact]
 
     def mask(dtype):
         return torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)
 
-    half = [tensor.bfloat16() for tensor in (query, key, value)]
-    expected, _ = sdpa_attention_forward(module, query, key, value, mask(torch.float32), scaling=0.1)
-    eager, _ = eager_attention_forward(module, *half, mask(torch.bfloat16), scaling=0.1)
-    with attention.visible_prefix(visible):
-        own, _ = attention.attention(module, *half, mask(torch.bfloat16), scaling=0.1)
-    assert attention._visible == 0
-    assert own.shape == expected.shape
-    assert (own - expected).abs().max() <= 2 * (eager - expected).abs().max()
-    assert (own - expected).abs().max() < 0.02
+    query, key, value = (tensor.double() for tensor in rounded)
+    key, value = (tensor.repeat_interleave(3, dim=1) for tensor in (key, value))
+    weights = (query @ key.mT * 0.1).masked_fill(~seen, -torch.inf).softmax(dim=-1)
+    expected = (weights @ value).transpose(1, 2)
+    module = type("Module", (), {"num_key_value_groups": 3, "is_causal": True, "layer_idx": 0, "training": False})()
+    with attention.packed_row(attention.PackedRow(prefix, tuple(row.chunks(size)))):
+        own, _ = attention.attention(module, *rounded, mask(dtype), scaling=0.1)
+    assert attention._row is None
+    assert (own.dtype, own.shape) == (dtype, expected.shape)
+    difference = (own.double() - expected).abs().max()
+    if dtype == torch.bfloat16:
+        eager, _ = eager_attention_forward(module, *rounded, mask(dtype), scaling=0.1)
+        assert difference <= 1.5 * (eager.double() - expected).abs().max()
+    else:
+        assert difference < (2e-6 if dtype == torch.float32 else 1e-12)
+
+
+def test_chunks_of_a_row_hold_all_that_their_tokens_see():
+    (row,) = pack([[1, 2, 3], [1, 2, 4, 5], [6, 7], [6, 8], [9]], range(5), 100)  # 1 2 3 4 5 | 6 7 8 | 9
+    assert list(row.chunks(4)) == [(0, 4, 0), (4, 8, 0), (8, 9, 8)]
+    assert list(row.chunks(3)) == [(0, 3, 0), (3, 6, 0), (6, 9, 5)]
+    for size in range(1, 10):
+        for start, end, first in row.chunks(size):
+            seen = row.attends(0)[start:end]
+            assert not seen[:, :first].any()
+            assert not seen[:, end:].any()
+            assert seen[:, first].any()
 
 
 def test_bfloat16_on_a_cpu_says_so_in_the_record_and_scores_nearly_alike(tokenizer):
