@@ -208,7 +208,7 @@ def load_model(path: Path, dtype: str, device: str) -> "torch.nn.Module":
 
     where = {"pretrained_model_name_or_path": path, "use_safetensors": True}
     if path.is_file():
-        where = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
+        where = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name, **_dequantized()}
     if path.is_dir():
         check_config(read_json(path / "config.json"), path)
     table = shapes.read_table(path) if path.is_dir() else {}
@@ -270,6 +270,14 @@ def check_config(config: dict[str, Any], path: Path) -> None:
             raise ModelError(
                 f"the configuration of {path.name} names code to fetch: {key} '{config[key]}'.", "Remove that key."
             )
+
+
+def _dequantized() -> dict[str, Any]:
+    """For from_pretrained: the weights of a .gguf file as plain tensors; some versions else keep them in its blocks."""
+    import transformers
+
+    kind = getattr(transformers, "GgufConfig", None)  # versions without it have no other way
+    return {"quantization_config": kind(dequantize=True)} if kind else {}
 
 
 def _forget_quantization(model: Any) -> None:

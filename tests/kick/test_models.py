@@ -101,6 +101,26 @@ def test_a_gguf_file_is_a_source(real_model):
 
 
 @pytest.mark.real_model
+def test_a_gguf_file_is_asked_for_in_plain_tensors(real_model, monkeypatch):
+    """Where a kernel for its blocks is installed, transformers would leave them packed, with no linear to compress."""
+    gguf = pytest.importorskip("transformers.quantizers.quantizer_gguf")
+    config = pytest.importorskip("transformers").GgufConfig
+    seen = []
+    monkeypatch.setattr(
+        gguf.GgufHfQuantizer,
+        "update_dtype",
+        lambda self, dtype, update=gguf.GgufHfQuantizer.update_dtype: (
+            seen.append(self.quantization_config.dequantize) or update(self, dtype)
+        ),
+    )
+    assert not config().dequantize
+    model = models.load_model(real_model.path, "bfloat16", "cpu")
+    assert seen == [True]
+    assert sum(type(module) is torch.nn.Linear for module in model.modules()) == 30 * 7 + 1
+    assert not hasattr(model.config, "quantization_config")
+
+
+@pytest.mark.real_model
 def test_the_packaged_model_is_what_its_file_says(real_checkpoint):
     record = real_checkpoint.record
     assert record["parameters"] == 134_515_008  # the published count, embeddings tied
