@@ -16,6 +16,7 @@ Prints medians and ratios, and writes every run to --out as JSON; runs that are 
 """
 
 import argparse
+import hashlib
 import json
 import os
 import subprocess
@@ -155,6 +156,8 @@ def _best(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def agreement(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> str:
     """In words: answers that differ, the largest difference of a log-likelihood, the score of each."""
+    if any(a["prompt"] != b["prompt"] for a, b in zip(ours, theirs, strict=True)):
+        raise SystemExit("The two were asked different prompts: their times say nothing about each other.")
     different = sum(a["output"] != b["output"] for a, b in zip(ours, theirs, strict=True))
     pairs = [
         abs(x - y) for a, b in zip(ours, theirs, strict=True) for x, y in zip(a["values"], b["values"], strict=True)
@@ -192,6 +195,7 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
     metric = planned.suite.metrics[0]
     result["answers"] = [
         {
+            "prompt": hashlib.sha256(sample.prompt.encode()).hexdigest()[:16],
             "output": sample.output,
             "values": [choice["loglikelihood"] for choice in sample.choices or []],
             "score": sample.scores.get(metric.value, 0.0),
@@ -227,9 +231,10 @@ def _hflm(dtype: str, batch: int) -> Any:
     from lm_eval.models.huggingface import HFLM
 
     path = models.fetch(models.find_source(MODEL))
-    return HFLM(
-        pretrained=models.load_model(path, dtype, "cpu"), tokenizer=models.load_tokenizer(path), batch_size=batch
-    )
+    tokenizer = models.load_tokenizer(path)
+    lm = HFLM(pretrained=models.load_model(path, dtype, "cpu"), tokenizer=tokenizer, batch_size=batch)
+    lm.has_chat_template = bool(tokenizer.chat_template)  # the suites ask, and else it would get other prompts
+    return lm
 
 
 def _cpu_seconds() -> float:

@@ -6,9 +6,9 @@ each chunk of the row over the few keys that the chunk can see; the two parts ar
 each (the merging step of FlashAttention, arXiv 2205.14135 section 3.1).
 """
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,29 +23,44 @@ _fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 """torch's fused kernel, which also gives the logarithm of each query's mass: query, key and value [b, heads, n, d]."""
 
 
-@dataclass(frozen=True)
 class PackedRow:
     """What the queries of one row see: the first `prefix` keys, and of the row's own keys those that a mask says.
 
-    chunks: (start, end, first), queries [start, end) see none of the row's keys before `first` nor after `end`.
+    chunks: (start, end, before), queries [start, end) see at most each other and the row's own keys `before`.
     """
 
-    prefix: int
-    chunks: tuple[tuple[int, int, int], ...]
+    def __init__(self, prefix: int, chunks: Iterable[tuple[int, int, Sequence[int]]]) -> None:
+        self.prefix = prefix
+        self._chunks = [(start, end, torch.tensor([*before, *range(start, end)])) for start, end, before in chunks]
+        self._parts: list[tuple[int, int, Tensor, Tensor]] = []
+
+    def parts(self, mask: Tensor, repeated: int) -> list[tuple[int, int, Tensor, Tensor]]:
+        """For each chunk: start, end, the row's own keys that it may see [k], a mask [1, 1, repeated x q, k] of these.
+
+        mask [1, 1, row, prefix + row]: of all layers the same, so that parts of the first one serve all.
+        """
+        if not self._parts:
+            for start, end, keys in self._chunks:
+                own = mask[0, 0, start:end, self.prefix + keys].repeat(repeated, 1)
+                self._parts.append((start, end, keys, own[None, None]))
+        return self._parts
 
 
-_row: PackedRow | None = None
+class _Calls(threading.local):
+    row: PackedRow | None = None
+
+
+_calls = _Calls()
 
 
 @contextmanager
 def packed_row(row: PackedRow) -> Iterator[None]:
-    """While it lasts, masked calls are about this row."""
-    global _row
-    _row = row
+    """While it lasts, masked calls of this thread are about this row."""
+    _calls.row = row
     try:
         yield
     finally:
-        _row = None
+        _calls.row = None
 
 
 def attention(
@@ -61,34 +76,37 @@ def attention(
         if shared is not None:
             return _after_shared(query, key, value, attention_mask, options.get("scaling"), *shared), None
         return _one_token(query, key, value, attention_mask, options.get("scaling")), None
+    row = _calls.row
     if (
-        _row is None
+        row is None
         or attention_mask is None
         or attention_mask.dtype == torch.bool
         or query.shape[0] != 1
-        or query.shape[2:] != (key.shape[2] - _row.prefix, value.shape[3])
+        or query.shape[2:] != (key.shape[2] - row.prefix, value.shape[3])
         or special
     ):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    return _in_parts(query, key, value, attention_mask, options.get("scaling"), _row), None
+    return _in_parts(query, key, value, attention_mask, options.get("scaling"), row), None
 
 
 def _in_parts(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None, row: PackedRow) -> Tensor:
-    """query [1, heads, q, d], key and value [1, key heads, prefix + q, d], mask [1, 1, q, prefix + q]."""
+    """query [1, heads, q, d], key and value [1, key heads, prefix + q, d], mask [1, 1, q, prefix + q].
+
+    The heads that read one key head are folded into its queries.
+    """
     heads, queries, size = query.shape[1:]
     groups, prefix = key.shape[1], row.prefix
     repeated = heads // groups
     result = query.new_empty(1, queries, heads, size)
     if prefix:
-        folded = query.reshape(1, groups, repeated * queries, size)  # without a mask, heads are but more queries
+        folded = query.reshape(1, groups, repeated * queries, size)
         before, before_mass = _fused(folded, key[:, :, :prefix], value[:, :, :prefix], scale=scale)
         before, before_mass = before.reshape(query.shape), before_mass.reshape(1, heads, queries)
-    own_key, own_value = (tensor[:, :, prefix:].repeat_interleave(repeated, dim=1) for tensor in (key, value))
-    for start, end, first in row.chunks:
-        visible = mask[:, :, start:end, prefix + first : prefix + end]
-        own, mass = _fused(
-            query[:, :, start:end], own_key[:, :, first:end], own_value[:, :, first:end], attn_mask=visible, scale=scale
-        )
+    own_key, own_value = key[:, :, prefix:], value[:, :, prefix:]
+    for start, end, keys, visible in row.parts(mask, repeated):
+        folded = query[:, :, start:end].reshape(1, groups, repeated * (end - start), size)
+        own, mass = _fused(folded, own_key[:, :, keys], own_value[:, :, keys], attn_mask=visible, scale=scale)
+        own, mass = own.reshape(1, heads, end - start, size), mass.reshape(1, heads, end - start)
         if prefix:
             share = torch.sigmoid(before_mass[:, :, start:end] - mass)[..., None]  # of the prefix, in float32
             own = own.to(share.dtype).lerp(before[:, :, start:end].to(share.dtype), share)

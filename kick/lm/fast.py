@@ -25,7 +25,8 @@ from kick.errors import KickError
 from kick.lm import attention, memory
 from kick.lm.base import Scored, TokenLM
 from kick.lm.generation import Completion, Decoding, batches_within, choose, row_seeds
-from kick.lm.packing import PREFIX_STEP, Packed, clusters, pack, shared_prefix
+from kick.lm.lanes import lanes, side_by_side
+from kick.lm.packing import PREFIX_STEP, Packed, clusters, pack, pack_evenly, shared_prefix
 from kick.lm.rows import NativeRows, RereadRow, RoomyRows
 from kick.lm.runner import Runner, cached_bytes, fork
 from kick.models import load_model, load_tokenizer
@@ -56,7 +57,7 @@ class FastLM(TokenLM):
         self.row_tokens = (params or self.Params()).row_tokens or memory.row_tokens(model)
         self._device = model.device
         self.runner: Any = Runner(model)
-        self._bytes_per_cached_token = 1
+        self._like = DynamicCache()  # of a few tokens, once it is known that the model fills one
         self.halved = 0  # rows and batches that did not fit into memory
         self._batches = self._keeps_cache = True
         self._shares_in_decoding = False
@@ -120,28 +121,39 @@ class FastLM(TokenLM):
         # the token before the first target has to be in the row: it predicts it
         unscored = [len(sequences[index].tokens) - sequences[index].n_targets - 1 - length for index in members]
         results: dict[int, tuple[float, bool]] = {}
-        for more, own in clusters(rests, unscored, least):
+        for more, own in clusters(rests, unscored, row_tokens, least):
             inside = [members[place] for place in own]
             if more:  # what does not fit into a row is a stem to be kept
                 results |= self._score_cluster(sequences, inside, (*prefixes, length + more), row_tokens, row_tokens)
             else:
-                for row in pack(rests, own, row_tokens):
-                    named = replace(row, paths={members[place]: path for place, path in row.paths.items()})
-                    results |= self._score_row_or_halves(sequences, named, prefixes, row_tokens)
+                rows = [
+                    replace(row, paths={members[place]: path for place, path in row.paths.items()})
+                    for row in pack_evenly(rests, own, row_tokens, lanes(self.device))
+                ]
+                results |= self._score_rows(sequences, rows, prefixes, row_tokens)
         return results
 
-    def _score_row_or_halves(
-        self, sequences: Sequence[Scored], row: Packed, prefixes: tuple[int, ...], row_tokens: int
+    def _score_rows(
+        self, sequences: Sequence[Scored], rows: list[Packed], prefixes: tuple[int, ...], row_tokens: int
     ) -> dict[int, tuple[float, bool]]:
-        """One packed row; where memory runs out, its sequences in rows of half as many tokens."""
-        members = list(row.paths)
-        try:
-            return self._score_row(sequences, row, prefixes, row_tokens)
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            if row_tokens < 2 * memory.FEWEST_ROW_TOKENS or not memory.is_out_of_memory(error):
-                raise
-        self._note_out_of_memory()
-        return self._score_cluster(sequences, members, prefixes, row_tokens // 2, row_tokens // 2)
+        """Rows that follow the same prefix; where memory runs out, their sequences in rows of half as many tokens."""
+        attempt: Any = (
+            memory.none_if_out_of_memory if row_tokens >= 2 * memory.FEWEST_ROW_TOKENS else lambda work: work()
+        )
+
+        def score(row: Packed) -> dict[int, tuple[float, bool]] | None:
+            return attempt(partial(self._score_row, sequences, row, prefixes, row_tokens))
+
+        some = sequences[next(iter(rows[0].paths))].tokens
+        prefix = attempt(partial(self._after, some, prefixes, row_tokens))  # by all threads; then rows find it
+        scored = side_by_side(self.device, score, rows) if prefix is not None else [None] * len(rows)
+        results: dict[int, tuple[float, bool]] = {}
+        for row, found in zip(rows, scored, strict=True):
+            if found is None:
+                self._note_out_of_memory()
+                found = self._score_cluster(sequences, list(row.paths), prefixes, row_tokens // 2, row_tokens // 2)
+            results |= found
+        return results
 
     def _score_row(
         self, sequences: Sequence[Scored], row: Packed, prefixes: tuple[int, ...], row_tokens: int
@@ -249,18 +261,22 @@ class FastLM(TokenLM):
         if length and self._shares_in_decoding:
             shared = self.runner.keys_and_values(contexts[0], [length], most)
         before = length if shared is not None else 0  # tokens that stand once for all rows
-        rows, found = None, {}
-        for row in pack(rests, order, most):
+        rows = RoomyRows(len(contexts), max(map(len, contexts)) - before, room, self._like, shared)
+
+        def read(row: Packed) -> dict[int, Tensor]:
             cache, _ = self._after(contexts[0], (length,) if length else (), most)
             cache = cache or DynamicCache()
             ends = torch.tensor([path[-1] for path in row.paths.values()])
             distinct, back = ends.unique(return_inverse=True)
             after = self.runner.run(row, cache, length, distinct.tolist(), most)[back]
-            rows = rows or RoomyRows(len(contexts), max(map(len, contexts)) - before, room, cache, shared)
-            for (index, path), own in zip(row.paths.items(), after, strict=True):
+            for index, path in row.paths.items():
                 rows.fill(index, cache, [*range(before, length), *(length + place for place in path)])
-                found[index] = own
-        assert rows is not None
+            return dict(zip(row.paths, after, strict=True))
+
+        self._after(contexts[0], (length,) if length else (), most)  # by all threads; then rows find it
+        found: dict[int, Tensor] = {}
+        for own in side_by_side(self.device, read, pack_evenly(rests, order, most, lanes(self.device))):
+            found |= own
         return rows, torch.stack([found[index] for index in range(len(contexts))])
 
     def _read_padded(self, contexts: Sequence[list[int]], room: int) -> tuple[NativeRows | RereadRow, Tensor]:
@@ -292,15 +308,14 @@ class FastLM(TokenLM):
 
     def _most_cached_tokens(self) -> int:
         """How many tokens' keys and values a generation batch may hold."""
-        return max(self.max_length, memory.most_cached_tokens(self.device, self._bytes_per_cached_token))
+        each = cached_bytes(self._like) // max(1, self._like.get_seq_length()) or 1
+        return max(self.max_length, memory.most_cached_tokens(self.device, each))
 
     def _halving(self, rows: list[int], work: Callable[[list[int]], list[Any]]) -> list[Any]:
         """`work(rows)`; where memory runs out, both halves one after the other."""
-        try:
-            return work(rows)
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            if len(rows) == 1 or not memory.is_out_of_memory(error):
-                raise
+        found = memory.none_if_out_of_memory(partial(work, rows)) if len(rows) > 1 else work(rows)
+        if found is not None:
+            return found
         self._note_out_of_memory()
         half = len(rows) // 2
         return [*self._halving(rows[:half], work), *self._halving(rows[half:], work)]
@@ -323,7 +338,7 @@ class FastLM(TokenLM):
         try:
             cache = DynamicCache(config=self.model.config)
             self.model(input_ids=torch.tensor([tokens[:15]], device=self.device), past_key_values=cache, use_cache=True)
-            self._bytes_per_cached_token = cached_bytes(cache) // 15 or 1
+            self._like = cache
             kinds = {type(layer).__name__ for layer in cache.layers if type(layer) is not DynamicLayer}
             if kinds:
                 return f"its cache has layers of kind {', '.join(sorted(kinds))}"

@@ -1,7 +1,8 @@
 """How many tokens a model can be given at once: from the memory of the machine or GPU that it stands on."""
 
 import os
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 
@@ -34,6 +35,19 @@ def row_tokens(model: Any) -> int:
 
 def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+Result = TypeVar("Result")
+
+
+def none_if_out_of_memory(work: Callable[[], Result]) -> Result | None:
+    """What `work` gives; None where memory ran out. Other errors are raised."""
+    try:
+        return work()
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+    return None
 
 
 def most_cached_tokens(device: torch.device, bytes_per_token: int) -> int:

@@ -7,13 +7,16 @@ to its own ancestors alone. So the stem of a question is computed once for all i
 Pure functions on lists of token ids and arrays.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 
 PREFIX_STEP = 64
 """Shared prefixes are cut to a multiple of this, so that sets which share the same long prefix find the same one."""
+
+_NEARLY_FULL = 0.8  # of a row's tokens: it may end from here on
 
 Tokens = Sequence[int]
 
@@ -50,14 +53,22 @@ class Packed:
         for start in range(0, len(self.tokens), most):
             yield start, Packed.chain(self.tokens[start : start + most])
 
-    def chunks(self, size: int) -> Iterator[tuple[int, int, int]]:
-        """(start, end, first): of the row, tokens [start, end), at most `size`, attend to none before `first`."""
-        roots: list[int] = []
-        for place, parent in enumerate(self.parent):
-            roots.append(place if parent < 0 else roots[parent])
-        for start in range(0, len(roots), size):
-            end = min(start + size, len(roots))
-            yield start, end, min(roots[start:end])
+    def chunks(self, size: int) -> Iterator[tuple[int, int, list[int]]]:
+        """(start, end, before): of the row, tokens [start, end), at most `size`, see none before them but `before`.
+
+        A chunk that is more than half full ends before a token that has fewer ancestors than those around it.
+        """
+        start = 0
+        while start < len(self.tokens):
+            end = min(start + size, len(self.tokens))
+            if end < len(self.tokens):
+                end = min(range(end, start + size // 2, -1), key=self.depth.__getitem__)
+            before, place = list[int](), self.parent[start]
+            while place >= 0:  # the row is written depth first: whoever sees one of these, sees them by way of `start`
+                before.append(place)
+                place = self.parent[place]
+            yield start, end, before[::-1]
+            start = end
 
     def attends(self, prefix_length: int) -> np.ndarray:
         """Boolean [q, prefix + q]: each token sees the prefix, its ancestors and itself."""
@@ -88,19 +99,19 @@ def shared_prefix(sequences: Sequence[Tokens], limit: int, step: int = PREFIX_ST
 
 
 def clusters(
-    sequences: Sequence[Tokens], unscored: Sequence[int], least: int = PREFIX_STEP
+    sequences: Sequence[Tokens], unscored: Sequence[int], fits: int, least: int = PREFIX_STEP
 ) -> list[tuple[int, list[int]]]:
     """Which sequences to answer together: (length of their shared prefix, their indices in dictionary order).
 
     Two or more that begin with the same `least` tokens, none of them scored (`unscored` says how many a sequence has),
-    form a cluster; all the others form one without a prefix.
+    form a cluster, unless a row of `fits` tokens holds them whole; all the others form one without a prefix.
     """
     heads: dict[tuple[int, ...], list[int]] = {}
     for index in sorted(range(len(sequences)), key=lambda index: tuple(sequences[index])):
         heads.setdefault(tuple(sequences[index][: max(0, min(least, unscored[index]))]), []).append(index)
     result, others = [], []
     for head, members in heads.items():
-        if len(head) == least and len(members) > 1:
+        if len(head) == least and len(members) > 1 and sum(_new_tokens(sequences, members)) > fits:
             limit = min(unscored[index] for index in members)
             shared = shared_prefix([sequences[index] for index in members], limit, min(least, PREFIX_STEP))
             result.append((shared, members))
@@ -109,29 +120,70 @@ def clusters(
     return [*result, (0, others)] if others else result
 
 
-def pack(sequences: Sequence[Tokens], order: Iterable[int], max_tokens: int) -> list[Packed]:
+def pack(sequences: Sequence[Tokens], order: Sequence[int], max_tokens: int) -> list[Packed]:
     """Rows of at most `max_tokens` (a longer sequence has a row to itself) that hold `sequences` in the given order.
 
     Consecutive sequences share their common beginning; sequences in dictionary order share the most.
     """
-    rows: list[Packed] = []
-    previous: Tokens = ()
-    path: list[int] = []
-    row = Packed()
-    for index in order:
-        sequence = sequences[index]
-        shared = common_length(previous, sequence) if row.tokens else 0
-        if row.tokens and len(row.tokens) + len(sequence) - shared > max_tokens:
-            rows.append(row)
-            row, shared = Packed(), 0
-        path = path[:shared]
-        for depth in range(shared, len(sequence)):
+    lengths, shared = [len(sequences[index]) for index in order], _shared_with_last(sequences, order)
+    return [_row(sequences, order[own], shared[own]) for own in _rows(lengths, shared, max_tokens)]
+
+
+def pack_evenly(sequences: Sequence[Tokens], order: Sequence[int], max_tokens: int, lanes: int) -> list[Packed]:
+    """As `pack`, in rows of about the same size, as many as `lanes` that work side by side have all something to do.
+
+    Little stays in one row: small parts are slower side by side than one after the other on all cores.
+    """
+    lengths, shared = [len(sequences[index]) for index in order], _shared_with_last(sequences, order)
+    total = sum(lengths) - sum(shared)
+    most = sum(1 for _ in _rows(lengths, shared, max_tokens))
+    wanted = -(-most // lanes) * lanes
+    if total >= lanes * max_tokens // 4:
+        for size in range(-(-total // wanted), max_tokens, max(1, max_tokens // 32)):
+            rows = list(_rows(lengths, shared, size))
+            if len(rows) <= wanted:
+                return [_row(sequences, order[own], shared[own]) for own in rows]
+    return pack(sequences, order, max_tokens)
+
+
+def _shared_with_last(sequences: Sequence[Tokens], order: Sequence[int]) -> list[int]:
+    """How many tokens each of `order` has in common with the one before it."""
+    return [0, *(common_length(sequences[a], sequences[b]) for a, b in pairwise(order))]
+
+
+def _new_tokens(sequences: Sequence[Tokens], order: Sequence[int]) -> list[int]:
+    """How many tokens each adds to a row of them all."""
+    shared = _shared_with_last(sequences, order)
+    return [len(sequences[index]) - own for index, own in zip(order, shared, strict=True)]
+
+
+def _rows(lengths: Sequence[int], shared: Sequence[int], max_tokens: int) -> Iterator[slice]:
+    """Which consecutive sequences go into one row.
+
+    What a row has in common with the one before is computed again: a row ends, once it is nearly full, where least is.
+    """
+    start = 0
+    while start < len(lengths):
+        end, size, ends = start + 1, lengths[start], []
+        while end < len(lengths) and size + lengths[end] - shared[end] <= max_tokens:
+            if size >= _NEARLY_FULL * max_tokens:
+                ends.append(end)
+            size += lengths[end] - shared[end]
+            end += 1
+        if end < len(lengths):
+            end = min((end, *reversed(ends)), key=shared.__getitem__)  # of equals the last
+        yield slice(start, end)
+        start = end
+
+
+def _row(sequences: Sequence[Tokens], order: Sequence[int], shared: Sequence[int]) -> Packed:
+    row, path = Packed(), list[int]()
+    for index, kept in zip(order, shared, strict=True):
+        path = path[: kept if row.tokens else 0]
+        for depth in range(len(path), len(sequences[index])):
             row.parent.append(path[-1] if path else -1)
             row.depth.append(depth)
             path.append(len(row.tokens))
-            row.tokens.append(sequence[depth])
+            row.tokens.append(sequences[index][depth])
         row.paths[index] = list(path)
-        previous = sequence
-    if row.paths:
-        rows.append(row)
-    return rows
+    return row

@@ -63,7 +63,7 @@ class Runner:
         found = []
         for start, piece in row.pieces(most):
             inside = [place - start for place in places if start <= place < start + len(piece.tokens)]
-            with attention.packed_row(attention.PackedRow(length + start, tuple(piece.chunks(_QUERIES_AT_ONCE)))):
+            with attention.packed_row(attention.PackedRow(length + start, piece.chunks(_QUERIES_AT_ONCE))):
                 columns = torch.tensor(inside, dtype=torch.long, device=self.device)
                 found.append(self.at(self._inputs(piece, cache, length + start), torch.zeros_like(columns), columns))
         return torch.cat(found)

@@ -12,7 +12,7 @@ from kick.errors import KickError
 from kick.lm import attention, find_lm, generate, loglikelihoods, memory, rolling_loglikelihoods
 from kick.lm.fast import FastLM
 from kick.lm.generation import batches_within, sample
-from kick.lm.packing import PREFIX_STEP, Packed, clusters, pack, shared_prefix
+from kick.lm.packing import PREFIX_STEP, Packed, clusters, pack, pack_evenly, shared_prefix
 from kick.lm.runner import Runner
 
 
@@ -81,8 +81,28 @@ def test_shared_prefixes_are_cut_to_whole_steps():
 def test_clusters_share_what_is_not_scored():
     head = list(range(PREFIX_STEP))
     sequences = [[*head, 1], [500], [*head, 2], [501]]
-    assert clusters(sequences, unscored=[PREFIX_STEP, 0, PREFIX_STEP, 0]) == [(PREFIX_STEP, [0, 2]), (0, [1, 3])]
-    assert clusters(sequences, unscored=[PREFIX_STEP, 0, 5, 0]) == [(0, [0, 2, 1, 3])]  # one scores inside it
+    fits = PREFIX_STEP + 1
+    assert clusters(sequences, [PREFIX_STEP, 0, PREFIX_STEP, 0], fits) == [(PREFIX_STEP, [0, 2]), (0, [1, 3])]
+    assert clusters(sequences, [PREFIX_STEP, 0, 5, 0], fits) == [(0, [0, 2, 1, 3])]  # one scores inside it
+    assert clusters(sequences, [PREFIX_STEP, 0, PREFIX_STEP, 0], fits + 1) == [(0, [0, 2, 1, 3])]  # a row holds them
+
+
+def test_a_row_ends_where_the_next_shares_least():
+    sequences = [[1, 2, 3, 4], [1, 2, 3, 5], [6, 7, 8, 9], [6, 7, 8, 1], [6, 7, 8, 2]]
+    assert [list(row.paths) for row in pack(sequences, range(5), max_tokens=6)] == [[0, 1], [2, 3, 4]]
+    early = pack(sequences, range(5), max_tokens=9)
+    assert [list(row.paths) for row in early] == [[0, 1, 2], [3, 4]]  # 6 7 8 twice: five of nine is not nearly full
+    long = [[*range(10), 1], [*range(10), 2], [*range(20, 23)], [*range(20, 23), 1]]
+    assert [list(row.paths) for row in pack(long, range(4), max_tokens=15)] == [[0, 1], [2, 3]]
+
+
+def test_rows_side_by_side_are_even():
+    sequences = [[number] * 10 for number in range(21)]
+    sizes = [len(row.tokens) for row in pack_evenly(sequences, range(21), max_tokens=100, lanes=2)]
+    assert sizes == [60, 60, 60, 30]
+    assert len(pack_evenly(sequences[:4], range(4), max_tokens=100, lanes=2)) == 1  # little work
+    assert [len(row.tokens) for row in pack_evenly(sequences[:8], range(8), max_tokens=100, lanes=2)] == [40, 40]
+    assert [len(row.tokens) for row in pack_evenly(sequences, range(21), max_tokens=100, lanes=1)] == [70, 70, 70]
 
 
 # Scores
@@ -496,9 +516,9 @@ def test_attention_in_parts_is_attention(dtype, prefix, size):
     weights = (query @ key.mT * 0.1).masked_fill(~seen, -torch.inf).softmax(dim=-1)
     expected = (weights @ value).transpose(1, 2)
     module = type("Module", (), {"num_key_value_groups": 3, "is_causal": True, "layer_idx": 0, "training": False})()
-    with attention.packed_row(attention.PackedRow(prefix, tuple(row.chunks(size)))):
+    with attention.packed_row(attention.PackedRow(prefix, row.chunks(size))):
         own, _ = attention.attention(module, *rounded, mask(dtype), scaling=0.1)
-    assert attention._row is None
+    assert attention._calls.row is None
     assert (own.dtype, own.shape) == (dtype, expected.shape)
     difference = (own.double() - expected).abs().max()
     if dtype == torch.bfloat16:
@@ -510,14 +530,15 @@ def test_attention_in_parts_is_attention(dtype, prefix, size):
 
 def test_chunks_of_a_row_hold_all_that_their_tokens_see():
     (row,) = pack([[1, 2, 3], [1, 2, 4, 5], [6, 7], [6, 8], [9]], range(5), 100)  # 1 2 3 4 5 | 6 7 8 | 9
-    assert list(row.chunks(4)) == [(0, 4, 0), (4, 8, 0), (8, 9, 8)]
-    assert list(row.chunks(3)) == [(0, 3, 0), (3, 6, 0), (6, 9, 5)]
+    assert list(row.chunks(4)) == [(0, 3, []), (3, 7, [0, 1]), (7, 9, [5])]
+    assert list(row.chunks(6)) == [(0, 5, []), (5, 9, [])]
     for size in range(1, 10):
-        for start, end, first in row.chunks(size):
-            seen = row.attends(0)[start:end]
-            assert not seen[:, :first].any()
-            assert not seen[:, end:].any()
-            assert seen[:, first].any()
+        chunks = list(row.chunks(size))
+        assert [place for start, end, _ in chunks for place in range(start, end)] == list(range(9))
+        for start, end, before in chunks:
+            assert end - start <= size
+            seen = row.attends(0)[start:end].any(axis=0).nonzero()[0].tolist()
+            assert seen == [*before, *range(start, end)]
 
 
 def test_bfloat16_on_a_cpu_says_so_in_the_record_and_scores_nearly_alike(tokenizer):
