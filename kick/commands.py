@@ -20,6 +20,7 @@ from kick.files import check_writable, safe_name, to_json
 from kick.judge.spec import JudgeSpec
 from kick.lm import LMS
 from kick.lm.spec import LMSpec
+from kick.meter import slow_precision
 from kick.progress import Silent, duration, progress
 from kick.settings import Setting, parse_setting
 from kick.sweep.executors.spec import ExecutorSpec
@@ -88,6 +89,8 @@ def _run(config: SweepConfig, out: Path, options: Namespace, as_is: bool = False
     plan = make_plan(config, as_is)
     if getattr(options, "dry_run", False):
         return _print(options, *describe(plan, out, options.fresh))
+    if slow := slow_precision(plan.device, plan.dtype):
+        print(f"kick: {slow}", file=sys.stderr)
     watching = progress()
     with Store.open(out, plan, fresh=options.fresh) as store:
         try:

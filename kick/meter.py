@@ -101,6 +101,16 @@ def product_speed(device: str, dtype: str) -> float:
     return rounds * 2 * 512 * 1024 * 1024 / (time.perf_counter() - start)
 
 
+def slow_precision(device: str, dtype: str) -> str | None:
+    """In words, if products in half precision are slower here than in float32: CPUs without units for it; else None."""
+    if not device.startswith("cpu") or dtype == "float32":
+        return None
+    ratio = product_speed(device, "float32") / product_speed(device, dtype)
+    return (
+        f"products in {dtype} are {ratio:.0f} times slower than in float32 here: dtype: float32" if ratio > 2 else None
+    )
+
+
 def _processor() -> str:
     info = Path("/proc/cpuinfo")
     if info.exists():

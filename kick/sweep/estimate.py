@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from kick.compressor import Cost
-from kick.meter import product_speed
+from kick.meter import product_speed, slow_precision
 from kick.progress import duration
 from kick.sweep.costs import training_costs, worker_bytes
 from kick.sweep.plan import Plan
@@ -59,6 +59,8 @@ def describe(plan: Plan, out: Path, fresh: bool = False) -> tuple[str, dict[str,
         f"about {duration(seconds)}, {document['estimated_disk_bytes'] / 1e9:.1f} GB of disk and "
         f"{memory / 1e9:.1f} GB of memory at the peak",
     ]
+    if slow := slow_precision(plan.device, plan.dtype):
+        lines.append(slow)
     for name, cost in training.items():
         lines.append(
             f"{name} trains on {cost['tokens']:,} tokens: about {duration(cost['seconds_here'])} here, "

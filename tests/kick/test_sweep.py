@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from kick import cli
+from kick import cli, meter
 from kick.config import load
 from kick.progress import Silent
 from kick.report import write_report
@@ -368,6 +368,18 @@ def test_dry_run_writes_nothing(config, tmp_path, capsys):
     # two checkpoints at a time, of 600 x 32 embeddings, 2 x 9,216 in the blocks and five norms of 32, in 4 bytes each
     assert document["estimated_disk_bytes"] == 2 * 37_792 * 4 + 3 * 48 * 3000
     assert not (tmp_path / "run").exists()
+
+
+def test_half_precision_on_a_cpu_without_units_for_it_is_warned_of(config, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(meter, "product_speed", lambda device, dtype: {"float32": 6e10, "bfloat16": 2e10}[dtype])
+    dry = ["sweep", str(config), "--out", str(tmp_path / "run"), "--dry-run", "--set"]
+    assert cli.main([*dry, "dtype=bfloat16"]) == 0
+    assert "products in bfloat16 are 3 times slower than in float32 here" in capsys.readouterr().out
+    assert cli.main([*dry, "dtype=float32"]) == 0
+    assert "slower" not in capsys.readouterr().out
+    assert meter.slow_precision("cuda", "bfloat16") is None
+    monkeypatch.setattr(meter, "product_speed", lambda device, dtype: 6e10)
+    assert meter.slow_precision("cpu", "bfloat16") is None
 
 
 def test_dry_run_knows_what_is_there(finished, config, capsys):
