@@ -81,6 +81,15 @@ def arms(data: str, steps: int) -> dict[str, dict[str, dict[str, Any]]]:
                 "then": ({**ast, "params": {**trained, "masks": "fixed", "distillation": 0.0, "decay": "none"}},),
             },
             "fixed masks, distilled": {**ast, "params": {**trained, "masks": "fixed", "decay": "none"}},
+            **{
+                f"naive but {change}": {**ast, "params": {**trained, **other}}
+                for change, other in {
+                    "cross-entropy": {"distillation": 0.0},
+                    "static SR-STE": {"decay": "constant"},
+                    "iterative magnitude": {"masks": "iterative", "decay": "none"},
+                    "gradual magnitude": {"masks": "gradual", "decay": "none"},
+                }.items()
+            },
             "naive": {**ast, "params": trained},
             "boosted": {**ast, "params": {**trained, "slorb": 16}},
         },

@@ -40,21 +40,32 @@ def sweep(options: Namespace) -> int:
         config = config.model_copy(update={"executor": configs.parse_part(ExecutorSpec, changed, "--executor")})
     out = options.out or Path("runs") / options.config.stem
     if isinstance(config.model, str):
-        return _run(config, out, options)
+        return _run_one(config, out, options)
     return _run_models(config, out, options)
 
 
 def _run_models(config: SweepConfig, out: Path, options: Namespace) -> int:
     """A run of its own for each model, in a folder of its name, and a leaderboard of all."""
-    codes = []
+    codes, documents = [], {}
     for name in config.models:
-        codes.append(_run(config.model_copy(update={"model": name}), out / safe_name(name), options))
+        code, text, documents[name] = _run(config.model_copy(update={"model": name}), out / safe_name(name), options)
+        codes.append(code)
+        if not options.json:  # as each ends
+            _print_text(text)
     if not options.dry_run:
         from kick.report.leaderboard import write_leaderboard
 
         write_leaderboard([out / safe_name(name) for name in config.models], out)
         print(f"All models: {out / 'index.html'}", file=sys.stderr)
+    if options.json:
+        _print_text(to_json({"models": documents}))
     return max(codes)
+
+
+def _run_one(config: SweepConfig, out: Path, options: Namespace, as_is: bool = False) -> int:
+    code, text, document = _run(config, out, options, as_is)
+    _print(options, text, document)
+    return code
 
 
 def evaluate(options: Namespace) -> int:
@@ -77,10 +88,11 @@ def evaluate(options: Namespace) -> int:
         device=options.device,
         executor=ExecutorSpec(name="inline"),  # one model: nothing to share out
     )
-    return _run(config, options.out, options, as_is=True)
+    return _run_one(config, options.out, options, as_is=True)
 
 
-def _run(config: SweepConfig, out: Path, options: Namespace, as_is: bool = False) -> int:
+def _run(config: SweepConfig, out: Path, options: Namespace, as_is: bool = False) -> tuple[int, str, dict[str, Any]]:
+    """(exit code, what to say, the same as a document)."""
     from kick.sweep.estimate import describe
     from kick.sweep.plan import make_plan
     from kick.sweep.run import run
@@ -88,7 +100,7 @@ def _run(config: SweepConfig, out: Path, options: Namespace, as_is: bool = False
 
     plan = make_plan(config, as_is)
     if getattr(options, "dry_run", False):
-        return _print(options, *describe(plan, out, options.fresh))
+        return 0, *describe(plan, out, options.fresh)
     if slow := slow_precision(plan.device, plan.dtype):
         print(f"kick: {slow}", file=sys.stderr)
     watching = progress()
@@ -127,8 +139,7 @@ def _run(config: SweepConfig, out: Path, options: Namespace, as_is: bool = False
         text += f"\n{unjudged} questions have no answer of the judge; the same command asks them again."
     if judge_error:
         text += f"\nThe judge could not grade: {judge_error}"
-    _print(options, text, document)
-    return 1 if summary.failed or unjudged or judge_error else 0
+    return (1 if summary.failed or unjudged or judge_error else 0), text, document
 
 
 def compress(options: Namespace) -> int:
@@ -349,9 +360,12 @@ def inspect_checkpoint(options: Namespace) -> int:
 
 
 def _print(options: Namespace, text: str, document: Any) -> int:
-    shown = to_json(document) if options.json else text
-    print(shown.encode("utf-8", "replace").decode("utf-8"))  # answers of models may hold half characters
+    _print_text(to_json(document) if options.json else text)
     return 0
+
+
+def _print_text(text: str) -> None:
+    print(text.encode("utf-8", "replace").decode("utf-8"))  # answers of models may hold half characters
 
 
 def _describe_checkpoint(found: checkpoints.Checkpoint) -> str:

@@ -263,12 +263,12 @@ def test_the_constraint_is_the_formula():
         (a * over[name] + b * over[name] ** 2).sum()
         for name, a, b in (("layer", 1, 0.5), ("hidden", 2, 0.25), ("intermediate", 3, 1))
     )
-    assert float(masks.lagrangian(1.0, "counts")) == pytest.approx(float(by_hand), rel=1e-6)
+    assert masks.lagrangian(1.0, "counts").item() == pytest.approx(by_hand.item(), rel=1e-6)
     shares = sum(
         (a * over[name] / size + b * (over[name] / size) ** 2).mean()
         for name, a, b, size in (("layer", 1, 0.5, 2), ("hidden", 2, 0.25, 4), ("intermediate", 3, 1, 6))
     )
-    assert float(masks.lagrangian(1.0, "shares")) == pytest.approx(float(shares), rel=1e-6)
+    assert masks.lagrangian(1.0, "shares").item() == pytest.approx(shares.item(), rel=1e-6)
 
 
 # Domains

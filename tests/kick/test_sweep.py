@@ -430,3 +430,10 @@ def test_several_models_have_a_run_each_and_one_leaderboard(config, tmp_path, ti
     }
     page = (tmp_path / "runs" / "index.html").read_text(encoding="utf-8")
     assert "Small and dense, or large and sparse" in page
+    capsys.readouterr()
+    assert cli.main(["sweep", str(config), "--out", str(tmp_path / "runs"), "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)  # one, not one a model
+    assert {model: len(run["leaderboard"]) for model, run in document["models"].items()} == {
+        str(tiny_model): 2,
+        str(twin): 2,
+    }
