@@ -32,18 +32,19 @@ class PackedRow:
     def __init__(self, prefix: int, chunks: Iterable[tuple[int, int, Sequence[int]]]) -> None:
         self.prefix = prefix
         self._chunks = [(start, end, torch.tensor([*before, *range(start, end)])) for start, end, before in chunks]
-        self._parts: list[tuple[int, int, Tensor, Tensor]] = []
+        self._parts: dict[int, list[tuple[int, int, Tensor, Tensor]]] = {}
 
     def parts(self, mask: Tensor, repeated: int) -> list[tuple[int, int, Tensor, Tensor]]:
         """For each chunk: start, end, the row's own keys that it may see [k], a mask [1, 1, repeated x q, k] of these.
 
-        mask [1, 1, row, prefix + row]: of all layers the same, so that parts of the first one serve all.
+        mask [1, 1, row, prefix + row]: of all layers the same, so that parts of one serve all with as many heads a key.
         """
-        if not self._parts:
-            for start, end, keys in self._chunks:
-                own = mask[0, 0, start:end, self.prefix + keys].repeat(repeated, 1)
-                self._parts.append((start, end, keys, own[None, None]))
-        return self._parts
+        if repeated not in self._parts:
+            self._parts[repeated] = [
+                (start, end, keys, mask[:, :, start:end, self.prefix + keys].repeat(1, 1, repeated, 1))
+                for start, end, keys in self._chunks
+            ]
+        return self._parts[repeated]
 
 
 class _Calls(threading.local):
