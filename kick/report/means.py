@@ -52,7 +52,8 @@ def means_and_places(results: Results) -> tuple[Means, dict[str, int]]:
     draws, points = total / len(suites), points / len(suites)
     intervals = [statistics.percentile_interval(own, min(sizes)) for own in draws]
     means = {name: (float(point), own) for name, point, own in zip(names, points, intervals, strict=True)}
-    ranked = [index for index, name in enumerate(names) if name in {result.name for result in results.compressed}]
+    compressed = {result.name for result in results.compressed}
+    ranked = [index for index, name in enumerate(names) if name in compressed]
     return means, _places([names[index] for index in ranked], points[ranked], draws[ranked])
 
 

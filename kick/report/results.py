@@ -37,7 +37,9 @@ class SettingResult:
     dense: dict[str, Any] | None = None  # the dense model's record
     histories: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # of each stretch of training, its steps
 
-    @property
+    # Asked for again and again by tables and figures: each is worked out once.
+
+    @cached_property
     def name(self) -> str:
         return self.setting.name
 
@@ -45,7 +47,7 @@ class SettingResult:
     def sparsity(self) -> float | None:
         return self.record["sparsity"] if self.record else None
 
-    @property
+    @cached_property
     def level(self) -> Any:
         """The level of the first stage, which is what a chain is drawn by."""
         return checkpoints.level_of(self.setting.level)
@@ -61,7 +63,7 @@ class SettingResult:
             return None
         return 1 - self.record["parameters"] / self.dense["parameters"]
 
-    @property
+    @cached_property
     def axis(self) -> Axis:
         """Which figure it belongs to: what its level turns, else what was measured to be less than dense."""
         if isinstance(self.level, Bits):
@@ -87,7 +89,7 @@ class SettingResult:
         """It is no point on a line of levels: a pattern, or a model without a level."""
         return self.level is None or isinstance(self.level, Pattern)
 
-    @property
+    @cached_property
     def family(self) -> str:
         """What is drawn as one line: a compressor's sparsities; its patterns are another."""
         words = variation_in_words(self.setting.variation)

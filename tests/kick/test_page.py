@@ -114,7 +114,7 @@ def test_what_models_say_stays_text(page):
 
 
 def test_figures_show_values_on_hover(page):
-    titles = page.locator("figure svg g > title").all_text_contents()
+    titles = page.locator("figure svg circle > title").all_text_contents()
     assert any(title.startswith("magnitude@0.5: 20.6 % [") for title in titles)  # 20 of 97
 
 

@@ -21,6 +21,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.transforms import BboxBase
 
 from kick.files import safe_name, write_text
 from kick.report.results import Results, SettingResult
@@ -82,60 +83,78 @@ def save(folder: Path, planned: Planned) -> Drawn:
     svg = folder / f"{name}.svg"
     figure.draw_without_rendering()
     box = figure.get_tightbbox().padded(0.1)  # laid out once for all three
+    _keep_places_of_legends(figure)
     figure.savefig(svg, metadata={"Date": None, "Creator": "kick"}, bbox_inches=box)
-    write_text(svg, _with_hints(svg.read_text(encoding="utf-8"), _hints(figure).texts))
-    for artist in _hints(figure).artists:
-        artist.set_visible(False)
+    write_text(svg, _hints(figure).into(svg.read_text(encoding="utf-8"), box))
+    for patch in _hints(figure).unseen:
+        patch.set_visible(False)
     figure.savefig(folder / f"{name}.png", metadata={"Software": "kick"}, bbox_inches=box)
     figure.savefig(folder / f"{name}.pdf", metadata={"Creator": "kick", "CreationDate": None}, bbox_inches=box)
     plt.close(figure)
     return Drawn(name, planned.title, caption, svg)
 
 
+def _keep_places_of_legends(figure: Figure) -> None:
+    """Let a legend stay where the first layout put it: the search for the best place takes longer than the drawing."""
+    for axes in figure.axes:
+        found = axes.get_legend()
+        if found is not None and (within := found.get_bbox_to_anchor()).width:  # not hung on a point
+            box = found.get_window_extent()
+            found.set_loc(((box.x0 - within.x0) / within.width, (box.y0 - within.y0) / within.height))
+
+
 # Values on hover: a browser shows the <title> of what the pointer is over
 
 
 def hint(axes: Axes, x: float, y: float, text: str) -> None:
-    """Let `text` show where the pointer is over (x, y)."""
-    (mark,) = axes.plot([x], [y], marker="o", markersize=11, alpha=0.0, linestyle="none", zorder=10)
-    mark.set_in_layout(False)
-    _hints(axes.figure).add(mark, text)
-    _hints(axes.figure).artists.append(mark)
+    """Let `text` show where the pointer is over (x, y), in the axes' data."""
+    _hints(axes.figure).points.append((axes, x, y, text))
 
 
 def hint_patch(patch: Any, text: str, unseen: bool = False) -> None:
     """Let `text` show where the pointer is over a bar or a cell. unseen: it is there for nothing else."""
-    _hints(patch.figure).add(patch, text)
+    own = _hints(patch.figure)
+    patch.set_gid(f"hint-{len(own.patches)}")
+    own.patches[patch.get_gid()] = text
     if unseen:
         patch.set_in_layout(False)
-        _hints(patch.figure).artists.append(patch)
+        own.unseen.append(patch)
 
 
 @dataclass
 class _Hints:
-    """Texts by the id of what they belong to; artists that are there for nothing else."""
+    """What a figure says on hover."""
 
-    texts: dict[str, str] = field(default_factory=dict)
-    artists: list[Any] = field(default_factory=list)
+    points: list[tuple[Axes, float, float, str]] = field(default_factory=list)
+    patches: dict[str, str] = field(default_factory=dict)  # by the id of the patch
+    unseen: list[Any] = field(default_factory=list)  # patches that are there for nothing else
 
-    def add(self, artist: Any, text: str) -> None:
-        gid = f"hint-{len(self.texts)}"
-        self.texts[gid] = text
-        artist.set_gid(gid)
+    def into(self, svg: str, box: BboxBase) -> str:
+        """The drawing with its texts. box: the part of the figure that it shows, in inches.
+
+        Points get invisible discs that matplotlib never sees: as artists, a thousand of them would take longer than
+        all else that is drawn.
+        """
+        svg = re.sub(r'<g id="(hint-\d+)">', lambda match: match[0] + _title(self.patches[match[1]]), svg)
+        discs = "".join(f"{_disc(*point, box)}\n" for point in self.points)
+        return svg.replace("</svg>", f'<g fill-opacity="0">\n{discs}</g>\n</svg>') if discs else svg
+
+
+def _disc(axes: Axes, x: float, y: float, text: str, box: BboxBase) -> str:
+    """A disc of 11 points around (x, y), in the points of an SVG, whose y runs down."""
+    right, up = axes.transData.transform((x, y)) / axes.figure.dpi
+    across, down = 72 * (right - box.x0), 72 * (box.y1 - up)
+    return f'<circle cx="{across:.1f}" cy="{down:.1f}" r="5.5">{_title(text)}</circle>'
+
+
+def _title(text: str) -> str:
+    return f"<title>{escape(text)}</title>"
 
 
 def _hints(figure: Any) -> _Hints:
     if not hasattr(figure, "hints"):
         figure.hints = _Hints()
     return figure.hints
-
-
-def _with_hints(svg: str, hints: dict[str, str]) -> str:
-    def titled(match: re.Match[str]) -> str:
-        text = hints.get(match[1])
-        return f"{match[0]}<title>{escape(text)}</title>" if text else match[0]
-
-    return re.sub(r'<g id="(hint-\d+)">', titled, svg)
 
 
 # Words
