@@ -1,11 +1,113 @@
-"""What a saved figure holds besides what is drawn: values on hover, and a legend that stays where it was put."""
+"""Figures: which ones a run has, what they name, values on hover, and legends that stay where they were put."""
 
+import json
 import re
+import shutil
+import xml.etree.ElementTree
 
 import pytest
 from matplotlib import pyplot as plt
+from written_run import SETTINGS, write_run
 
+from kick import cli
+from kick.files import safe_name
+from kick.report import read_results, write_report
 from kick.report.figures.style import Planned, hint, hint_patch, in_style, legend, save
+
+
+def test_figures_are_drawn_with_their_axes_named(run):
+    for name in ("factoid_qa-against-sparsity", "perplexity-against-sparsity", "size-against-retained"):
+        assert (run / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        text = (run / "figures" / f"{name}.svg").read_text(encoding="utf-8")
+        xml.etree.ElementTree.fromstring(text)
+        assert {"95 % of dense", "magnitude", "wanda"} <= set(_texts(text))
+    text = (run / "figures" / "factoid_qa-against-sparsity.svg").read_text(encoding="utf-8")
+    assert {"sparsity of the pruned layers, measured (%)", "contains (%)", "dense", "2:4"} <= set(_texts(text))
+
+
+def _texts(svg):
+    return [element.text for element in xml.etree.ElementTree.fromstring(svg).iter() if element.text]
+
+
+def test_a_label_may_hold_anything(tmp_path):
+    root = write_run(tmp_path / "run", [("dense", 0.0), ("magnitude@0.2", 0.2)], ["factoid_qa"])
+    document = json.loads((root / "run.json").read_text())
+    document["settings"][1]["label"] = "costs $5 _{ and $"
+    shutil.move(root / "evaluations" / "magnitude@0.2", root / "evaluations" / safe_name("costs $5 _{ and $"))
+    (root / "run.json").write_text(json.dumps(document))
+    write_report(root)
+    assert "costs $5 _{ and $" in (root / "figures" / "factoid_qa-flips.svg").read_text(encoding="utf-8")
+
+
+def test_figures_are_listed_and_chosen(run, tmp_path, capsys):
+    assert cli.main(["report", str(run), "--figures"]) == 0
+    names = capsys.readouterr().out.split()
+    assert names == [
+        "perplexity-against-capability", "size-against-retained", "factoid_qa-against-sparsity",
+        "perplexity-against-sparsity", "factoid_qa-flips",
+    ]  # fmt: skip
+    assert cli.main(["report", str(run), "--out", str(tmp_path), "--figures", "size-*,factoid_qa-flips"]) == 0
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {
+        f"{name}.{kind}" for name in ("size-against-retained", "factoid_qa-flips") for kind in ("svg", "png", "pdf")
+    }
+    assert cli.main(["report", str(run), "--out", str(tmp_path), "--figures", "nothing"]) == 2
+    assert "This run has: perplexity-against-capability" in capsys.readouterr().err
+
+
+def test_what_no_other_model_beats_in_size_and_score():
+    from kick.report.figures.retained import front
+
+    assert front([(3, 9), (1, 5), (2, 4), (3, 7), (4, 9)]) == [(1, 5), (3, 9)]
+
+
+def test_a_varied_parameter_has_a_figure_of_its_own(tmp_path):
+    root = write_run(tmp_path / "run", [("dense", 0.0), ("magnitude@0.2", 0.2), ("magnitude@0.5", 0.5)], ["factoid_qa"])
+    document = json.loads((root / "run.json").read_text())
+    for samples, row in zip((8, 64), document["settings"][1:], strict=True):
+        label = f"wanda@0.5 samples={samples}"
+        row |= {"compressor": "wanda", "level": "0.5", "label": label, "variation": {"calibration.samples": samples}}
+        shutil.move(root / "evaluations" / row["name"], root / "evaluations" / label)
+    (root / "run.json").write_text(json.dumps(document))
+    write_report(root)
+    svg = (root / "figures" / "factoid_qa-over-samples.svg").read_text(encoding="utf-8")
+    assert "samples of calibration" in svg
+    assert "wanda@0.5" in svg
+    assert "wanda@0.5 samples=64: 0.2062 [" in svg  # 20 of 97, on hover
+    assert not (root / "figures" / "factoid_qa-against-sparsity.svg").exists()  # two points at one level are no curve
+
+
+def test_suites_that_differ_in_one_parameter_are_drawn_together(tmp_path):
+    root = write_run(tmp_path / "run", SETTINGS[:3], ["factoid_qa", "facts"])
+    document = json.loads((root / "run.json").read_text())
+    document["config"]["suites"][1] |= {"suite": "factoid_qa", "label": "facts"}
+    for name, shots in (("factoid_qa", 0), ("facts", 5)):
+        document["suites"][name] |= {"suite": "factoid_qa", "params": {"shots": shots, "max_new_tokens": 8}}
+    (root / "run.json").write_text(json.dumps(document))
+    write_report(root)
+    svg = (root / "figures" / "factoid_qa-by-shots.svg").read_text(encoding="utf-8")
+    assert "magnitude@0.5" in svg
+
+
+def test_of_two_varied_parameters_each_figure_says_what_is_fixed(tmp_path):
+    names = ["factoid_qa", "b", "c", "d"]
+    root = write_run(tmp_path / "run", SETTINGS[:2], names)
+    document = json.loads((root / "run.json").read_text())
+    for name, spec, shots, tokens in zip(
+        names, document["config"]["suites"], (0, 0, 5, 5), (8, 16, 8, 16), strict=True
+    ):
+        spec |= {"suite": "factoid_qa", "label": name}
+        params = {"shots": shots, "max_new_tokens": tokens}
+        document["suites"][name] |= {"suite": "factoid_qa", "params": params}
+    (root / "run.json").write_text(json.dumps(document))
+    from kick.report.figures import planned
+
+    assert [figure.name for figure in planned(read_results(root)) if "-by-" in figure.name] == [
+        "factoid_qa-by-max_new_tokens-with-shots=0", "factoid_qa-by-max_new_tokens-with-shots=5",
+        "factoid_qa-by-shots-with-max_new_tokens=8", "factoid_qa-by-shots-with-max_new_tokens=16",
+    ]  # fmt: skip
+
+
+# One figure
 
 POINTS = [(0.0, 3.0), (10.0, 40.0), (70.0, 900.0)]
 

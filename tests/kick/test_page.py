@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from test_report import HOSTILE, SETTINGS, write_run
+from written_run import HOSTILE, SETTINGS, write_run
 
 from kick.report import write_report
 

@@ -6,109 +6,15 @@ import json
 import re
 import shutil
 import sys
-import xml.etree.ElementTree
 
-import numpy as np
 import pytest
+from written_run import SETTINGS, write_run
 
-from kick import cli, compare
+from kick import cli
 from kick.errors import RunError
-from kick.files import safe_name, sha256_of
 from kick.report import read_results, tables, write_report
 from kick.report.results import SettingResult
 from kick.settings import Setting
-from kick.suite import Metric, Sample, Score
-
-HOSTILE = [
-    "<script>alert(1)</script>",
-    "<img src=x onerror=alert(1)>",
-    "</td></table><h1>mine</h1>",
-    "\u202eright to left\u202c",
-    "broken \udcff surrogate",
-    "x" * 100_000,
-    "{{ 7 * 7 }} {% raw %}",
-    "]]> &amp; &lt;",
-]
-
-# right answers of 100 questions: dense 60; small loses 1 and wins 1; large loses 40
-DENSE = [1] * 60 + [0] * 40
-SMALL = [0] + [1] * 59 + [1] + [0] * 39
-LARGE = [1] * 20 + [0] * 80
-
-
-def write_run(root, settings, suites, failing=()):
-    root.mkdir()
-    unset = {"label": "", "params": {}, "data": None, "limit": None, "limit_per_group": None, "seed": 0}
-    specs = [{"suite": suite, **unset} for suite in suites]
-    rows = []
-    for name, sparsity in settings:
-        compressor, _, level = name.partition("@")
-        row = {"compressor": compressor, "level": level, "params": {}, "seed": 0, "label": ""}
-        rows.append({**row, "name": name})
-        folder = root / "evaluations" / name
-        folder.mkdir(parents=True)
-        layer = {
-            "shape": [10, 10],
-            "weights": 100,
-            "zeros": round(100 * sparsity),
-            "sparsity": sparsity,
-            "weight_error": 0.1,
-            "bits_per_weight": 32,
-        }
-        record = {"setting": row, "sparsity": sparsity, "bits_per_weight": 32, "bytes": 4_000_000, "dtype": "float32",
-                  "parameters": 1_000_000, "layers": {"a": layer}, "stages": [],
-                  "warnings": ["a dead column"] if sparsity == 0.2 else []}  # fmt: skip
-        (folder / "kick.json").write_text(json.dumps(record))
-    run = {
-        "format": 1, "started": "2026-01-01T00:00:00+00:00",
-        "model": {"name": "<b>model</b>", "kind": "directory", "note": "", "fingerprint": "f" * 64},
-        "dtype": "float32", "device": "cpu", "settings": rows, "hardware": {"cores": 2},
-        "versions": {"torch": "2"},
-        "suites": {s: {"source": "x", "params": {}, "questions": 100, "data": "d"} for s in suites},
-        "config": {"suites": specs, "lm": {"name": "fast"}, "calibration": {"source": "embedded"}},
-    }  # fmt: skip
-    (root / "run.json").write_text(json.dumps(run))
-    for (name, _), suite in [(setting, suite) for setting in settings for suite in suites]:
-        folder = root / "evaluations" / name / suite
-        folder.mkdir()
-        if (name, suite) in failing:
-            (folder / "scores.json").write_text(
-                json.dumps({"key": "k", "status": "failed", "reason": "it <i>broke</i>"})
-            )
-            continue
-        with open(folder / "samples.jsonl", "w", encoding="utf-8", errors="backslashreplace") as file:
-            for sample in samples(name, suite):
-                file.write(json.dumps(sample.to_json(), ensure_ascii=False) + "\n")
-        scored = {"key": "k", "status": "complete", "samples_sha256": sha256_of(folder / "samples.jsonl")}
-        (folder / "scores.json").write_text(json.dumps(scored))
-    return root
-
-
-def samples(setting, suite):
-    right = {"dense": DENSE, "magnitude@0.2": SMALL, "wanda@0.1": DENSE}.get(setting, LARGE)
-    for index, correct in enumerate(right):
-        hostile = HOSTILE[0] + HOSTILE[6] + HOSTILE[index % len(HOSTILE)]
-        if suite == "perplexity":
-            worse = 1.0 if setting == "dense" else 1.3
-            nll = (2.0 + 0.01 * index) * worse
-            yield Sample(
-                f"w{index}", "t", hostile, scores={"nll": nll, "tokens": 1.0, "bits": nll / 0.693, "bytes": 4.0}
-            )
-        else:
-            scores = {"contains": float(correct), "exact_match": float(correct), "f1": float(correct)}
-            yield Sample(
-                f"q{index:03d}", "topic", f"{hostile} Why?", output=hostile, scores=scores, truncated=index >= 97
-            )
-
-
-SETTINGS = [("dense", 0.0), ("magnitude@0.2", 0.2), ("magnitude@0.5", 0.5), ("wanda@0.1", 0.1), ("wanda@2:4", 0.5)]
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    root = write_run(tmp_path_factory.mktemp("report") / "run", SETTINGS, ["factoid_qa", "perplexity"])
-    write_report(root)
-    return root
 
 
 def rows(run):
@@ -146,20 +52,6 @@ def test_the_leaderboard_is_ordered_by_what_was_retained(run):
 
 def test_perplexity_enters_no_mean(run):
     assert read_results(run).task_suites == ["factoid_qa"]
-
-
-def test_figures_are_drawn_with_their_axes_named(run):
-    for name in ("factoid_qa-against-sparsity", "perplexity-against-sparsity", "size-against-retained"):
-        assert (run / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-        text = (run / "figures" / f"{name}.svg").read_text(encoding="utf-8")
-        xml.etree.ElementTree.fromstring(text)
-        assert {"95 % of dense", "magnitude", "wanda"} <= set(_texts(text))
-    text = (run / "figures" / "factoid_qa-against-sparsity.svg").read_text(encoding="utf-8")
-    assert {"sparsity of the pruned layers, measured (%)", "contains (%)", "dense", "2:4"} <= set(_texts(text))
-
-
-def _texts(svg):
-    return [element.text for element in xml.etree.ElementTree.fromstring(svg).iter() if element.text]
 
 
 class Page(html.parser.HTMLParser):
@@ -222,9 +114,7 @@ def test_a_failed_evaluation_is_shown_and_left_out(tmp_path):
 
 
 def test_without_a_signal_there_is_no_verdict_and_no_mean(tmp_path, monkeypatch):
-    import test_report
-
-    monkeypatch.setattr(test_report, "DENSE", [0] * 100)
+    monkeypatch.setattr("written_run.DENSE", [0] * 100)
     run = write_run(tmp_path / "run", SETTINGS, ["factoid_qa"])
     results = write_report(run)
     assert rows(run)["wanda@2:4", "factoid_qa", "contains", "overall"]["verdict"] == "no signal"
@@ -255,7 +145,6 @@ def test_a_suite_may_score_by_choices(tmp_path, monkeypatch):
 
 
 def test_edited_samples_are_not_scored(run, tmp_path):
-    import shutil
 
     shutil.copytree(run, tmp_path / "run")
     path = tmp_path / "run" / "evaluations" / "dense" / "factoid_qa" / "samples.jsonl"
@@ -271,8 +160,6 @@ def test_suites_with_the_same_questions_are_resampled_together(tmp_path):
     document["config"]["suites"].append({**document["config"]["suites"][0], "label": "again"})
     (root / "run.json").write_text(json.dumps(document))
     for folder in (root / "evaluations").iterdir():
-        import shutil
-
         shutil.copytree(folder / "factoid_qa", folder / "again")
     assert read_results(root).mean_retained("magnitude@0.5") == alone
 
@@ -313,11 +200,11 @@ def test_a_setting_is_drawn_where_it_is_smaller_than_dense(level, measured, axis
 
 def test_a_head_that_is_counted_makes_no_other_shape():
     """A quantised head stands in the record beside the blocks' linears; dense does not count it."""
-    result = setting_result("", bits=4.5)
-    result.record["layers"]["lm_head"] = {"weights": 500}
-    assert result.axis == "bits"
-    result.record["layers"]["another.block"] = {"weights": 100}
-    assert result.axis == "size"
+    head, block = (setting_result("", bits=4.5) for _ in range(2))
+    head.record["layers"]["lm_head"] = {"weights": 500}
+    assert head.axis == "bits"
+    block.record["layers"] |= {"lm_head": {"weights": 500}, "another.block": {"weights": 100}}
+    assert block.axis == "size"
 
 
 def test_what_perplexity_does_not_see(tmp_path):
@@ -413,180 +300,6 @@ def test_what_cannot_be_compared_is_refused(tmp_path, capsys, change, says):
     assert cli.main(["leaderboard", str(first), str(second), "--out", str(tmp_path / "site")]) == 2
     assert says in capsys.readouterr().err
     assert not (tmp_path / "site").exists()
-
-
-# Means and places
-
-
-def scores_of(*columns):
-    """Scores of one suite, right or wrong by question."""
-    metric = Metric("accuracy", value="correct")
-    ids = tuple(f"q{n:03d}" for n in range(len(columns[0])))
-    return [Score(metric, "overall", ids, np.array(c, dtype=float), np.ones(len(ids))) for c in columns]
-
-
-def test_draws_of_all_settings_have_the_interval_of_each_by_itself():
-    from kick.report.means import retained_draws
-
-    rng = np.random.default_rng(1)
-    dense, *others = scores_of(*(rng.random((4, 200)) < [[0.7], [0.6], [0.65], [0.2]]))
-    draws = retained_draws(dense, others)
-    for own, other in zip(draws, others, strict=True):
-        alone = compare.resampled_retained(dense, other)
-        for quantile in (0.025, 0.5, 0.975):
-            assert np.quantile(own, quantile) == pytest.approx(np.quantile(alone, quantile), abs=0.015)
-
-
-def test_draws_by_hand():
-    """Weights of three questions; the second model has no answer to the last."""
-    from kick.report.means import _shares
-
-    before = np.array([[[1.0, 1], [0, 1], [1, 1]], [[1, 1], [0, 1], [0, 0]]])
-    after = np.array([[[1.0, 1], [1, 1], [0, 1]], [[0, 1], [0, 1], [0, 0]]])
-    weights = np.array([[1.0, 1, 1], [2, 0, 1]])
-    found = _shares(Metric("accuracy", value="correct"), weights, before, after)
-    # (1 + 1 + 0) / 3 over (1 + 0 + 1) / 3, then (2 + 0) / 3 over (2 + 1) / 3; the second lost all it had
-    assert found == pytest.approx(np.array([[1.0, 2 / 3], [0.0, 0.0]]))
-
-
-def test_a_score_with_a_divisor_is_weighted_by_it():
-    from kick.report.means import _shares
-
-    metric = Metric("rating", value="ratings", per="rated")
-    before, after = np.array([[[8.0, 2], [4, 1]]]), np.array([[[4.0, 2], [4, 1]]])
-    found = _shares(metric, np.array([[1.0, 1], [0, 3]]), before, after)
-    assert found == pytest.approx(np.array([[(8 / 3) / (12 / 3), 1.0]]))
-
-
-def test_settings_that_cannot_be_told_apart_share_a_place(run):
-    """magnitude@0.2 and wanda@0.1 keep everything, the other two lose 40 of 60 right answers, in the same questions."""
-    places = read_results(run).places
-    assert places == {"magnitude@0.2": 1, "wanda@0.1": 1, "magnitude@0.5": 3, "wanda@2:4": 3}
-    page = (run / "leaderboard.md").read_text()
-    assert "| 3 | magnitude@0.5 |" in page
-
-
-def test_places_are_paired():
-    """b is better than a on five questions and worse on none: intervals overlap widely, the difference does not."""
-    from kick.report.means import _places, retained_draws
-
-    base = [1.0] * 100 + [0.0] * 100
-    worse, better = [1.0] * 60 + [0.0] * 140, [1.0] * 72 + [0.0] * 128
-    dense, a, b = scores_of(base, worse, better)
-    draws = retained_draws(dense, [a, b])
-    assert np.quantile(draws[0], 0.975) > np.quantile(draws[1], 0.025)
-    assert _places(["a", "b"], np.array([0.6, 0.72]), draws) == {"a": 2, "b": 1}
-
-
-def test_how_far_seeds_lie_apart(tmp_path):
-    from kick.report.means import seed_spread
-
-    root = write_run(tmp_path / "run", [("dense", 0.0), ("magnitude@0.2", 0.2), ("magnitude@0.5", 0.5)], ["factoid_qa"])
-    document = json.loads((root / "run.json").read_text())
-    for seed, row in enumerate(document["settings"][1:]):
-        row |= {"seed": seed, "label": f"twice@0.3#{seed}"}
-        shutil.move(root / "evaluations" / row["name"], root / "evaluations" / safe_name(row["label"]))
-    (root / "run.json").write_text(json.dumps(document))
-    (row,) = seed_spread(read_results(root))
-    # 60 and 20 right answers of the 97 questions that were whole
-    assert (row["setting"], row["seeds"]) == ("twice@0.3", 2)
-    assert row["mean"] == pytest.approx(40 / 97)
-    assert row["deviation"] == pytest.approx((40 / 97) / 2**0.5)
-    write_report(root)
-    assert "Between seeds" in (root / "report.html").read_text(encoding="utf-8")
-
-
-def test_turns_that_only_one_model_answered_count_for_neither():
-    """Two conversations of two turns; the compressed model's answer to the last turn could not be scored."""
-    from kick.report.means import retained_draws
-
-    metric = Metric("rating", value="ratings", per="rated")
-    ids, clusters = ("a1", "a2", "b1", "b2"), ("a", "a", "b", "b")
-    dense = Score(metric, "overall", ids, np.array([8.0, 8, 4, 8]), np.ones(4), clusters=clusters)
-    other = Score(metric, "overall", ids[:3], np.array([8.0, 8, 4]), np.ones(3), clusters=clusters[:3])
-    draws = retained_draws(dense, [other])
-    assert draws == pytest.approx(np.ones_like(draws))  # on what both answered they are the same
-
-
-# Figures
-
-
-def test_a_label_may_hold_anything(tmp_path):
-    root = write_run(tmp_path / "run", [("dense", 0.0), ("magnitude@0.2", 0.2)], ["factoid_qa"])
-    document = json.loads((root / "run.json").read_text())
-    document["settings"][1]["label"] = "costs $5 _{ and $"
-    shutil.move(root / "evaluations" / "magnitude@0.2", root / "evaluations" / safe_name("costs $5 _{ and $"))
-    (root / "run.json").write_text(json.dumps(document))
-    write_report(root)
-    assert "costs $5 _{ and $" in (root / "figures" / "factoid_qa-flips.svg").read_text(encoding="utf-8")
-
-
-def test_figures_are_listed_and_chosen(run, tmp_path, capsys):
-    assert cli.main(["report", str(run), "--figures"]) == 0
-    names = capsys.readouterr().out.split()
-    assert names == [
-        "perplexity-against-capability", "size-against-retained", "factoid_qa-against-sparsity",
-        "perplexity-against-sparsity", "factoid_qa-flips",
-    ]  # fmt: skip
-    assert cli.main(["report", str(run), "--out", str(tmp_path), "--figures", "size-*,factoid_qa-flips"]) == 0
-    assert {path.name for path in (tmp_path / "figures").iterdir()} == {
-        f"{name}.{kind}" for name in ("size-against-retained", "factoid_qa-flips") for kind in ("svg", "png", "pdf")
-    }
-    assert cli.main(["report", str(run), "--out", str(tmp_path), "--figures", "nothing"]) == 2
-    assert "This run has: perplexity-against-capability" in capsys.readouterr().err
-
-
-def test_what_no_other_model_beats_in_size_and_score():
-    from kick.report.figures.retained import front
-
-    assert front([(3, 9), (1, 5), (2, 4), (3, 7), (4, 9)]) == [(1, 5), (3, 9)]
-
-
-def test_a_varied_parameter_has_a_figure_of_its_own(tmp_path):
-    root = write_run(tmp_path / "run", [("dense", 0.0), ("magnitude@0.2", 0.2), ("magnitude@0.5", 0.5)], ["factoid_qa"])
-    document = json.loads((root / "run.json").read_text())
-    for samples, row in zip((8, 64), document["settings"][1:], strict=True):
-        label = f"wanda@0.5 samples={samples}"
-        row |= {"compressor": "wanda", "level": "0.5", "label": label, "variation": {"calibration.samples": samples}}
-        shutil.move(root / "evaluations" / row["name"], root / "evaluations" / label)
-    (root / "run.json").write_text(json.dumps(document))
-    write_report(root)
-    svg = (root / "figures" / "factoid_qa-over-samples.svg").read_text(encoding="utf-8")
-    assert "samples of calibration" in svg
-    assert "wanda@0.5" in svg
-    assert "wanda@0.5 samples=64: 0.2062 [" in svg  # 20 of 97, on hover
-    assert not (root / "figures" / "factoid_qa-against-sparsity.svg").exists()  # two points at one level are no curve
-
-
-def test_suites_that_differ_in_one_parameter_are_drawn_together(tmp_path):
-    root = write_run(tmp_path / "run", SETTINGS[:3], ["factoid_qa", "facts"])
-    document = json.loads((root / "run.json").read_text())
-    document["config"]["suites"][1] |= {"suite": "factoid_qa", "label": "facts"}
-    for name, shots in (("factoid_qa", 0), ("facts", 5)):
-        document["suites"][name] |= {"suite": "factoid_qa", "params": {"shots": shots, "max_new_tokens": 8}}
-    (root / "run.json").write_text(json.dumps(document))
-    write_report(root)
-    svg = (root / "figures" / "factoid_qa-by-shots.svg").read_text(encoding="utf-8")
-    assert "magnitude@0.5" in svg
-
-
-def test_of_two_varied_parameters_each_figure_says_what_is_fixed(tmp_path):
-    names = ["factoid_qa", "b", "c", "d"]
-    root = write_run(tmp_path / "run", SETTINGS[:2], names)
-    document = json.loads((root / "run.json").read_text())
-    for name, spec, shots, tokens in zip(
-        names, document["config"]["suites"], (0, 0, 5, 5), (8, 16, 8, 16), strict=True
-    ):
-        spec |= {"suite": "factoid_qa", "label": name}
-        params = {"shots": shots, "max_new_tokens": tokens}
-        document["suites"][name] |= {"suite": "factoid_qa", "params": params}
-    (root / "run.json").write_text(json.dumps(document))
-    from kick.report.figures import planned
-
-    assert [figure.name for figure in planned(read_results(root)) if "-by-" in figure.name] == [
-        "factoid_qa-by-max_new_tokens-with-shots=0", "factoid_qa-by-max_new_tokens-with-shots=5",
-        "factoid_qa-by-shots-with-max_new_tokens=8", "factoid_qa-by-shots-with-max_new_tokens=16",
-    ]  # fmt: skip
 
 
 # For other tools
