@@ -10,6 +10,7 @@ left out; the record names it.
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -74,7 +75,7 @@ class LMEval(Suite):
     def _load(self, source: DataSource) -> dict[str, Any]:
         if source.kind == "embedded":
             raise DataError("lm-eval's tasks do not come with kick.", "Set data to hub or to a folder of local files.")
-        manager = _manager(self.params.include_path)
+        manager = _manager_of(self.params.task, self.params.include_path)
         if self.params.task not in manager.all_tasks:
             raise unknown_name(
                 "lm-eval task", self.params.task, _near(self.params.task, manager), "And thousands more."
@@ -289,11 +290,41 @@ def _numbers(name: str, value: Any, kind: Kind | None) -> dict[str, float]:
     return {name: -float(value) if kind == "perplexity" else float(value)}
 
 
+def _manager_of(task: str, include_path: str | None) -> Any:
+    """A manager that knows `task`: for a single task, one of its own folder alone.
+
+    lm-eval reads some fourteen thousand task files, with what each of them includes, before it loads one. A group and
+    a tag can name tasks of any folder, and an unknown name is answered with similar ones: they get the whole index.
+    """
+    for folder in (include_path, _task_folders().get(task)):
+        if folder and task in (own := _manager(folder, include_defaults=False)).all_subtasks:
+            return own
+    return _manager(include_path)
+
+
 @cache
-def _manager(include_path: str | None) -> Any:
+def _manager(include_path: str | None, include_defaults: bool = True) -> Any:
     from lm_eval.tasks import TaskManager
 
-    return TaskManager(include_path=include_path)
+    return TaskManager(include_path=include_path, include_defaults=include_defaults)
+
+
+@cache
+def _task_folders() -> dict[str, str]:
+    """Where the file of each single task that comes with lm-eval lies, by the line that names the task.
+
+    Of two files that name a task, the first in the order of paths counts, as in lm-eval's own index.
+    """
+    import lm_eval.tasks
+
+    found: dict[str, str] = {}
+    for path in sorted(Path(lm_eval.tasks.__file__).parent.glob("**/*.yaml"), key=Path.as_posix):
+        if named := _TASK_LINE.search(path.read_bytes()):
+            found.setdefault(named[1].decode(), str(path.parent))
+    return found
+
+
+_TASK_LINE = re.compile(rb"""^["']?task["']?:[ \t]*["']?([\w.:/+-]+)["']?[ \t]*\r?$""", re.MULTILINE)
 
 
 def _near(name: str, manager: Any) -> list[str]:

@@ -5,7 +5,7 @@ from importlib.resources import files
 
 import pytest
 from conftest import make_tiny_llama
-from kick_tasks.lm_eval_tasks import LMEval, read_local
+from kick_tasks.lm_eval_tasks import LMEval, _manager, _manager_of, read_local
 from test_suites import ScriptedLM
 
 from kick import cli, plugins
@@ -157,6 +157,24 @@ def test_in_a_run_with_the_task_in_the_suites_name(local, tmp_path, tiny_model, 
     assert 0 <= board["lm_eval:arc_easy"] <= 1
     assert board["lm_eval:lambada_openai"] > 1  # a perplexity
     assert cli.main(["report", str(tmp_path / "run")]) == 0  # without loading lm-eval's tasks again
+
+
+@pytest.mark.parametrize("name", ["arc_easy", "mmlu_astronomy", "gsm8k", "boolq", "wikitext"])
+def test_a_single_task_needs_no_index_of_all(name):
+    """From the folder of its file comes what lm-eval's whole index has, in a hundredth of the time."""
+    own, whole = _manager_of(name, None), _manager(None)
+    assert len(own.all_tasks) < 1000 < len(whole.all_tasks)
+    entry, expected = own.task_index[name], whole.task_index[name]
+    assert (entry.yaml_path, entry.kind, entry.cfg) == (expected.yaml_path, expected.kind, expected.cfg)
+
+
+def test_groups_and_tags_and_a_folder_of_ones_own_have_what_they_name(tmp_path):
+    assert _manager_of("mmlu", None) is _manager_of("no such task", None) is _manager(None)
+    (tmp_path / "mine.yaml").write_text("task: arc_easy\ndataset_path: mine\n")
+    own = _manager_of("arc_easy", str(tmp_path))
+    assert own.task_index["arc_easy"].cfg["dataset_path"] == "mine"
+    assert "hellaswag" not in own.all_tasks
+    assert "hellaswag" in _manager_of("hellaswag", str(tmp_path)).all_tasks
 
 
 def test_files_are_found_in_several_layouts(tmp_path):
