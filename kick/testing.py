@@ -33,7 +33,8 @@ _EXAMPLES = {
     Knob.BITS: ("4",),
     Knob.JOINT: ("0.5+4bit", "2:4+4bit"),
 }
-_VOCABULARY = 128
+ARCHITECTURES = ("llama", "gpt2")
+_VOCABULARY = 257  # the bytes, and one token that ends a text
 
 
 class ConformanceError(KickError):
@@ -49,14 +50,18 @@ class Check:
 
 
 def check_compressor(
-    kind: type[Compressor], params: dict[str, Any] | None = None, levels: Sequence[str] | None = None
+    kind: type[Compressor],
+    params: dict[str, Any] | None = None,
+    levels: Sequence[str] | None = None,
+    architectures: Sequence[str] = ARCHITECTURES,
 ) -> None:
     """Run every check on `kind`. Raises ConformanceError listing all that fail.
 
-    levels: those to try, instead of examples for each kind of level; a compressor with target shapes must give some.
+    params: for all checks; what trains gets its text here, and few steps. levels: those to try, instead of examples for
+    each kind of level; a compressor with target shapes must give some. architectures: of the tiny models.
     """
     failed = []
-    for check in compressor_checks(kind, params, levels):
+    for check in compressor_checks(kind, params, levels, architectures):
         try:
             check.run()
         except ConformanceError as error:
@@ -66,7 +71,10 @@ def check_compressor(
 
 
 def compressor_checks(
-    kind: type[Compressor], params: dict[str, Any] | None = None, levels: Sequence[str] | None = None
+    kind: type[Compressor],
+    params: dict[str, Any] | None = None,
+    levels: Sequence[str] | None = None,
+    architectures: Sequence[str] = ARCHITECTURES,
 ) -> list[Check]:
     """The checks that `check_compressor` runs, each to be run alone."""
     if levels is None:
@@ -74,7 +82,7 @@ def compressor_checks(
     if kind.knob & Knob.SHAPE and levels == [""]:
         raise ConformanceError(f"{kind.__name__} takes target shapes.", "Give `levels` to try.")
     asked = [parse_level(text, kind.knob) for text in levels]
-    subject = _Subject(kind, params or {})
+    subject = _Subject(kind, params or {}, tuple(architectures))
     checks = {
         "reaches the level": partial(_reaches, subject, asked),
         "keeps the pattern": partial(_keeps_pattern, subject, asked),
@@ -95,11 +103,15 @@ class _Subject:
 
     kind: type[Compressor]
     params: dict[str, Any]
+    architectures: tuple[str, ...]
 
     def new(self) -> Compressor:
-        return self.kind(self.kind.Params(**self.params), seed=0)
+        compressor = self.kind(self.kind.Params(**self.params), seed=0)
+        compressor.tokenizer = tiny_tokenizer()
+        return compressor
 
-    def compress(self, level: Level | None, architecture: str = "llama") -> tuple[nn.Module, Compressor]:
+    def compress(self, level: Level | None, architecture: str | None = None) -> tuple[nn.Module, Compressor]:
+        architecture = architecture or self.architectures[0]
         compressor = self.new()
         try:
             model = compressor.compress(tiny_model(architecture), level, tiny_calibration())
@@ -111,7 +123,7 @@ class _Subject:
 
     def each(self, levels: Sequence[Level | None]) -> Any:
         for level in levels:
-            for architecture in ("llama", "gpt2"):
+            for architecture in self.architectures:
                 yield level, architecture, *self.compress(level, architecture)
 
 
@@ -136,6 +148,17 @@ def tiny_model(architecture: str = "llama") -> nn.Module:
         return AutoModelForCausalLM.from_config(config).eval()
 
 
+def tiny_tokenizer() -> Any:
+    """A token for each byte, and one that ends a text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {letter: index for index, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    inner = Tokenizer(models.BPE(vocab={**vocabulary, "</s>": len(vocabulary)}, merges=[]))
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>", pad_token="</s>")
+
+
 def tiny_calibration() -> Calibration:
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(2, _VOCABULARY, (8, 24), generator=generator)
@@ -147,8 +170,17 @@ def _linears(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _reaches(subject: _Subject, levels: Sequence[Level | None]) -> None:
-    """Pruned: every linear where it works linear by linear, else all together, to the rounding of a row."""
+    """Pruned: every linear where it works linear by linear, else all together, to the rounding of a row.
+
+    Where parameters are taken away: as many as were announced, and fewer than before.
+    """
     for level, architecture, model, compressor in subject.each(levels):
+        if (expected := compressor.expected_parameters) is not None:
+            before, after = (sum(p.numel() for p in each.parameters()) for each in (tiny_model(architecture), model))
+            if not after == expected < before:
+                counts = f"{before} parameters became {after}, announced were {expected}"
+                raise ConformanceError(f"{architecture} at level {level}: {counts}.")
+            continue
         asked = level.prune if isinstance(level, Joint) else level
         if not isinstance(asked, Sparsity):
             continue
@@ -202,11 +234,15 @@ def _is_finite(subject: _Subject, levels: Sequence[Level | None]) -> None:
 
 
 def _leaves_embeddings(subject: _Subject, level: Level | None) -> None:
-    if subject.kind.knob & Knob.SHAPE:
-        return
-    for architecture in ("llama", "gpt2"):
+    """Unless it trains the model, or takes parameters away."""
+    for architecture in subject.architectures:
         before: Any = tiny_model(architecture)
-        after: Any = subject.compress(level, architecture)[0]
+        if subject.new().cost(level, before) is not None:
+            continue
+        model, compressor = subject.compress(level, architecture)
+        if compressor.expected_parameters is not None:
+            continue
+        after: Any = model
         if not torch.equal(before.get_input_embeddings().weight, after.get_input_embeddings().weight):
             raise ConformanceError(f"{architecture}: the embeddings changed.")
         if not torch.equal(before.get_output_embeddings().weight, after.get_output_embeddings().weight):
@@ -224,7 +260,7 @@ def _keeps_tie(subject: _Subject, level: Level | None) -> None:
 def _round_trip(subject: _Subject, level: Level | None) -> None:
     from transformers import AutoModelForCausalLM
 
-    for architecture in ("llama", "gpt2"):
+    for architecture in subject.architectures:
         model: Any = subject.compress(level, architecture)[0]
         tokens = tiny_calibration().tokens
         with tempfile.TemporaryDirectory() as folder:
@@ -252,7 +288,7 @@ def _refuses(subject: _Subject) -> None:
 
 
 def _expect_level_error(subject: _Subject, level: Level | None, calibration: Calibration | None, what: str) -> None:
-    model = tiny_model()
+    model = tiny_model(subject.architectures[0])
     before = copy.deepcopy(model.state_dict())
     try:
         subject.new().compress(model, level, calibration)

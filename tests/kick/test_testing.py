@@ -4,13 +4,14 @@ from importlib.metadata import entry_points
 
 import pytest
 import torch
+from kick_compressors.llm_pruner.compressor import LLMPruner
 from kick_compressors.magnitude import Magnitude
 from kick_compressors.masks import keep_largest
 
 from kick.compressor import Compressor, Knob
 from kick.errors import LevelError
 from kick.levels import Pattern, Sparsity
-from kick.testing import ConformanceError, check_compressor, compressor_checks
+from kick.testing import ARCHITECTURES, ConformanceError, check_compressor, compressor_checks
 
 BUILT_IN = sorted(entry.name for entry in entry_points(group="kick.compressors") if entry.dist.name == "llm-kick")
 PARAMS = {
@@ -20,14 +21,30 @@ PARAMS = {
     "sparsegpt": {"group_size": 16},
 }
 ELSEWHERE = {"external", "gptqmodel", "llmcompressor"}  # their work is done elsewhere: they have tests of their own
+FEW_STEPS = {"steps": 3, "batch_size": 2, "sequence_length": 32}
+TRAINED = {
+    "ast": ({**FEW_STEPS, "distillation": 0.5}, None, ARCHITECTURES),
+    "tune": ({**FEW_STEPS, "rank": 0}, None, ARCHITECTURES),
+    "sheared": ({"pruning": FEW_STEPS, "continuing": FEW_STEPS}, ["1x16x24x2"], ["llama"]),
+}
 
-TRAINED = {"ast", "llm_pruner", "sheared", "tune"}  # they move embeddings or take parameters away, as they are meant to
 
-
-@pytest.mark.parametrize("name", [name for name in BUILT_IN if name not in ELSEWHERE | TRAINED])
+@pytest.mark.parametrize("name", [name for name in BUILT_IN if name not in ELSEWHERE | TRAINED.keys() | {"llm_pruner"}])
 def test_every_built_in_passes(name):
     (entry,) = entry_points(group="kick.compressors", name=name)
     check_compressor(entry.load(), PARAMS.get(name))
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_what_trains_passes(name, tmp_path):
+    (tmp_path / "text.jsonl").write_text('{"text": "What is learned here is not much, but it is learned."}\n' * 40)
+    params, levels, architectures = TRAINED[name]
+    (entry,) = entry_points(group="kick.compressors", name=name)
+    check_compressor(entry.load(), {**params, "data": str(tmp_path / "text.jsonl")}, levels, architectures)
+
+
+def test_what_takes_parameters_away_passes():
+    check_compressor(LLMPruner, {"uniform": True}, ["0.2"], ["llama"])
 
 
 class WrongLevel(Magnitude):
@@ -115,6 +132,19 @@ def test_each_planted_fault_is_found(kind):
             failing.add(check.name)
     assert FAULTS[kind] in failing
     assert len(failing) <= 2  # the report points at the fault, not everywhere
+
+
+class WrongCount(LLMPruner):
+    def compress(self, *args, **kwargs):
+        model = super().compress(*args, **kwargs)
+        self.expected_parameters += 1
+        return model
+
+
+def test_another_number_of_parameters_than_announced_is_found():
+    with pytest.raises(ConformanceError, match="fails 1 check") as caught:
+        check_compressor(WrongCount, {"uniform": True}, ["0.2"], ["llama"])
+    assert "reaches the level" in str(caught.value)
 
 
 def test_the_error_names_every_failing_check():
