@@ -107,3 +107,15 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     if config.getoption("--hub"):
         os.environ.pop("HF_HUB_OFFLINE", None)
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory):
+    """A run of five settings and two suites, written by hand, with its report. To be read only."""
+    from written_run import SETTINGS, write_run
+
+    from kick.report import write_report
+
+    root = write_run(tmp_path_factory.mktemp("report") / "run", SETTINGS, ["factoid_qa", "perplexity"])
+    write_report(root)
+    return root

@@ -9,6 +9,7 @@ each (the merging step of FlashAttention, arXiv 2205.14135 section 3.1).
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -31,8 +32,13 @@ class PackedRow:
 
     def __init__(self, prefix: int, chunks: Iterable[tuple[int, int, Sequence[int]]]) -> None:
         self.prefix = prefix
-        self._chunks = [(start, end, torch.tensor([*before, *range(start, end)])) for start, end, before in chunks]
+        self._given = chunks
         self._parts: dict[int, list[tuple[int, int, Tensor, Tensor]]] = {}
+
+    @cached_property
+    def _chunks(self) -> list[tuple[int, int, Tensor]]:
+        """(start, end, the row's own keys that its queries may see): made when first asked for, on a GPU never."""
+        return [(start, end, torch.tensor([*before, *range(start, end)])) for start, end, before in self._given]
 
     def parts(self, mask: Tensor, repeated: int) -> list[tuple[int, int, Tensor, Tensor]]:
         """For each chunk: start, end, the row's own keys that it may see [k], a mask [1, 1, repeated x q, k] of these.
@@ -82,6 +88,7 @@ def attention(
         row is None
         or attention_mask is None
         or attention_mask.dtype == torch.bool
+        or attention_mask.shape[1] != 1  # of each head its own
         or query.shape[0] != 1
         or query.shape[2:] != (key.shape[2] - row.prefix, value.shape[3])
         or special

@@ -5,7 +5,8 @@ packed into rows without padding (packing.py). Only the positions that are score
 Generation: in batches whose rows end by themselves (rows.py, generation.py).
 
 What a call computes depends on that call's requests alone (a kept prefix gives the same numbers as a recomputed one),
-so an interrupted evaluation that asks the same batches again gets the same answers.
+and on `row_tokens` and the number of threads, which the record names: an interrupted evaluation that asks the same
+batches again gets the same answers.
 """
 
 import gc
@@ -25,7 +26,7 @@ from kick.errors import KickError
 from kick.lm import attention, memory
 from kick.lm.base import Scored, TokenLM
 from kick.lm.generation import Completion, Decoding, batches_within, choose, row_seeds
-from kick.lm.lanes import lanes, side_by_side
+from kick.lm.lanes import lane_count, side_by_side
 from kick.lm.packing import PREFIX_STEP, Packed, clusters, pack, pack_evenly, shared_prefix
 from kick.lm.rows import NativeRows, RereadRow, RoomyRows
 from kick.lm.runner import Runner, cached_bytes, fork
@@ -58,7 +59,8 @@ class FastLM(TokenLM):
         self._device = model.device
         self.runner: Any = Runner(model)
         self._like = DynamicCache()  # of a few tokens, once it is known that the model fills one
-        self.halved = 0  # rows and batches that did not fit into memory
+        self._bytes_per_token = memory.key_value_bytes(model)  # of its cache
+        self.halved = 0  # how often rows or a batch did not fit into memory
         self._batches = self._keeps_cache = True
         self._shares_in_decoding = False
         self.no_sharing = self._why_no_sharing()
@@ -86,6 +88,7 @@ class FastLM(TokenLM):
             "device": str(self.model.device),
             "attention": self.model.config._attn_implementation,
             "row_tokens": self.row_tokens,
+            "threads": torch.get_num_threads(),
             "shares_prefixes": self.no_sharing is None,
             **({"why_not": self.no_sharing} if self.no_sharing else {}),
             **({} if self._batches else {"generates": "one row at a time"}),
@@ -128,7 +131,7 @@ class FastLM(TokenLM):
             else:
                 rows = [
                     replace(row, paths={members[place]: path for place, path in row.paths.items()})
-                    for row in pack_evenly(rests, own, row_tokens, lanes(self.device))
+                    for row in pack_evenly(rests, own, row_tokens, lane_count(self.device))
                 ]
                 results |= self._score_rows(sequences, rows, prefixes, row_tokens)
         return results
@@ -145,14 +148,18 @@ class FastLM(TokenLM):
             return attempt(partial(self._score_row, sequences, row, prefixes, row_tokens))
 
         some = sequences[next(iter(rows[0].paths))].tokens
-        prefix = attempt(partial(self._after, some, prefixes, row_tokens))  # by all threads; then rows find it
-        scored = side_by_side(self.device, score, rows) if prefix is not None else [None] * len(rows)
+        ready = attempt(partial(self._prepare, some, prefixes, row_tokens))
+        scored = side_by_side(score, rows, self._lanes(prefixes)) if ready else [None] * len(rows)
         results: dict[int, tuple[float, bool]] = {}
+        failed: list[int] = []
         for row, found in zip(rows, scored, strict=True):
             if found is None:
-                self._note_out_of_memory()
-                found = self._score_cluster(sequences, list(row.paths), prefixes, row_tokens // 2, row_tokens // 2)
-            results |= found
+                failed += row.paths
+            else:
+                results |= found
+        if failed:
+            self._note_out_of_memory()
+            results |= self._score_cluster(sequences, failed, prefixes, row_tokens // 2, row_tokens // 2)
         return results
 
     def _score_row(
@@ -166,6 +173,16 @@ class FastLM(TokenLM):
         targets = [token for index, n in zip(members, counts, strict=True) for token in sequences[index].tokens[-n:]]
         found = self.runner.run(row, cache, length, places, row_tokens)
         return dict(zip(members, self._add_up(found, torch.tensor(targets), counts), strict=True))
+
+    def _prepare(self, tokens: Sequence[int], prefixes: tuple[int, ...], row_tokens: int) -> bool:
+        """Compute what rows begin with, by all threads: in their lanes they find it. True, and no reference to it."""
+        if prefixes:
+            self.runner.keys_and_values(tokens, prefixes, row_tokens)
+        return True
+
+    def _lanes(self, prefixes: tuple[int, ...]) -> int:
+        """How many rows after a prefix memory allows at a time."""
+        return memory.lanes_beside(self.device, self._bytes_per_token * max(prefixes, default=0))
 
     def _after(
         self, tokens: Sequence[int], prefixes: tuple[int, ...], row_tokens: int
@@ -273,9 +290,11 @@ class FastLM(TokenLM):
                 rows.fill(index, cache, [*range(before, length), *(length + place for place in path)])
             return dict(zip(row.paths, after, strict=True))
 
-        self._after(contexts[0], (length,) if length else (), most)  # by all threads; then rows find it
+        prefixes = (length,) if length else ()
+        self._prepare(contexts[0], prefixes, most)
         found: dict[int, Tensor] = {}
-        for own in side_by_side(self.device, read, pack_evenly(rests, order, most, lanes(self.device))):
+        packed = pack_evenly(rests, order, most, lane_count(self.device))
+        for own in side_by_side(read, packed, self._lanes(prefixes)):
             found |= own
         return rows, torch.stack([found[index] for index in range(len(contexts))])
 
@@ -308,8 +327,7 @@ class FastLM(TokenLM):
 
     def _most_cached_tokens(self) -> int:
         """How many tokens' keys and values a generation batch may hold."""
-        each = cached_bytes(self._like) // max(1, self._like.get_seq_length()) or 1
-        return max(self.max_length, memory.most_cached_tokens(self.device, each))
+        return max(self.max_length, memory.most_cached_tokens(self.device, self._bytes_per_token))
 
     def _halving(self, rows: list[int], work: Callable[[list[int]], list[Any]]) -> list[Any]:
         """`work(rows)`; where memory runs out, both halves one after the other."""
@@ -339,6 +357,7 @@ class FastLM(TokenLM):
             cache = DynamicCache(config=self.model.config)
             self.model(input_ids=torch.tensor([tokens[:15]], device=self.device), past_key_values=cache, use_cache=True)
             self._like = cache
+            self._bytes_per_token = cached_bytes(cache) // 15 or self._bytes_per_token
             kinds = {type(layer).__name__ for layer in cache.layers if type(layer) is not DynamicLayer}
             if kinds:
                 return f"its cache has layers of kind {', '.join(sorted(kinds))}"

@@ -17,25 +17,33 @@ Piece = TypeVar("Piece")
 Result = TypeVar("Result")
 
 
-def lanes(device: torch.device) -> int:
-    """How many pieces are worked on at a time: threads of this process share no more than a CPU's cores."""
+def lane_count(device: torch.device) -> int:
+    """How many pieces are worked on at a time: on a CPU up to four, each with a core or more; on a GPU one."""
     return min(MOST_LANES, torch.get_num_threads()) if device.type == "cpu" else 1
 
 
-def side_by_side(device: torch.device, work: Callable[[Piece], Result], pieces: Sequence[Piece]) -> list[Result]:
-    """`work` of each piece, in order. The first error is raised once all lanes have stopped."""
-    count = min(lanes(device), len(pieces))
+def side_by_side(work: Callable[[Piece], Result], pieces: Sequence[Piece], most: int) -> list[Result]:
+    """`work` of each piece, in order, at most `most` at a time.
+
+    Of several errors that of the earliest piece is raised, once all lanes have stopped.
+    """
+    count = min(most, len(pieces))
     if count < 2:
         return [work(piece) for piece in pieces]
     threads = torch.get_num_threads()
+    shares = iter([threads // count + (lane < threads % count) for lane in range(count)])
     inference = torch.is_inference_mode_enabled()  # like the number of threads, of a thread
+
+    def begin() -> None:
+        torch.get_num_threads()  # a new thread takes the number that was set last, once, when it first needs one
+        torch.set_num_threads(next(shares))
 
     def one(piece: Piece) -> Result:
         with torch.inference_mode(inference):
             return work(piece)
 
     try:
-        with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(threads // count,)) as pool:
+        with ThreadPoolExecutor(count, initializer=begin) as pool:
             return list(pool.map(one, pieces))
     finally:
         torch.set_num_threads(threads)  # what is set last is also what threads yet to come begin with

@@ -6,11 +6,16 @@ from typing import Any, TypeVar
 
 import torch
 
+from kick.lm.lanes import lane_count
+
 CACHE_SHARE = 0.15
 """Of all memory, what keys and values of a generation batch may take: fixed, so that batches are too."""
 
 ROW_SHARE = 0.1
-"""Of the memory that is free, what computing one row may take."""
+"""Of the memory that is free, what computing the rows that are worked on at a time may take."""
+
+PREFIX_SHARE = 0.3
+"""Of the memory that is free, what copies of a prefix's keys and values may take, one for each row at work."""
 
 MOST_ROW_TOKENS = {"cpu": 1024, "cuda": 4096}
 """Longer rows are no faster: products of this many rows keep a CPU's or a GPU's units busy."""
@@ -26,11 +31,27 @@ def row_tokens(model: Any) -> int:
     hidden = config.hidden_size
     intermediate = getattr(config, "intermediate_size", None) or 4 * hidden
     values = _LIVE_HIDDEN * hidden + _LIVE_INTERMEDIATE * intermediate
-    fits = ROW_SHARE * free_bytes(device) / (values * model.dtype.itemsize)
+    fits = ROW_SHARE * free_bytes(device) / (lane_count(device) * values * model.dtype.itemsize)
     tokens = MOST_ROW_TOKENS.get(device.type, MOST_ROW_TOKENS["cpu"])
     while tokens > FEWEST_ROW_TOKENS and tokens > fits:
         tokens //= 2
     return tokens
+
+
+def lanes_beside(device: torch.device, prefix_bytes: int) -> int:
+    """How many rows are worked on at a time, where each holds its own copy of a prefix's keys and values."""
+    if prefix_bytes == 0 or lane_count(device) == 1:
+        return lane_count(device)
+    return max(1, min(lane_count(device), int(PREFIX_SHARE * free_bytes(device) / prefix_bytes)))
+
+
+def key_value_bytes(model: Any) -> int:
+    """Of one token, by the configuration."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_attention_heads", None) or 1
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    groups = getattr(config, "num_key_value_heads", None) or heads
+    return 2 * config.num_hidden_layers * groups * size * model.dtype.itemsize
 
 
 def is_out_of_memory(error: Exception) -> bool:

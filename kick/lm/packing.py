@@ -9,6 +9,7 @@ Pure functions on lists of token ids and arrays.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from heapq import heapreplace
 from itertools import pairwise
 
 import numpy as np
@@ -17,6 +18,7 @@ PREFIX_STEP = 64
 """Shared prefixes are cut to a multiple of this, so that sets which share the same long prefix find the same one."""
 
 _NEARLY_FULL = 0.8  # of a row's tokens: it may end from here on
+_TOGETHER = 1.15  # how much longer all cores take with one row than each with a row of its own, measured on two
 
 Tokens = Sequence[int]
 
@@ -101,7 +103,7 @@ def shared_prefix(sequences: Sequence[Tokens], limit: int, step: int = PREFIX_ST
 def clusters(
     sequences: Sequence[Tokens], unscored: Sequence[int], fits: int, least: int = PREFIX_STEP
 ) -> list[tuple[int, list[int]]]:
-    """Which sequences to answer together: (length of their shared prefix, their indices in dictionary order).
+    """Which sequences to answer together: (length of their shared prefix, their indices).
 
     Two or more that begin with the same `least` tokens, none of them scored (`unscored` says how many a sequence has),
     form a cluster, unless a row of `fits` tokens holds them whole; all the others form one without a prefix.
@@ -111,7 +113,8 @@ def clusters(
         heads.setdefault(tuple(sequences[index][: max(0, min(least, unscored[index]))]), []).append(index)
     result, others = [], []
     for head, members in heads.items():
-        if len(head) == least and len(members) > 1 and sum(_new_tokens(sequences, members)) > fits:
+        together = sum(_new([len(sequences[index]) for index in members], _shared_with_last(sequences, members)))
+        if len(head) == least and len(members) > 1 and together > fits:
             limit = min(unscored[index] for index in members)
             shared = shared_prefix([sequences[index] for index in members], limit, min(least, PREFIX_STEP))
             result.append((shared, members))
@@ -130,20 +133,37 @@ def pack(sequences: Sequence[Tokens], order: Sequence[int], max_tokens: int) -> 
 
 
 def pack_evenly(sequences: Sequence[Tokens], order: Sequence[int], max_tokens: int, lanes: int) -> list[Packed]:
-    """As `pack`, in rows of about the same size, as many as `lanes` that work side by side have all something to do.
+    """As `pack`, in those rows with which `lanes` that work side by side are done first.
 
-    Little stays in one row: small parts are slower side by side than one after the other on all cores.
+    More rows give each lane something to do, but what they share is computed again in each. Little stays in one row:
+    small parts are slower side by side than one after the other on all cores.
     """
     lengths, shared = [len(sequences[index]) for index in order], _shared_with_last(sequences, order)
-    total = sum(lengths) - sum(shared)
-    most = sum(1 for _ in _rows(lengths, shared, max_tokens))
-    wanted = -(-most // lanes) * lanes
+    fewest = list(_rows(lengths, shared, max_tokens))
+    total = sum(_new(lengths, shared))
+    ways = [fewest]
     if total >= lanes * max_tokens // 4:
-        for size in range(-(-total // wanted), max_tokens, max(1, max_tokens // 32)):
-            rows = list(_rows(lengths, shared, size))
-            if len(rows) <= wanted:
-                return [_row(sequences, order[own], shared[own]) for own in rows]
-    return pack(sequences, order, max_tokens)
+        wanted = -(-len(fewest) // lanes) * lanes
+        sizes = range(-(-total // wanted), max_tokens, max(1, max_tokens // 32))
+        even = (list(_rows(lengths, shared, size)) for size in sizes)
+        ways = [*(rows for rows in even if len(rows) <= wanted), fewest]
+
+    def span(rows: list[slice]) -> float:
+        return _span([lengths[own.start] + sum(_new(lengths, shared, own)[1:]) for own in rows], lanes)
+
+    return [_row(sequences, order[own], shared[own]) for own in min(ways, key=span)]
+
+
+def _span(sizes: Sequence[int], lanes: int) -> float:
+    """When rows of so many tokens are done that are taken in turn by `lanes`, in tokens that a lane computes.
+
+    Fewer rows than lanes share the cores of all, at a loss.
+    """
+    busy = min(lanes, len(sizes))
+    ends = [0] * busy
+    for size in sizes:
+        heapreplace(ends, ends[0] + size)
+    return max(ends) * (_TOGETHER * busy / lanes if busy < lanes else 1.0)
 
 
 def _shared_with_last(sequences: Sequence[Tokens], order: Sequence[int]) -> list[int]:
@@ -151,10 +171,9 @@ def _shared_with_last(sequences: Sequence[Tokens], order: Sequence[int]) -> list
     return [0, *(common_length(sequences[a], sequences[b]) for a, b in pairwise(order))]
 
 
-def _new_tokens(sequences: Sequence[Tokens], order: Sequence[int]) -> list[int]:
-    """How many tokens each adds to a row of them all."""
-    shared = _shared_with_last(sequences, order)
-    return [len(sequences[index]) - own for index, own in zip(order, shared, strict=True)]
+def _new(lengths: Sequence[int], shared: Sequence[int], own: slice = slice(None)) -> list[int]:
+    """How many tokens each adds to a row that holds the one before it."""
+    return [length - known for length, known in zip(lengths[own], shared[own], strict=True)]
 
 
 def _rows(lengths: Sequence[int], shared: Sequence[int], max_tokens: int) -> Iterator[slice]:

@@ -27,7 +27,7 @@ class Runner:
         self.model = model
         self.device = model.device
         attention.use(model)
-        self._prefixes: list[tuple[list[int], DynamicCache]] = []  # each continues the one before
+        self._prefixes: list[tuple[list[int], int, DynamicCache]] = []  # each continues the one before
         self.plain_head = self._has_plain_head()
 
     def forget(self) -> None:
@@ -39,19 +39,20 @@ class Runner:
     def keys_and_values(self, tokens: Sequence[int], prefixes: Sequence[int], most: int) -> DynamicCache:
         """The cache after the longest of `prefixes`, lengths of beginnings of `tokens` that continue each other.
 
-        To be read only. The last ones asked for are kept, each as computed from the one before it in `prefixes`, and
-        from no other: so that what comes out does not depend on what was asked earlier, to the last bit.
+        To be read only. The last ones asked for are kept, each as computed in pieces of `most` tokens from the one
+        before it in `prefixes`, and from no other: so that what comes out does not depend on what was asked earlier, to
+        the last bit.
         """
         for depth, length in enumerate(prefixes):
             wanted = list(tokens[:length])
-            if depth < len(self._prefixes) and self._prefixes[depth][0] == wanted:
+            if depth < len(self._prefixes) and self._prefixes[depth][:2] == (wanted, most):
                 continue
             del self._prefixes[depth:]
-            known, cache = self._prefixes[-1] if self._prefixes else ([], DynamicCache())
+            known, _, cache = self._prefixes[-1] if self._prefixes else ([], most, DynamicCache())
             cache = fork(cache)
             self.run(Packed.chain(wanted[len(known) :]), cache, len(known), [], most)
-            self._prefixes.append((wanted, cache))
-        return self._prefixes[len(prefixes) - 1][1]
+            self._prefixes.append((wanted, most, cache))
+        return self._prefixes[len(prefixes) - 1][2]
 
     def run(self, row: Packed, cache: DynamicCache | None, length: int, places: list[int], most: int) -> Tensor:
         """A row after the `length` tokens in `cache`, which grows by it; a chain of more than `most` tokens in pieces.

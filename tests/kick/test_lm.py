@@ -1,18 +1,20 @@
 """The fast LM against a one-by-one reference and against lm-eval's own HFLM."""
 
+import threading
+import weakref
+
 import numpy as np
 import pytest
 import torch
 from conftest import make_tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from kick.errors import KickError
-from kick.lm import attention, find_lm, generate, loglikelihoods, memory, rolling_loglikelihoods
+from kick.lm import find_lm, generate, loglikelihoods, memory, rolling_loglikelihoods
 from kick.lm.fast import FastLM
 from kick.lm.generation import batches_within, sample
-from kick.lm.packing import PREFIX_STEP, Packed, clusters, pack, pack_evenly, shared_prefix
+from kick.lm.packing import PREFIX_STEP
 from kick.lm.runner import Runner
 
 
@@ -44,65 +46,6 @@ def ask(lm, pairs):
 @pytest.fixture(scope="module")
 def lm(tokenizer):
     return FastLM(make_tiny_llama(), tokenizer)
-
-
-# Packing
-
-
-def test_a_trie_holds_each_shared_token_once():
-    (row,) = pack([[1, 2, 3], [1, 2, 4, 5], [1, 9]], [0, 1, 2], max_tokens=100)
-    assert row.tokens == [1, 2, 3, 4, 5, 9]
-    assert row.depth == [0, 1, 2, 2, 3, 1]
-    assert row.parent == [-1, 0, 1, 1, 3, 0]
-    assert row.paths == {0: [0, 1, 2], 1: [0, 1, 3, 4], 2: [0, 5]}
-
-
-def test_a_token_sees_the_prefix_its_ancestors_and_itself():
-    row = Packed(tokens=[7, 8, 9], depth=[0, 1, 1], parent=[-1, 0, 0])
-    assert row.attends(1).astype(int).tolist() == [[1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 0, 1]]
-
-
-def test_rows_are_bounded_and_lose_nothing():
-    sequences = [[1, 2, 3], [1, 2, 4], [5] * 10, [6]]
-    rows = pack(sequences, range(4), max_tokens=4)
-    assert [list(row.paths) for row in rows] == [[0, 1], [2], [3]]
-    for row in rows:
-        for index, path in row.paths.items():
-            assert [row.tokens[place] for place in path] == sequences[index]
-
-
-def test_shared_prefixes_are_cut_to_whole_steps():
-    long = list(range(3 * PREFIX_STEP))
-    assert shared_prefix([[*long, 1], [*long, 2]], limit=1000) == 3 * PREFIX_STEP
-    assert shared_prefix([[*long[:-1], 1], [*long[:-1], 2]], limit=1000) == 2 * PREFIX_STEP
-    assert shared_prefix([[*long, 1], [*long, 2]], limit=PREFIX_STEP + 5) == PREFIX_STEP
-
-
-def test_clusters_share_what_is_not_scored():
-    head = list(range(PREFIX_STEP))
-    sequences = [[*head, 1], [500], [*head, 2], [501]]
-    fits = PREFIX_STEP + 1
-    assert clusters(sequences, [PREFIX_STEP, 0, PREFIX_STEP, 0], fits) == [(PREFIX_STEP, [0, 2]), (0, [1, 3])]
-    assert clusters(sequences, [PREFIX_STEP, 0, 5, 0], fits) == [(0, [0, 2, 1, 3])]  # one scores inside it
-    assert clusters(sequences, [PREFIX_STEP, 0, PREFIX_STEP, 0], fits + 1) == [(0, [0, 2, 1, 3])]  # a row holds them
-
-
-def test_a_row_ends_where_the_next_shares_least():
-    sequences = [[1, 2, 3, 4], [1, 2, 3, 5], [6, 7, 8, 9], [6, 7, 8, 1], [6, 7, 8, 2]]
-    assert [list(row.paths) for row in pack(sequences, range(5), max_tokens=6)] == [[0, 1], [2, 3, 4]]
-    early = pack(sequences, range(5), max_tokens=9)
-    assert [list(row.paths) for row in early] == [[0, 1, 2], [3, 4]]  # 6 7 8 twice: five of nine is not nearly full
-    long = [[*range(10), 1], [*range(10), 2], [*range(20, 23)], [*range(20, 23), 1]]
-    assert [list(row.paths) for row in pack(long, range(4), max_tokens=15)] == [[0, 1], [2, 3]]
-
-
-def test_rows_side_by_side_are_even():
-    sequences = [[number] * 10 for number in range(21)]
-    sizes = [len(row.tokens) for row in pack_evenly(sequences, range(21), max_tokens=100, lanes=2)]
-    assert sizes == [60, 60, 60, 30]
-    assert len(pack_evenly(sequences[:4], range(4), max_tokens=100, lanes=2)) == 1  # little work
-    assert [len(row.tokens) for row in pack_evenly(sequences[:8], range(8), max_tokens=100, lanes=2)] == [40, 40]
-    assert [len(row.tokens) for row in pack_evenly(sequences, range(21), max_tokens=100, lanes=1)] == [70, 70, 70]
 
 
 # Scores
@@ -149,11 +92,13 @@ def test_any_number_of_tokens_in_a_row_and_any_lack_of_memory_give_the_same_scor
     heads = ([], stem[:PREFIX_STEP], stem, [*stem, *range(100, 100 + PREFIX_STEP + 3)])
     pairs = [(heads[head] + context, continuation) for head, context, continuation in requests]
     lm = FastLM(make_tiny_llama(), tokenizer, params=FastLM.Params(row_tokens=most))
-    forward, left = lm.model.model.forward, [failures]
+    forward, left, lock = lm.model.model.forward, [failures], threading.Lock()
 
     def fails_at_first(*arguments, **options):
-        if options["input_ids"].shape[1] > 20 and left[0]:
-            left[0] -= 1
+        with lock:  # rows run side by side
+            fails = options["input_ids"].shape[1] > 20 and left[0] > 0
+            left[0] -= fails
+        if fails:
             raise torch.OutOfMemoryError("no room")
         return forward(*arguments, **options)
 
@@ -167,6 +112,76 @@ def test_any_number_of_tokens_in_a_row_and_any_lack_of_memory_give_the_same_scor
         expected = one_by_one(make_tiny_llama(), context, continuation) if continuation else (0.0, True)
         assert value == pytest.approx(expected[0], abs=1e-4)
         assert is_greedy == expected[1]
+
+
+@pytest.fixture
+def threads():
+    """How many there are, to be changed."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def many_rows():
+    """Requests after one prefix that fill several rows of 64 tokens."""
+    head = [10 + place % 50 for place in range(PREFIX_STEP)]
+    return [(head + [100 + number] * 20, [number % 7 + 2, 3]) for number in range(12)]
+
+
+def test_any_number_of_threads_gives_the_same_scores_and_each_the_same_bits(tokenizer, threads):
+    pairs = many_rows()
+    lm = FastLM(make_tiny_llama(), tokenizer, params=FastLM.Params(row_tokens=64))
+    expected = [one_by_one(lm.model, *pair)[0] for pair in pairs]
+    for count in (1, 2, 3, 4):
+        threads(count)
+        first, again = (ask(FastLM(lm.model, tokenizer, params=FastLM.Params(row_tokens=64)), pairs) for _ in range(2))
+        assert [value for value, _ in first] == pytest.approx(expected, abs=1e-4)
+        assert first == again
+
+
+def test_a_row_that_runs_out_of_memory_leaves_the_others_their_results(tokenizer, threads):
+    threads(4)
+    pairs = many_rows()
+    lm = FastLM(make_tiny_llama(), tokenizer, params=FastLM.Params(row_tokens=64))
+    forward, calls = lm.model.model.forward, []
+
+    def fails_once(*arguments, **options):
+        size = options["input_ids"].shape[1]
+        calls.append(size)
+        if len(calls) == 3:  # the first is the prefix
+            raise torch.OutOfMemoryError("no room")
+        return forward(*arguments, **options)
+
+    lm.model.model.forward = fails_once
+    found = ask(lm, pairs)
+    assert [value for value, _ in found] == pytest.approx(
+        [one_by_one(make_tiny_llama(), *p)[0] for p in pairs], abs=1e-4
+    )
+    assert lm.halved == 1
+    full = [size for size in calls if size > 32]
+    assert len(full) == 1 + 4  # the prefix and four rows of three requests, each asked once
+
+
+def test_nothing_of_a_prefix_is_in_memory_when_rows_are_tried_again(tokenizer, monkeypatch):
+    lm = FastLM(make_tiny_llama(), tokenizer, params=FastLM.Params(row_tokens=64))
+    forward, kept, forget = lm.model.model.forward, [], lm.runner.forget
+
+    def rows_fail(*arguments, **options):
+        found = forward(*arguments, **options)
+        if options["input_ids"].shape[1] == PREFIX_STEP and not kept:
+            kept.append(weakref.ref(options["past_key_values"].layers[0].keys))
+        elif len(kept) == 1:
+            raise torch.OutOfMemoryError("no room")
+        return found
+
+    def look():
+        forget()
+        kept.append(kept[0]())
+
+    monkeypatch.setattr(lm.model.model, "forward", rows_fail)
+    monkeypatch.setattr(lm.runner, "forget", look)
+    ask(lm, many_rows())
+    assert kept[1:] == [None]
 
 
 @pytest.mark.parametrize("more", [-1, 0, 1])
@@ -495,53 +510,6 @@ def test_beams_are_refused(lm):
         lm.generate_until([request])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("prefix", [0, 1, 192])
-@pytest.mark.parametrize("size", [7, 50, 128])
-def test_attention_in_parts_is_attention(dtype, prefix, size):
-    """Against the definition in float64; in bfloat16 it is closer than transformers' eager attention."""
-    torch.manual_seed(0)
-    words = [[1, 2, 3, 4, *range(10, 40)], [1, 2, 3, 9, *range(50, 80)], [5, *range(80, 108)], [6, 7, 8], [6, 7, 9, 9]]
-    (row,) = pack(words, range(len(words)), 1000)
-    n = len(row.tokens)
-    seen = torch.from_numpy(row.attends(prefix))[None, None]
-    exact = torch.randn(1, 9, n, 64), torch.randn(1, 3, prefix + n, 64), torch.randn(1, 3, prefix + n, 64)
-    rounded = [tensor.to(dtype) for tensor in exact]
-
-    def mask(dtype):
-        return torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)
-
-    query, key, value = (tensor.double() for tensor in rounded)
-    key, value = (tensor.repeat_interleave(3, dim=1) for tensor in (key, value))
-    weights = (query @ key.mT * 0.1).masked_fill(~seen, -torch.inf).softmax(dim=-1)
-    expected = (weights @ value).transpose(1, 2)
-    module = type("Module", (), {"num_key_value_groups": 3, "is_causal": True, "layer_idx": 0, "training": False})()
-    with attention.packed_row(attention.PackedRow(prefix, row.chunks(size))):
-        attention.attention(module, *(tensor[:, :3] for tensor in rounded), mask(dtype), scaling=0.1)
-        own, _ = attention.attention(module, *rounded, mask(dtype), scaling=0.1)  # a layer with other heads than that
-    assert attention._calls.row is None
-    assert (own.dtype, own.shape) == (dtype, expected.shape)
-    difference = (own.double() - expected).abs().max()
-    if dtype == torch.bfloat16:
-        eager, _ = eager_attention_forward(module, *rounded, mask(dtype), scaling=0.1)
-        assert difference <= 1.5 * (eager.double() - expected).abs().max()
-    else:
-        assert difference < (2e-6 if dtype == torch.float32 else 1e-12)
-
-
-def test_chunks_of_a_row_hold_all_that_their_tokens_see():
-    (row,) = pack([[1, 2, 3], [1, 2, 4, 5], [6, 7], [6, 8], [9]], range(5), 100)  # 1 2 3 4 5 | 6 7 8 | 9
-    assert list(row.chunks(4)) == [(0, 3, []), (3, 7, [0, 1]), (7, 9, [5])]
-    assert list(row.chunks(6)) == [(0, 5, []), (5, 9, [])]
-    for size in range(1, 10):
-        chunks = list(row.chunks(size))
-        assert [place for start, end, _ in chunks for place in range(start, end)] == list(range(9))
-        for start, end, before in chunks:
-            assert end - start <= size
-            seen = row.attends(0)[start:end].any(axis=0).nonzero()[0].tolist()
-            assert seen == [*before, *range(start, end)]
-
-
 def test_bfloat16_on_a_cpu_says_so_in_the_record_and_scores_nearly_alike(tokenizer):
     exact = FastLM(make_tiny_llama(), tokenizer)
     half = FastLM(make_tiny_llama().bfloat16(), tokenizer)
@@ -603,14 +571,30 @@ def test_mmlu_on_the_real_model_scores_like_stock_hflm(real_checkpoint, mirror, 
 # How much at once
 
 
-@pytest.mark.parametrize(("free_mb", "expected"), [(100_000, 1024), (10, 256), (1, 32), (0, 16)])
-def test_a_row_is_as_long_as_a_tenth_of_the_free_memory_takes(free_mb, expected, monkeypatch):
+@pytest.mark.parametrize(
+    ("free_mb", "lanes", "expected"), [(100_000, 1, 1024), (10, 1, 256), (10, 2, 128), (1, 1, 32), (0, 1, 16)]
+)
+def test_rows_side_by_side_take_a_tenth_of_the_free_memory(free_mb, lanes, expected, monkeypatch):
     model = make_tiny_llama()
     config = model.config
     values = 8 * config.hidden_size + 3 * config.intermediate_size
+    monkeypatch.setattr(memory, "lane_count", lambda device: lanes)
     monkeypatch.setattr(memory, "free_bytes", lambda device: free_mb * 1_000_000 * values // 512)
     # as if a token took 512 values of 4 bytes: a tenth of 10 MB holds 488 tokens
     assert memory.row_tokens(model) == expected
+
+
+def test_as_many_rows_at_a_time_as_copies_of_the_prefix_fit(monkeypatch):
+    device = torch.device("cpu")
+    monkeypatch.setattr(memory, "lane_count", lambda device: 4)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 1000)  # 300 for copies
+    assert [memory.lanes_beside(device, size) for size in (0, 10, 75, 76, 150, 151, 1000)] == [4, 4, 4, 3, 2, 1, 1]
+
+
+def test_what_a_token_takes_in_the_cache_is_known_from_the_configuration(lm):
+    from kick.lm.runner import cached_bytes
+
+    assert memory.key_value_bytes(lm.model) == cached_bytes(lm._like) // 15 == 2 * 2 * 2 * 8 * 4
 
 
 def test_free_memory_is_no_more_than_all_of_it():
