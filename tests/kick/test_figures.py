@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import warnings
 import xml.etree.ElementTree
 
 import pytest
@@ -52,6 +53,18 @@ def test_figures_are_listed_and_chosen(run, tmp_path, capsys):
     }
     assert cli.main(["report", str(run), "--out", str(tmp_path), "--figures", "nothing"]) == 2
     assert "This run has: perplexity-against-capability" in capsys.readouterr().err
+
+
+def test_a_method_without_an_answer_yet_has_no_figure(tmp_path):
+    failing = {("rtn@4", "factoid_qa"), ("wanda@0.1", "factoid_qa")}
+    root = write_run(tmp_path / "run", [*SETTINGS[:4], ("rtn@4", 0.0)], ["factoid_qa"], failing)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        write_report(root)
+    assert not (root / "figures" / "factoid_qa-against-bits.svg").exists()
+    names = _texts((root / "figures" / "factoid_qa-against-sparsity.svg").read_text(encoding="utf-8"))
+    assert "magnitude" in names
+    assert "wanda" not in names
 
 
 def test_what_no_other_model_beats_in_size_and_score():

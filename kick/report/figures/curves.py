@@ -42,17 +42,18 @@ def planned(results: Results) -> Iterator[Planned]:
         if dense is None or dense.n == 0:
             continue
         for axis in _AXES:
-            if _families(results, axis):
+            if _families(results, axis, suite):
                 draw = partial(_score_against, axis, results, suite)
                 yield Planned(f"{suite}-against-{axis}", f"{suite} against {axis}", draw)
 
 
-def _families(results: Results, axis: Axis) -> list[str]:
-    """The lines of a figure; what was varied at one level alone is a study, and has a figure of its own."""
+def _families(results: Results, axis: Axis, suite: str) -> list[str]:
+    """The lines of a figure that have a point; what was varied at one level alone has a figure of its own (studies)."""
     found = []
     for family in results.families_on(axis):
         own = [result for result in results.compressed if result.family == family]
-        if not own[0].setting.variation or len({result.setting.level for result in own}) > 1:
+        is_study = own[0].setting.variation and len({result.setting.level for result in own}) == 1
+        if not is_study and any(results.estimate(result.name, suite) for result in own):
             found.append(family)
     return found
 
@@ -87,13 +88,13 @@ def _score_against(axis: Axis, results: Results, suite: str) -> tuple[Figure, st
     else:
         axes.set_xlim(left=min(-1.5, axes.get_xlim()[0]) if axis == "size" else -1.5)  # dense stands at 0
     title(axes, f"{suite}: {metric.name.replace('_', ' ')} against {axis}")
-    legend(axes, len(_families(results, axis)))
+    legend(axes, len(_families(results, axis, suite)))
     caption = (
         f"n = {dense.n}. Bands and bars: 95 % intervals; grey: the dense model's own."
         + ("" if metric.descriptive else " Dashed: where 5 % of the dense score is lost.")
         + (
             " Patterns stand side by side at their sparsity."
-            if any(f.endswith(" N:M") for f in _families(results, axis))
+            if any(f.endswith(" N:M") for f in _families(results, axis, suite))
             else ""
         )
         + (" Logarithmic scale; lower is better." if metric.transform == "exp" else "")
@@ -117,7 +118,7 @@ def _draw_families(axes: Axes, axis: Axis, results: Results, suite: str, scale: 
     """Lines with bands, from dense on; what stands alone as points with bars, patterns named and side by side."""
     patterns = [family for family in results.families if family.endswith(" N:M")]
     percent = scale != 1.0
-    for family in _families(results, axis):
+    for family in _families(results, axis, suite):
         style = method_style(results, family)
         points = [
             (place, found, result)
