@@ -75,7 +75,7 @@ def _places(names: list[str], points: np.ndarray, draws: np.ndarray) -> dict[str
 def retained_draws(dense: Score, others: Sequence[Score], seed: int = 0) -> np.ndarray:
     """Bootstrap draws [others, resamples] of retained shares, all on the same draws of the dense model's questions.
 
-    As compare.resampled_retained: scores within [0, 1] have half a pseudo-observation in each corner.
+    As compare.resampled_retained: scores within [0, 1] have half a pseudo-observation in each of their corners.
     """
     units = list(by_unit(dense))
     before, rows = np.zeros((2, len(others), len(units), 2))  # value and per of the dense model, and of the other
@@ -86,13 +86,17 @@ def retained_draws(dense: Score, others: Sequence[Score], seed: int = 0) -> np.n
             target[number] = [own.get(unit, (0.0, 0.0)) for unit in units]
     metric, n = dense.metric, len(units)
     chances = np.ones(n)
-    pairs = None if metric.per else statistics.corners(before[..., 0].ravel(), rows[..., 0].ravel())
-    if pairs is not None:
-        chances = np.concatenate([np.full(n, 2.0), np.ones(len(pairs))])
-        pseudo = np.stack([pairs, np.ones_like(pairs)], axis=-1)  # [4, (dense, other), (value, per)]
-        shape = (len(others), len(pairs), 2)
-        before = np.concatenate([before, np.broadcast_to(pseudo[:, 0], shape)], axis=1)
-        rows = np.concatenate([rows, np.broadcast_to(pseudo[:, 1], shape)], axis=1)
+    corners = []
+    for whole, own in zip(before, rows, strict=True):
+        answered = own[:, 1] > 0
+        corners.append(None if metric.per else statistics.corners(whole[answered, 0], own[answered, 0]))
+    pairs = [own for own in corners if own is not None]
+    if len(pairs) == len(others):
+        chances = np.concatenate([np.full(n, 2.0), np.ones(4)])
+        values = np.stack(pairs)  # [others, 4, (dense, other)]
+        pseudo = np.stack([values, np.ones_like(values)], axis=-1)  # [others, 4, (dense, other), (value, per)]
+        before = np.concatenate([before, pseudo[:, :, 0]], axis=1)
+        rows = np.concatenate([rows, pseudo[:, :, 1]], axis=1)
     rng = np.random.default_rng(seed)
     found = np.empty((len(others), RESAMPLES))
     step = max(1, _CHUNK // len(chances))

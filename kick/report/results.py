@@ -27,6 +27,9 @@ Key = tuple[str, str]
 FEWEST_IN_MEANS = 5
 """Samples of a suite below which its retained share may be anything, and would be the whole interval of a mean."""
 
+LEAST_CERTAIN_IN_MEANS = 0.4
+"""Share of a dense score at which its interval must begin, for the same reason: 3 right answers of 120 reach .34."""
+
 
 @dataclass
 class SettingResult:
@@ -187,7 +190,7 @@ class Results:
 
     @cached_property
     def task_suites(self) -> list[str]:
-        """Suites that enter means: they ask enough for an answer (more is better), and dense shows a signal on them."""
+        """Suites that enter means: they ask enough for an answer (more is better), and dense clearly gives some."""
         return [
             name
             for name in self.suites
@@ -196,6 +199,7 @@ class Results:
             and (found := self.estimate(DENSE, name)) is not None
             and found.signal
             and found.n >= FEWEST_IN_MEANS
+            and found.interval.low >= LEAST_CERTAIN_IN_MEANS * found.score
         ]
 
     def mean_retained(self, setting: str) -> tuple[float, Interval] | None:

@@ -32,6 +32,17 @@ def test_draws_of_all_settings_have_the_interval_of_each_by_itself():
             assert np.quantile(own, quantile) == pytest.approx(np.quantile(alone, quantile), abs=0.015)
 
 
+def test_graded_scores_have_corners_of_their_own_in_every_setting():
+    from kick.report.means import retained_draws
+
+    rng = np.random.default_rng(2)
+    dense, *others = scores_of(*(rng.beta(4, 20, (3, 18)) * [[1.0], [0.8], [0.3]]))
+    for own, other in zip(retained_draws(dense, others), others, strict=True):
+        alone = compare.resampled_retained(dense, other)
+        for quantile in (0.025, 0.5, 0.975):
+            assert np.quantile(own, quantile) == pytest.approx(np.quantile(alone, quantile), abs=0.015)
+
+
 def test_draws_by_hand():
     """Weights of three questions; the second model has no answer to the last."""
     from kick.report.means import _shares

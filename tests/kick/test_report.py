@@ -122,6 +122,14 @@ def test_without_a_signal_there_is_no_verdict_and_no_mean(tmp_path, monkeypatch)
     assert results.mean_retained("wanda@2:4") is None
 
 
+def test_a_suite_on_which_dense_is_hardly_ever_right_enters_no_mean(tmp_path, monkeypatch):
+    """Of 97 questions 3 right: at least 1.1 %, which is 34 % of the score. 6 right: 2.9 %, which is 46 %."""
+    for right, suites in ((3, []), (6, ["factoid_qa"])):
+        monkeypatch.setattr("written_run.DENSE", [1] * right + [0] * (100 - right))
+        root = write_run(tmp_path / f"run-{right}", SETTINGS[:2], ["factoid_qa"])
+        assert read_results(root).task_suites == suites
+
+
 def test_a_folder_that_is_no_run(tmp_path):
     with pytest.raises(RunError, match="is not a run"):
         read_results(tmp_path)

@@ -89,7 +89,9 @@ def test_one_sample_has_no_interval():
 
 
 def test_corners_only_for_scores_within_bounds():
-    assert statistics.corners(np.array([0.0, 1.0]), np.array([0.3, 0.2])).tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
+    assert statistics.corners(np.array([0.0, 0.0]), np.array([0.0, 0.0])).tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
+    graded = statistics.corners(np.array([0.1, 0.2, 0.3]), np.array([0.4, 0.5]))  # quartiles 0.2 and 0.4
+    assert graded == pytest.approx(np.array([[0.2, 0.2], [0.2, 0.4], [0.4, 0.2], [0.4, 0.4]]))
     assert statistics.corners(np.array([0.0, 7.0]), np.array([1.0, 2.0])) is None
 
 
@@ -119,6 +121,37 @@ def test_the_paired_interval_covers_the_truth():
         interval = statistics.percentile_interval(sums[:, 1] / sums[:, 0], n=60)
         covered += interval.low <= truth <= interval.high
     assert 0.92 <= covered / 300 <= 0.985  # nominal .95; three standard errors are .038
+
+
+def rouge(rng, n):
+    dense = rng.beta(4, 20, n)
+    return dense, np.clip(dense * rng.uniform(0.6, 1.2, n) + rng.normal(0, 0.03, n), 0, 1)
+
+
+def f1(rng, n):
+    """Mostly right or wrong, and a fifth of the answers changed."""
+    kind, fate = rng.random((2, n))
+    dense = np.where(kind < 0.55, 0, np.where(kind < 0.8, 1, rng.uniform(0.2, 0.8, n)))
+    return dense, np.where(fate < 0.8, dense, np.where(fate < 0.93, 0, rng.uniform(0, 1, n)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "n", "widest"), [(rouge, 18, 0.32), (rouge, 100, 0.12), (f1, 18, np.inf), (f1, 100, 0.32)]
+)
+def test_intervals_of_graded_scores_cover_the_truth_and_are_no_wider_than_that_takes(kind, n, widest):
+    whole, compressed = kind(np.random.default_rng(7), 1_000_000)
+    truth = compressed.mean() / whole.mean()
+    rng, covered, widths = np.random.default_rng(0), 0, []
+    for trial in range(200):
+        dense, other = kind(rng, n)
+        rows = np.stack([dense, other], axis=1)
+        sums = statistics.resampled_sums(rows, 1000, seed=trial, pseudo=statistics.corners(dense, other))
+        with np.errstate(divide="ignore", invalid="ignore"):  # a draw may hold none that dense got right
+            interval = statistics.percentile_interval(sums[:, 1] / sums[:, 0], n=n)
+        covered += interval.low <= truth <= interval.high
+        widths.append(interval.high - interval.low)
+    assert covered / 200 >= 0.91  # nominal .95; three standard errors are .046
+    assert np.median(widths) < widest
 
 
 def test_verdicts():
