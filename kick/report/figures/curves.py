@@ -16,6 +16,7 @@ from kick.report.figures.style import (
     hint,
     interval_in_words,
     label_line,
+    label_points,
     legend,
     method_style,
     name_of,
@@ -27,7 +28,7 @@ from kick.report.results import Axis, Results, SettingResult
 from kick.settings import DENSE
 from kick.statistics import TOLERANCE
 
-_PATTERN_STEP = 1.5  # points of sparsity between methods whose patterns would lie on one another
+_PATTERN_STEP = 1.8  # points of sparsity between patterns that would lie on one another
 
 _AXES: dict[Axis, str] = {
     "sparsity": "sparsity of the pruned layers, measured (%)",
@@ -77,7 +78,7 @@ def _score_against(axis: Axis, results: Results, suite: str) -> tuple[Figure, st
         axes.axhline(metric.chance * scale, color="0.55", linewidth=1.0, linestyle=":")
         label_line(axes, metric.chance * scale, "chance")
 
-    _draw_families(axes, axis, results, suite, scale, dense)
+    names = _draw_families(axes, axis, results, suite, scale, dense)
     axes.set_xlabel(_AXES[axis])
     axes.set_ylabel(name_of(metric))
     if metric.transform == "exp":
@@ -87,6 +88,7 @@ def _score_against(axis: Axis, results: Results, suite: str) -> tuple[Figure, st
         axes.invert_xaxis()  # compression grows to the right everywhere
     else:
         axes.set_xlim(left=min(-1.5, axes.get_xlim()[0]) if axis == "size" else -1.5)  # dense stands at 0
+    label_points(axes, names, size=8)
     title(axes, f"{suite}: {metric.name.replace('_', ' ')} against {axis}")
     legend(axes, len(_families(results, axis, suite)))
     caption = (
@@ -114,9 +116,21 @@ def _place(axis: Axis, result: SettingResult) -> float | None:
     return None if result.sparsity is None else 100 * result.sparsity
 
 
-def _draw_families(axes: Axes, axis: Axis, results: Results, suite: str, scale: float, dense: Estimate) -> None:
-    """Lines with bands, from dense on; what stands alone as points with bars, patterns named and side by side."""
-    patterns = [family for family in results.families if family.endswith(" N:M")]
+def _draw_families(
+    axes: Axes, axis: Axis, results: Results, suite: str, scale: float, dense: Estimate
+) -> list[tuple[float, float, str]]:
+    """Lines with bands, from dense on; what stands alone as points with bars, patterns side by side.
+
+    The names of points, to be written when the axes have their limits: (x, y, name).
+    """
+    patterns = [result.name for result in results.compressed if result.family.endswith(" N:M")]
+    names: list[tuple[float, float, str]] = []
+
+    def beside(result: SettingResult) -> float:
+        if result.name not in patterns:
+            return 0.0
+        return _PATTERN_STEP * (patterns.index(result.name) - (len(patterns) - 1) / 2)
+
     percent = scale != 1.0
     for family in _families(results, axis, suite):
         style = method_style(results, family)
@@ -132,18 +146,16 @@ def _draw_families(axes: Axes, axis: Axis, results: Results, suite: str, scale: 
             continue
         for place, found, result in points:
             words = interval_in_words(found.score, found.interval, percent)
-            shift = _PATTERN_STEP * (patterns.index(family) - (len(patterns) - 1) / 2) if family in patterns else 0.0
-            hint(axes, place + shift, found.score * scale, f"{result.name}: {words}, n {found.n}")
+            hint(axes, place + beside(result), found.score * scale, f"{result.name}: {words}, n {found.n}")
         alone = points[0][2].stands_alone
-        beside = _PATTERN_STEP * (patterns.index(family) - (len(patterns) - 1) / 2) if family in patterns else 0.0
         if not alone and len({place for place, _, _ in points}) < len(points):
             _draw_seeds(axes, points, scale, style, family)
             continue
-        curve = [(place, found) for place, found, _ in points]
+        curve = [(place + beside(result), found) for place, found, result in points]
         if axis != "bits" and not alone:
             curve.insert(0, (0.0, dense))
         first = len(curve) - len(points)  # dense is a line of its own, and takes no marker
-        x = np.array([place + beside for place, _ in curve])
+        x = np.array([place for place, _ in curve])
         y = np.array([found.score for _, found in curve]) * scale
         low = np.array([found.interval.low for _, found in curve]) * scale
         high = np.array([found.interval.high for _, found in curve]) * scale
@@ -152,16 +164,13 @@ def _draw_families(axes: Axes, axis: Axis, results: Results, suite: str, scale: 
                 x, y, yerr=bars(y, low, high), label=family, color=style["color"],
                 marker=style["marker"], markerfacecolor="white", markersize=7, linestyle="none", capsize=3, zorder=4,
             )  # fmt: skip
-            for place, score, (_, _, result) in zip(x, y, points, strict=True):
-                axes.annotate(
-                    result.setting.level, (place, score), xytext=(-7 if beside < 0 else 7, 3),
-                    textcoords="offset points", ha="right" if beside < 0 else "left", fontsize=8,
-                )  # fmt: skip
+            names += [(u, v, result.setting.level) for u, v, (_, _, result) in zip(x, y, points, strict=True)]
         else:
             axes.plot(
                 x, y, label=family, linewidth=1.8, markersize=5.5, markevery=range(first, len(x)), zorder=3, **style
             )
             axes.fill_between(x, low, high, color=style["color"], alpha=0.16, linewidth=0)
+    return names
 
 
 def _draw_seeds(axes: Axes, points: list[Any], scale: float, style: dict[str, Any], family: str) -> None:

@@ -186,7 +186,8 @@ def nth_style(place: int) -> dict[str, Any]:
 
 
 def label_points(axes: Axes, points: Sequence[tuple[float, float, str]], size: float = 7.5) -> None:
-    """Name each (x, y) beside it, where no other name or point is. Called when the axes have their limits."""
+    """Name each (x, y) beside it, within the axes, where no other name or point is; called when these have limits."""
+    inside = tuple(axes.bbox.extents)
     places: Any = axes.transData.transform([(x, y) for x, y, _ in points]) if points else []
     scale = axes.figure.dpi / 72
     taken = [(px - 4 * scale, py - 4 * scale, px + 4 * scale, py + 4 * scale) for px, py in places]
@@ -197,7 +198,10 @@ def label_points(axes: Axes, points: Sequence[tuple[float, float, str]], size: f
             left = px + right * scale if right > 0 else px + right * scale - width
             low = py + up * scale
             boxes[right, up] = (left, low, left + width, low + height)
-        right, up = min(boxes, key=lambda side: sum(_overlap(boxes[side], other) for other in taken))
+        right, up = min(  # all are of one size: the less of it lies inside, the more lies outside
+            boxes,
+            key=lambda side: sum(_overlap(boxes[side], other) for other in taken) - _overlap(boxes[side], inside),
+        )
         taken.append(boxes[right, up])
         axes.annotate(
             text, (x, y), xytext=(right, up), textcoords="offset points", fontsize=size,
