@@ -14,6 +14,7 @@ from kick import cli
 from kick.files import safe_name
 from kick.report import read_results, write_report
 from kick.report.figures.style import Planned, hint, hint_patch, in_style, legend, save
+from kick.suite import Sample
 
 
 def test_figures_are_drawn_with_their_axes_named(run):
@@ -65,6 +66,22 @@ def test_a_method_without_an_answer_yet_has_no_figure(tmp_path):
     names = _texts((root / "figures" / "factoid_qa-against-sparsity.svg").read_text(encoding="utf-8"))
     assert "magnitude" in names
     assert "wanda" not in names
+
+
+def test_groups_on_which_dense_knows_nothing_are_counted_not_drawn(tmp_path, monkeypatch):
+    def samples(setting, suite):
+        for index in range(60):
+            right = float(index % 3 < 2 and index < 40)  # of three subjects dense knows two
+            scores = {"contains": right, "exact_match": right, "f1": right}
+            yield Sample(f"q{index:02d}", ("law", "art", "logic")[index % 3], "Why?", output="So.", scores=scores)
+
+    monkeypatch.setattr("written_run.samples", samples)
+    root = write_run(tmp_path / "run", SETTINGS[:3], ["factoid_qa"])
+    write_report(root)
+    names = _texts((root / "figures" / "factoid_qa-by-group.svg").read_text(encoding="utf-8"))
+    assert {"law (20)", "art (20)"} <= set(names)
+    assert "logic (20)" not in names
+    assert "Not here: 1 of 3, on which" in (root / "report.html").read_text(encoding="utf-8")
 
 
 def test_what_no_other_model_beats_in_size_and_score():

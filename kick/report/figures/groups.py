@@ -21,7 +21,7 @@ def planned(results: Results) -> Iterator[Planned]:
         groups = [key for key in _keys(results, suite) if key[0] == results.metric(suite).name and key[1] != OVERALL]
         telling = [key for key in groups if results.get(DENSE, suite).estimates[key].signal]
         if len(telling) > 1 and not results.metric(suite).descriptive:
-            draw = partial(_map, results, suite, groups, "group")
+            draw = partial(_map, results, suite, telling, "group", len(groups) - len(telling))
             yield Planned(f"{suite}-by-group", f"{suite} by group", draw)
         criteria = [
             (metric.name, OVERALL)
@@ -38,8 +38,8 @@ def _keys(results: Results, suite: str) -> list[Key]:
     return [key for key, found in results.get(DENSE, suite).estimates.items() if found.n >= FEWEST_IN_MEANS]
 
 
-def _map(results: Results, suite: str, keys: Sequence[Key], what: str) -> tuple[Figure, str]:
-    """The retained share of each group (down) in each setting (across)."""
+def _map(results: Results, suite: str, keys: Sequence[Key], what: str, without: int = 0) -> tuple[Figure, str]:
+    """The retained share of each group (down) in each setting (across). without: groups that have no signal."""
     dense = results.get(DENSE, suite)
     rows = sorted(keys, key=lambda key: -dense.estimates[key].n)[:_MOST_ROWS]  # sums of groups stand above their parts
     settings, left_out = shown_settings([r for r in results.compressed if results.get(r.name, suite).comparisons])
@@ -75,8 +75,12 @@ def _map(results: Results, suite: str, keys: Sequence[Key], what: str) -> tuple[
     bar.set_label("of the dense score retained (%)", fontsize=8)
     title(axes, f"{suite} by {what}")
     caption = (
-        f"Share of the dense score that is left, by {what} (number of questions in brackets). Grey: the dense model is "
-        "not clearly above chance there. Groups are small: single cells are uncertain, rows and columns say more."
-        f"{left_out}"
+        f"Share of the dense score that is left, by {what} (number of questions in brackets). "
+        + (
+            f"Not here: {without} of {without + len(keys)}, on which the dense model is not clearly above chance. "
+            if without
+            else ""
+        )
+        + f"Groups are small: single cells are uncertain, rows and columns say more.{left_out}"
     )
     return figure, caption
