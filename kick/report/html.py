@@ -41,13 +41,22 @@ def page(results: Results, drawn: list[Drawn]) -> str:
         figures=[(figure, inline(figure)) for figure in drawn],
         judge=results.judge,
         answers=_answers(results),
-        failures=[e for e in results.evaluations.values() if e.reason is not None],
+        failures=_failures(results),
         warnings=[(r.name, w) for r in results.settings if r.record for w in r.record["warnings"]],
         trained=[(r, r.training) for r in results.compressed if r.training],
         brought=[(r, facts) for r in results.compressed if (facts := _brought(r.record))],
         facts=_facts(results),
         config=json.dumps(results.run["config"], indent=2, ensure_ascii=False),
     )
+
+
+def _failures(results: Results) -> dict[tuple[str, str], list[str]]:
+    """Suites without a score, by setting and reason: a run that is not finished has many."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for evaluation in results.evaluations.values():
+        if evaluation.reason is not None:
+            found.setdefault((evaluation.setting, evaluation.reason), []).append(evaluation.suite)
+    return found
 
 
 def _frontier(results: Results) -> list[dict[str, Any]]:

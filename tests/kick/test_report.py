@@ -113,6 +113,17 @@ def test_a_failed_evaluation_is_shown_and_left_out(tmp_path):
     assert "failed" in (run / "leaderboard.md").read_text(encoding="utf-8")
 
 
+def test_what_a_setting_has_not_answered_is_one_line_of_the_page(tmp_path):
+    suites = ["factoid_qa", "perplexity"]
+    run = write_run(tmp_path / "run", SETTINGS[:3], suites)
+    for suite in suites:
+        (run / "evaluations" / "magnitude@0.5" / suite / "scores.json").unlink()
+    write_report(run)
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert page.count("not answered yet") == 1
+    assert "magnitude@0.5 on factoid_qa, perplexity: not answered yet" in page
+
+
 def test_without_a_signal_there_is_no_verdict_and_no_mean(tmp_path, monkeypatch):
     monkeypatch.setattr("written_run.DENSE", [0] * 100)
     run = write_run(tmp_path / "run", SETTINGS, ["factoid_qa"])
