@@ -120,13 +120,11 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
 
 def make_model(folder: Path) -> None:
     """A tiny random Llama with a tokenizer of bytes."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaConfig, LlamaForCausalLM
 
-    vocabulary = {letter: index for index, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    inner = Tokenizer(models.BPE(vocab={**vocabulary, "</s>": len(vocabulary)}, merges=[]))
-    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>").save_pretrained(folder / "model")
+    from kick.testing import tiny_tokenizer
+
+    tiny_tokenizer().save_pretrained(folder / "model")
     shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     LlamaForCausalLM(LlamaConfig(vocab_size=257, **shape)).save_pretrained(folder / "model")
     (folder / "scripted.py").write_text(PLUGIN)

@@ -239,10 +239,10 @@ def _leaves_embeddings(subject: _Subject, level: Level | None) -> None:
         before: Any = tiny_model(architecture)
         if subject.new().cost(level, before) is not None:
             continue
-        model, compressor = subject.compress(level, architecture)
+        after: Any
+        after, compressor = subject.compress(level, architecture)
         if compressor.expected_parameters is not None:
             continue
-        after: Any = model
         if not torch.equal(before.get_input_embeddings().weight, after.get_input_embeddings().weight):
             raise ConformanceError(f"{architecture}: the embeddings changed.")
         if not torch.equal(before.get_output_embeddings().weight, after.get_output_embeddings().weight):

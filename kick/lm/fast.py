@@ -277,11 +277,12 @@ class FastLM(TokenLM):
         shared = None
         if length and self._shares_in_decoding:
             shared = self.runner.keys_and_values(contexts[0], [length], most)
+        prefixes = (length,) if length else ()
         before = length if shared is not None else 0  # tokens that stand once for all rows
         rows = RoomyRows(len(contexts), max(map(len, contexts)) - before, room, self._like, shared)
 
         def read(row: Packed) -> dict[int, Tensor]:
-            cache, _ = self._after(contexts[0], (length,) if length else (), most)
+            cache, _ = self._after(contexts[0], prefixes, most)
             cache = cache or DynamicCache()
             ends = torch.tensor([path[-1] for path in row.paths.values()])
             distinct, back = ends.unique(return_inverse=True)
@@ -290,7 +291,6 @@ class FastLM(TokenLM):
                 rows.fill(index, cache, [*range(before, length), *(length + place for place in path)])
             return dict(zip(row.paths, after, strict=True))
 
-        prefixes = (length,) if length else ()
         self._prepare(contexts[0], prefixes, most)
         found: dict[int, Tensor] = {}
         packed = pack_evenly(rests, order, most, lane_count(self.device))

@@ -113,8 +113,7 @@ def clusters(
         heads.setdefault(tuple(sequences[index][: max(0, min(least, unscored[index]))]), []).append(index)
     result, others = [], []
     for head, members in heads.items():
-        together = sum(_new([len(sequences[index]) for index in members], _shared_with_last(sequences, members)))
-        if len(head) == least and len(members) > 1 and together > fits:
+        if len(head) == least and len(members) > 1 and _together(sequences, members) > fits:
             limit = min(unscored[index] for index in members)
             shared = shared_prefix([sequences[index] for index in members], limit, min(least, PREFIX_STEP))
             result.append((shared, members))
@@ -169,6 +168,11 @@ def _span(sizes: Sequence[int], lanes: int) -> float:
 def _shared_with_last(sequences: Sequence[Tokens], order: Sequence[int]) -> list[int]:
     """How many tokens each of `order` has in common with the one before it."""
     return [0, *(common_length(sequences[a], sequences[b]) for a, b in pairwise(order))]
+
+
+def _together(sequences: Sequence[Tokens], order: Sequence[int]) -> int:
+    """How many tokens a row of them all has."""
+    return sum(_new([len(sequences[index]) for index in order], _shared_with_last(sequences, order)))
 
 
 def _new(lengths: Sequence[int], shared: Sequence[int], own: slice = slice(None)) -> list[int]:

@@ -90,13 +90,14 @@ def _score_against(axis: Axis, results: Results, suite: str) -> tuple[Figure, st
         axes.set_xlim(left=min(-1.5, axes.get_xlim()[0]) if axis == "size" else -1.5)  # dense stands at 0
     label_points(axes, names, size=8)
     title(axes, f"{suite}: {metric.name.replace('_', ' ')} against {axis}")
-    legend(axes, len(_families(results, axis, suite)))
+    families = _families(results, axis, suite)
+    legend(axes, len(families))
     caption = (
         f"n = {dense.n}. Bands and bars: 95 % intervals; grey: the dense model's own."
         + ("" if metric.descriptive else " Dashed: where 5 % of the dense score is lost.")
         + (
             " Patterns stand side by side at their sparsity."
-            if any(f.endswith(" N:M") for f in _families(results, axis, suite))
+            if any(family.endswith(" N:M") for family in families)
             else ""
         )
         + (" Logarithmic scale; lower is better." if metric.transform == "exp" else "")
