@@ -10,9 +10,13 @@ from kick.lm import generate
 
 
 class ModelServer(LoopbackServer):
-    """Answers by `lm` (a FastLM). faults: how many requests fail first, with which status. echo: log-probabilities?"""
+    """Answers by `lm` (a FastLM). faults: how many requests fail first, with which status. echo: log-probabilities?
 
-    def __init__(self, lm, status=503, faults=0, echo=True, body=None):
+    unknown: keys of a request that are refused.
+    """
+
+    def __init__(self, lm, status=503, faults=0, echo=True, body=None, unknown=()):
+        self.unknown = set(unknown)
         self.lm, self.status, self.faults, self.echo, self.body = lm, status, faults, echo, body
         self.bodies, self.keys = [], set()
         self.lock = threading.Lock()
@@ -35,6 +39,8 @@ class ModelServer(LoopbackServer):
         if self.faults:
             self.faults -= 1
             return self.status, {"error": {"message": f"not now, holder of {self.keys}"}}
+        if refused := sorted(self.unknown & body.keys()):
+            return 400, {"error": {"message": f"unknown: {', '.join(refused[::-1])}"}}
         if self.body is not None:
             return 200, self.body
         tokenizer = self.lm.tokenizer

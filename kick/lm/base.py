@@ -10,7 +10,6 @@ import itertools
 from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -18,8 +17,8 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from kick.errors import KickError
-from kick.files import read_json
 from kick.lm.generation import Decoding
+from kick.lm.packing import common_length
 
 _REMEMBERED_TOKENS = 20_000_000  # four bytes each
 
@@ -103,7 +102,11 @@ class TokenLM(TemplateLM):
     # Requests
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """As lm-eval has it: spaces that end a context belong to the continuation; an empty one is a prefix token."""
+        """As lm-eval has it: spaces that end a context belong to the continuation; an empty one is a prefix token.
+
+        Where lm-eval is left without a token to score, since text and context melt into one token ("The riv", "er"),
+        the tokens that only the whole text has are scored.
+        """
         pairs = []
         for context, continuation in (request.args for request in requests):
             kept = context.rstrip()
@@ -112,7 +115,10 @@ class TokenLM(TemplateLM):
         contexts = self._encoder([(context, None) if context else ("", False) for context, _ in pairs])
         asked = []
         for pair, context, whole in zip(pairs, contexts, wholes, strict=True):
-            if pair[0]:
+            if pair[0] and len(whole) <= len(context) and pair[1]:  # it melted into the last tokens of the context
+                known = min(common_length(context, whole), len(whole) - 1)
+                asked.append((pair, whole[:known] or [self.prefix_token_id], whole[known:]))
+            elif pair[0]:
                 asked.append((pair, context, whole[len(context) :]))
             elif whole[:1] == [self.prefix_token_id]:
                 asked.append((pair, whole[:1], whole[1:]))
@@ -156,6 +162,8 @@ class TokenLM(TemplateLM):
             by_decoding.setdefault(Decoding.of(dict(request.args[1])), []).append(index)
         results = [""] * len(requests)
         for decoding, members in by_decoding.items():
+            if decoding.most < 1:
+                continue
             room = self.max_length - decoding.most
             if room < 1:
                 raise KickError(
@@ -169,13 +177,15 @@ class TokenLM(TemplateLM):
         return results
 
 
-def room_of_engine(path: Path, given: int | None) -> tuple[int, int]:
-    """(context of an engine for the checkpoint at `path`, what of it can be asked), `given` instead of its own context.
+def context_length(config: Any) -> int:
+    """Tokens, by the configuration of a model; that of a model of several kinds of input is in a part of its own."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or 2048
 
-    Of the context a sequence takes one token more than what the model reads, and engines always generate one.
-    """
-    context = given or read_json(path / "config.json").get("max_position_embeddings") or 2048
-    return context, context - 2
+
+def room_of_engine(context: int) -> int:
+    """What can be asked of an engine's context, in tokens: a sequence takes one more than what the model reads, and
+    engines always generate one."""
+    return context - 2
 
 
 class Encoder:

@@ -13,6 +13,7 @@ import gc
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,8 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from kick.errors import KickError
 from kick.lm import attention, memory
-from kick.lm.base import Scored, TokenLM
-from kick.lm.generation import Completion, Decoding, batches_within, choose, row_seeds
+from kick.lm.base import Scored, TokenLM, context_length
+from kick.lm.generation import Completion, Decoding, batches_within, choose, row_seeds, stop_tokens
 from kick.lm.lanes import lane_count, side_by_side
 from kick.lm.packing import PREFIX_STEP, Packed, clusters, pack, pack_evenly, shared_prefix
 from kick.lm.rows import NativeRows, RereadRow, RoomyRows
@@ -33,7 +34,8 @@ from kick.lm.runner import Runner, cached_bytes, fork
 from kick.models import load_model, load_tokenizer
 from kick.spec import Spec
 
-_AGREEMENT = {torch.float32: 1e-3, torch.float64: 1e-6}  # log-likelihoods with and without packing; half precision 0.25
+_AGREEMENT = {torch.float32: 1e-3, torch.float64: 1e-6}  # of log-likelihoods, computed in two ways
+_PROBE = ((7, 15), (11, 40), (13, 40))  # step, length: a stem and two rests that stand far from each other in a row
 _NOT_SUPPORTED = (TypeError, ValueError, RuntimeError, IndexError, AttributeError)  # what a model raises that can't
 
 
@@ -52,7 +54,7 @@ class FastLM(TokenLM):
         )
 
     def __init__(self, model: Any, tokenizer: Any, path: Path | None = None, params: Params | None = None) -> None:
-        super().__init__(tokenizer, getattr(model.config, "max_position_embeddings", None) or 2048)
+        super().__init__(tokenizer, context_length(model.config))
         self.model: Any = model
         self.path = path
         self.row_tokens = (params or self.Params()).row_tokens or memory.row_tokens(model)
@@ -63,6 +65,7 @@ class FastLM(TokenLM):
         self.halved = 0  # how often rows or a batch did not fit into memory
         self._batches = self._keeps_cache = True
         self._shares_in_decoding = False
+        self._alike = rotary_limit(model.config) or self.max_length
         self.no_sharing = self._why_no_sharing()
         if self.no_sharing is None:
             self._shares_in_decoding = self._can_share_in_decoding()
@@ -91,6 +94,7 @@ class FastLM(TokenLM):
             "threads": torch.get_num_threads(),
             "shares_prefixes": self.no_sharing is None,
             **({"why_not": self.no_sharing} if self.no_sharing else {}),
+            **({"alone_beyond": self._alike} if self._alike < self.max_length else {}),
             **({} if self._batches else {"generates": "one row at a time"}),
             **({"out_of_memory": self.halved} if self.halved else {}),
         }
@@ -100,15 +104,14 @@ class FastLM(TokenLM):
     @torch.inference_mode()
     def score(self, sequences: Sequence[Scored]) -> list[tuple[float, bool]]:
         results: dict[int, tuple[float, bool]] = {}
+        lengths = [len(sequence.tokens) - 1 for sequence in sequences]
+        together = [index for index, length in enumerate(lengths) if length <= self._alike]
+        alone = [index for index, length in enumerate(lengths) if length > self._alike]
         if self.no_sharing is None:
-            everything = list(range(len(sequences)))
-            results = self._score_cluster(sequences, everything, (), self.row_tokens, PREFIX_STEP)
+            results = self._score_cluster(sequences, together, (), self.row_tokens, PREFIX_STEP) if together else {}
         else:
-            lengths = [len(sequence.tokens) for sequence in sequences]
-            order = sorted(range(len(sequences)), key=lambda index: lengths[index])
-            for batch in batches_within(lengths, order, 4 * self.row_tokens):
-                values = self._halving(batch, partial(self._score_padded, sequences))
-                results |= dict(zip(batch, values, strict=True))
+            results = self._score_padded(sequences, together, 4 * self.row_tokens)
+        results |= self._score_padded(sequences, alone, 1)
         return [results[index] for index in range(len(sequences))]
 
     def _score_cluster(
@@ -198,20 +201,38 @@ class FastLM(TokenLM):
         pairs = zip(values.split(counts), greedy.split(counts), strict=True)
         return [(float(own.sum()), bool(likeliest.all())) for own, likeliest in pairs]
 
-    def _score_padded(self, sequences: Sequence[Scored], members: list[int]) -> list[tuple[float, bool]]:
-        """Without any sharing: one padded row a request."""
-        own = [sequences[index] for index in members]
-        tokens, mask = self._padded([sequence.tokens[:-1] for sequence in own], left=False)
-        inputs = {"input_ids": tokens, "attention_mask": mask, "use_cache": False}
-        places = [(row, len(s.tokens) - s.n_targets - 1 + i) for row, s in enumerate(own) for i in range(s.n_targets)]
-        rows, columns = torch.tensor(places, device=self.device).T
-        targets = torch.tensor([token for s in own for token in s.tokens[-s.n_targets :]])
-        return self._add_up(self.runner.at(inputs, rows, columns), targets, [s.n_targets for s in own])
+    def _score_padded(
+        self, sequences: Sequence[Scored], members: Sequence[int], tokens: int
+    ) -> dict[int, tuple[float, bool]]:
+        """Without packing, in batches of so many `tokens`: a padded row for each sequence that differs but in the last.
+
+        Options of one token share the row of their context.
+        """
+        owners: dict[tuple[int, ...], list[int]] = {}
+        for index in members:
+            owners.setdefault(tuple(sequences[index].tokens[:-1]), []).append(index)
+        rows = sorted(owners, key=len)
+        results: dict[int, tuple[float, bool]] = {}
+
+        def score(batch: list[int]) -> list[None]:
+            inputs, mask = self._padded([rows[place] for place in batch], left=False)
+            own = [(row, sequences[index], index) for row, place in enumerate(batch) for index in owners[rows[place]]]
+            places = [(row, len(s.tokens) - s.n_targets - 1 + i) for row, s, _ in own for i in range(s.n_targets)]
+            at, columns = torch.tensor(places, device=self.device).T
+            targets = torch.tensor([token for _, s, _ in own for token in s.tokens[-s.n_targets :]])
+            found = self.runner.at({"input_ids": inputs, "attention_mask": mask, "use_cache": False}, at, columns)
+            scores = self._add_up(found, targets, [s.n_targets for _, s, _ in own])
+            results.update({index: score for (_, _, index), score in zip(own, scores, strict=True)})
+            return [None] * len(batch)
+
+        for batch in batches_within([len(row) for row in rows], range(len(rows)), tokens):
+            self._halving(batch, score)
+        return results
 
     def _padded(self, rows: Sequence[Sequence[int]], left: bool) -> tuple[Tensor, Tensor]:
         """Tokens [rows, longest] and their mask, padded at one side."""
         longest = max(map(len, rows))
-        tokens = torch.full((len(rows), longest), self.eot_token_id)
+        tokens = torch.zeros((len(rows), longest), dtype=torch.long)  # whatever pads, the mask hides
         mask = torch.zeros_like(tokens)
         for index, row in enumerate(rows):
             place = slice(longest - len(row), longest) if left else slice(0, len(row))
@@ -231,11 +252,14 @@ class FastLM(TokenLM):
     # Generation
 
     def complete(self, contexts: Sequence[list[int]], decoding: Decoding) -> list[str]:
-        order = sorted(range(len(contexts)), key=lambda index: tuple(contexts[index]))  # what begins alike is together
         lengths = [len(context) + decoding.most for context in contexts]
         work = partial(self._generate_some, contexts, decoding, row_seeds(contexts, decoding.seed))
+        order = sorted(range(len(contexts)), key=lambda index: tuple(contexts[index]))  # what begins alike is together
+        together = [index for index in order if lengths[index] <= self._alike]
+        alone = [[index] for index in order if lengths[index] > self._alike]
         results: dict[int, str] = {}
-        for batch in batches_within(lengths, order, self._most_cached_tokens() if self._batches else 1):
+        room = self._most_cached_tokens() if self._batches else 1
+        for batch in chain(batches_within(lengths, together, room), alone):
             results |= dict(zip(batch, self._halving(batch, work), strict=True))
         return [results[index] for index in range(len(contexts))]
 
@@ -244,12 +268,13 @@ class FastLM(TokenLM):
         self, contexts: Sequence[list[int]], decoding: Decoding, seeds: list[int], chosen: list[int]
     ) -> list[str]:
         """Completions of the contexts at the places `chosen`."""
-        ends = self._end_tokens()
+        ends = self._end_tokens() | stop_tokens(self.tokenizer, decoding)
         # random numbers begin anew, also where this is a second attempt
         rngs = [np.random.default_rng(seeds[index]) for index in chosen]
         completions = [Completion(decoding, ends, self._text, rng) for rng in rngs]
         alive = list(completions)  # in the order of `rows`
-        read = self._read if self.no_sharing is None else self._read_padded
+        alone = len(contexts[chosen[0]]) + decoding.most > self._alike
+        read = self._read_padded if alone or self.no_sharing is not None else self._read
         rows, found = read([contexts[index] for index in chosen], decoding.most)
         while True:
             tokens = choose(self.runner.logits(found), alive)
@@ -299,9 +324,12 @@ class FastLM(TokenLM):
         return rows, torch.stack([found[index] for index in range(len(contexts))])
 
     def _read_padded(self, contexts: Sequence[list[int]], room: int) -> tuple[NativeRows | RereadRow, Tensor]:
-        """Prompts in one padded batch, into the model's own kind of cache; or one prompt, into none."""
-        del room
-        if not self._keeps_cache:
+        """Prompts in one padded batch, into the model's own kind of cache; or one prompt, into none.
+
+        Keys that were rotated by other frequencies than those of a longer row are of no use to it.
+        """
+        grows_out = len(contexts[0]) <= self._alike < len(contexts[0]) + room
+        if not self._keeps_cache or grows_out:
             row = RereadRow(contexts[0], self.device)
             return row, self._last(row.inputs([]))
         tokens, mask = self._padded(contexts, left=True)
@@ -347,25 +375,34 @@ class FastLM(TokenLM):
     @torch.inference_mode()
     def _why_no_sharing(self) -> str | None:
         """None if packed rows after a kept prefix give the same scores as whole rows; else the reason, in words."""
-        if reason := _counts_places(self.model.config):
-            return reason
+        if window := getattr(self.model.config, "window_size", None):
+            return f"its attention has a window of {window} tokens in memory"
         vocabulary = self.model.get_input_embeddings().weight.shape[0]
-        tokens = [(7 * place + 3) % vocabulary for place in range(24)]
-        sequences = [Scored(t, 3) for t in (tokens[:20], [*tokens[:18], tokens[22], tokens[23]], tokens[:19])]
-        alone = [self._score_padded(sequences, [index])[0] for index in range(len(sequences))]
+        stem, one, other = ([(step * place + 3) % vocabulary for place in range(n)] for step, n in _PROBE)
+        sequences = [Scored(stem + rest, 3) for rest in (one, other, one[:4])]
+        members = range(len(sequences))
+        alone = self._score_padded(sequences, members, 1)
         try:
             cache = DynamicCache(config=self.model.config)
-            self.model(input_ids=torch.tensor([tokens[:15]], device=self.device), past_key_values=cache, use_cache=True)
+            self.model(input_ids=torch.tensor([stem], device=self.device), past_key_values=cache, use_cache=True)
             self._like = cache
-            self._bytes_per_token = cached_bytes(cache) // 15 or self._bytes_per_token
+            self._bytes_per_token = cached_bytes(cache) // len(stem) or self._bytes_per_token
             kinds = {type(layer).__name__ for layer in cache.layers if type(layer) is not DynamicLayer}
             if kinds:
                 return f"its cache has layers of kind {', '.join(sorted(kinds))}"
-            (row,) = pack([sequence.tokens[15:-1] for sequence in sequences], range(3), self.row_tokens)
-            for index, (value, _) in self._score_row(sequences, row, (15,), self.row_tokens).items():
-                difference = abs(value - alone[index][0])
-                if not difference <= _AGREEMENT.get(self.model.dtype, 0.25):
-                    return f"packed rows differ by {difference:.2g} from whole ones"
+            rests = [sequence.tokens[len(stem) : -1] for sequence in sequences]
+
+            def apart(rows: list[Packed]) -> float:
+                """How far sequences in such rows after the kept stem are from themselves read whole."""
+                found = [self._score_row(sequences, row, (len(stem),), self.row_tokens) for row in rows]
+                return max(abs(row[index][0] - alone[index][0]) for row in found for index in row)
+
+            difference = apart(pack(rests, members, sum(map(len, rests))))
+            allowed = _AGREEMENT.get(self.model.dtype)
+            if allowed is None:  # half precision rounds differently in each model: the measure is what a cache changes
+                allowed = max(0.02, 4 * apart([own for index in members for own in pack(rests, [index], len(one))]))
+            if not difference <= allowed:
+                return f"packed rows differ by {difference:.2g} from whole ones"
         except torch.OutOfMemoryError:
             raise
         except _NOT_SUPPORTED as error:
@@ -414,15 +451,19 @@ class FastLM(TokenLM):
         return bool(difference <= _AGREEMENT.get(self.model.dtype, 0.25))
 
 
-def _counts_places(config: Any) -> str | None:
-    """In words, what in a model depends on how far apart tokens stand in memory, or on the longest row; else None."""
-    if getattr(config, "window_size", None):
-        return f"its attention has a window of {config.window_size} tokens"
+def rotary_limit(config: Any) -> int | None:
+    """Tokens up to which rotary frequencies are the same for all rows: beyond, they depend on the longest in a call."""
+    config = config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
-    kinds = {str(own.get("rope_type")) for own in (rope, *rope.values()) if isinstance(own, dict)}
-    if found := kinds & {"dynamic", "longrope"}:
-        return f"its rotary frequencies depend on the longest row ({', '.join(sorted(found))})"
-    return None
+    limits = []
+    for own in (rope, *rope.values()):
+        kind = str(own.get("rope_type")) if isinstance(own, dict) else ""
+        if kind == "longrope":
+            known = own.get("original_max_position_embeddings")
+            limits.append(known or getattr(config, "original_max_position_embeddings", None))
+        elif "dynamic" in kind:
+            limits.append(getattr(config, "max_position_embeddings", None))
+    return min((limit for limit in limits if limit), default=None)
 
 
 def drop(items: list[Any], place: int) -> None:

@@ -9,10 +9,28 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
+import torch
+from lm_eval.models.utils import normalize_gen_kwargs
 from torch import Tensor
 
 from kick.errors import KickError
+
+_NUCLEUS = 1024  # tokens that are sorted to find those that hold `top_p`; all of them where these do not
+
+_OWN = ("until", "max_gen_toks", "min_new_tokens", "do_sample", "temperature", "top_k", "top_p", "seed")
+
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "num_beams": (1,),
+    "num_return_sequences": (1,),
+    "repetition_penalty": (1,),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "length_penalty": (1,),
+    "no_repeat_ngram_size": (0,),
+    "min_p": (0,),
+    "use_cache": (True, False),
+}
+"""Generation arguments that may be given, with the values that change nothing."""
 
 
 @dataclass(frozen=True, order=True)
@@ -29,24 +47,36 @@ class Decoding:
 
     @classmethod
     def of(cls, options: dict[str, Any]) -> "Decoding":
-        """From lm-eval's generation arguments. Raises KickError for what is not decoded here (beams)."""
-        if (options.get("num_beams") or 1) > 1:
-            raise KickError("beam search is asked for; the LM 'fast' decodes greedily or samples.", "Drop num_beams.")
-        until = options.get("until") or []
-        temperature = float(options.get("temperature") or 0.0)
-        if options.get("do_sample") is False:
-            temperature = 0.0
-        elif options.get("do_sample") and options.get("temperature") is None:
-            temperature = 1.0
+        """From lm-eval's generation arguments. Raises KickError for what is not decoded here (beams, penalties)."""
+        given = {key: value for key, value in options.items() if value is not None}
+        given.setdefault("temperature", 1.0 if given.get("do_sample") else 0.0)
+        normal: dict[str, Any] = dict(normalize_gen_kwargs(given))
+        own = {name: normal.pop(name, None) for name in _OWN}
+        for name, value in normal.items():
+            if value not in _NEUTRAL.get(name, ()):
+                what = "beam search is asked for" if name == "num_beams" else f"{name}={value!r} is asked for"
+                raise KickError(
+                    f"{what}; kick decodes greedily or samples by temperature, top_k and top_p.", f"Drop {name}."
+                )
+        sampling: dict[str, Any] = {}
+        if own["do_sample"] and own["temperature"] > 0:
+            sampling = {
+                "temperature": float(own["temperature"]),
+                "top_k": max(0, int(own["top_k"] or 0)),  # -1 means all, too
+                "top_p": float(own["top_p"] or 1.0),
+                "seed": int(own["seed"] or 0),
+            }
         return cls(
-            until=tuple([until] if isinstance(until, str) else until),
-            most=int(options.get("max_gen_toks", 256)),
-            least=int(options.get("min_new_tokens", 0)),
-            temperature=temperature,
-            top_k=int(options.get("top_k") or 0) if temperature else 0,
-            top_p=float(options.get("top_p") or 1.0) if temperature else 1.0,
-            seed=int(options.get("seed") or 0) if temperature else 0,
+            until=tuple(stop for stop in own["until"] if stop),
+            most=int(own["max_gen_toks"]),
+            least=int(own["min_new_tokens"] or 0),
+            **sampling,
         )
+
+    def cut(self, text: str) -> str:
+        """Up to the first stop string."""
+        stops = [place for stop in self.until if (place := text.find(stop)) >= 0]
+        return text[: min(stops)] if stops else text
 
 
 class Completion:
@@ -71,9 +101,13 @@ class Completion:
 
     def text(self) -> str:
         """Up to the first stop string."""
-        text = self.decode(self.tokens)
-        stops = [place for stop in self.decoding.until if (place := text.find(stop)) >= 0]
-        return text[: min(stops)] if stops else text
+        return self.decoding.cut(self.decode(self.tokens))
+
+
+def stop_tokens(tokenizer: Any, decoding: Decoding) -> set[int]:
+    """Stop strings that are one special token each: a text without special tokens never shows them."""
+    special = {token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return {special[stop] for stop in decoding.until if stop in special}
 
 
 def choose(logits: Tensor, rows: Sequence[Completion]) -> list[int]:
@@ -81,36 +115,59 @@ def choose(logits: Tensor, rows: Sequence[Completion]) -> list[int]:
     decoding = rows[0].decoding
     if decoding.temperature == 0:
         return logits.argmax(dim=-1).tolist()
-    probabilities = (logits.double() / decoding.temperature).softmax(dim=-1).cpu().numpy()
-    return [
-        sample(own, decoding.top_k, decoding.top_p, row.rng.random())
-        for own, row in zip(probabilities, rows, strict=True)
-    ]
+    probabilities = (logits.double() / decoding.temperature).softmax(dim=-1)
+    uniform = torch.tensor([row.rng.random() for row in rows], dtype=torch.float64, device=logits.device)
+    return sample(probabilities, decoding.top_k, decoding.top_p, uniform).tolist()
 
 
-def sample(probabilities: np.ndarray, top_k: int, top_p: float, uniform: float) -> int:
-    """The token at which the cumulated probability passes `uniform`, the likeliest tokens first.
+def sample(probabilities: Tensor, top_k: int, top_p: float, uniform: Tensor) -> Tensor:
+    """For each row of probabilities [rows, vocabulary] the token at which their sum passes `uniform` [rows] of all.
 
-    Only the `top_k` likeliest count (0: all), and of these the fewest that hold `top_p` of the probability.
+    Only the `top_k` likeliest count (0: all), and of these the fewest that hold `top_p` of the probability, the
+    likeliest first; of equals the one with the smaller number (at the edge of the top_k: any).
 
-    >>> p = np.array([0.2, 0.5, 0.3])
-    >>> [sample(p, 0, 1.0, u) for u in (0.0, 0.49, 0.6, 0.9)], sample(p, 1, 1.0, 0.9), sample(p, 0, 0.6, 0.99)
-    ([1, 1, 2, 0], 1, 2)
+    >>> p = torch.tensor([[0.2, 0.5, 0.3]], dtype=torch.float64)
+    >>> draw = lambda top_k, top_p, u: sample(p, top_k, top_p, torch.tensor([u], dtype=torch.float64)).item()
+    >>> [draw(0, 1.0, u) for u in (0.0, 0.19, 0.6, 0.9)], [draw(2, 1.0, u) for u in (0.6, 0.7)], draw(0, 0.6, 0.99)
+    ([0, 0, 1, 2], [1, 2], 2)
     """
-    order = np.argsort(-probabilities, kind="stable")[: top_k or None]
-    mass = probabilities[order].cumsum()
-    kept = int(np.searchsorted(mass, top_p * mass[-1] * (1 - 1e-12))) + 1
-    return int(order[min(np.searchsorted(mass[:kept], uniform * mass[kept - 1], side="right"), kept - 1)])
+    if top_k == 0 and top_p >= 1:
+        return _pick(probabilities.cumsum(dim=-1), uniform)[:, 0]
+    size = probabilities.shape[-1]
+    count = min(top_k or _NUCLEUS, size)
+    likeliest, order = _sorted(probabilities, count)
+    if top_k == 0 and bool((likeliest.sum(dim=-1) < top_p).any()):
+        likeliest, order = _sorted(probabilities, size)
+    mass = likeliest.cumsum(dim=-1)
+    held = mass[:, -1:] if top_k else mass.new_ones(len(mass), 1)
+    outside = mass - likeliest >= top_p * held * (1 - 1e-12)
+    return order.gather(-1, _pick(likeliest.masked_fill(outside, 0).cumsum(dim=-1), uniform))[:, 0]
+
+
+def _sorted(probabilities: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` largest of each row and their places, the largest first, of equals the earlier."""
+    places = probabilities.topk(count, dim=-1, sorted=False).indices.sort(dim=-1).values
+    likeliest, order = probabilities.gather(-1, places).sort(dim=-1, descending=True, stable=True)
+    return likeliest, places.gather(-1, order)
+
+
+def _pick(mass: Tensor, uniform: Tensor) -> Tensor:
+    """[rows, 1]: where sums [rows, n] pass a share `uniform` [rows] of the last one."""
+    wanted = uniform[:, None] * mass[:, -1:]
+    return torch.searchsorted(mass, wanted, right=True).minimum((mass < mass[:, -1:]).sum(dim=-1, keepdim=True))
 
 
 def row_seeds(contexts: Sequence[Sequence[int]], seed: int) -> list[int]:
-    """The seed of each row's random numbers: from `seed`, its own tokens, and how often the same came before."""
+    """The seed of each row's random numbers: from `seed`, its own tokens, and how often the same came before.
+
+    Below 2^63, which every engine takes.
+    """
     seen: dict[tuple[int, ...], int] = {}
     found = []
     for context in map(tuple, contexts):
         seen[context] = seen.get(context, -1) + 1
         name = f"{seed} {seen[context]} {','.join(map(str, context))}"
-        found.append(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big"))
+        found.append(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1)
     return found
 
 

@@ -12,7 +12,11 @@ CACHE_SHARE = 0.15
 """Of all memory, what keys and values of a generation batch may take: fixed, so that batches are too."""
 
 ROW_SHARE = 0.1
-"""Of the memory that is free, what computing the rows that are worked on at a time may take."""
+"""Of what the weights leave of all memory, what computing the rows that are worked on at a time may take.
+
+Of all memory, not of what happens to be free: rows of another size round differently, and the same run is to give the
+same scores.
+"""
 
 PREFIX_SHARE = 0.3
 """Of the memory that is free, what copies of a prefix's keys and values may take, one for each row at work."""
@@ -26,12 +30,13 @@ _LIVE_HIDDEN, _LIVE_INTERMEDIATE = 8, 3  # vectors of a token that stand in memo
 
 
 def row_tokens(model: Any) -> int:
-    """Tokens of a row that `model` computes at once: a power of two that the free memory allows."""
+    """Tokens of a row that `model` computes at once: a power of two that memory allows."""
     config, device = model.config.get_text_config(), model.device
     hidden = config.hidden_size
     intermediate = getattr(config, "intermediate_size", None) or 4 * hidden
     values = _LIVE_HIDDEN * hidden + _LIVE_INTERMEDIATE * intermediate
-    fits = ROW_SHARE * free_bytes(device) / (lane_count(device) * values * model.dtype.itemsize)
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    fits = ROW_SHARE * (total_bytes(device) - weights) / (lane_count(device) * values * model.dtype.itemsize)
     tokens = MOST_ROW_TOKENS.get(device.type, MOST_ROW_TOKENS["cpu"])
     while tokens > FEWEST_ROW_TOKENS and tokens > fits:
         tokens //= 2

@@ -4,6 +4,7 @@ Engines round differently, so that scores differ in the last digits; one that sh
 token or truncates elsewhere is wrong by far more than that.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -88,6 +89,7 @@ def compare(reference: Answers | str, other: Answers | str, dtype: str) -> list[
             difference = sum(x != y for x, y in zip(a, b, strict=True)) / len(a)
             rows.append(Parity(kind, len(a), difference, True))
             continue
-        difference = max(abs(x - y) for x, y in zip(a, b, strict=True))
+        differences = [abs(x - y) for x, y in zip(a, b, strict=True)]
+        difference = math.inf if any(map(math.isnan, differences)) else max(differences)
         rows.append(Parity(kind, len(a), difference, difference <= allowed * TOLERANCE[dtype]))
     return rows

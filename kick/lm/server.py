@@ -14,12 +14,16 @@ from typing import Any, Literal, TypeVar
 
 import openai
 from pydantic import Field
+from transformers import AutoConfig
 
 from kick.errors import ConfigError, KickError, NotGivenError
-from kick.lm.base import Scored, TokenLM, room_of_engine
-from kick.lm.generation import Decoding
+from kick.lm.base import Scored, TokenLM, context_length, room_of_engine
+from kick.lm.generation import Decoding, row_seeds, stop_tokens
 from kick.models import load_tokenizer
 from kick.spec import Spec
+
+_UNDO = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+"""What an engine may have defaults for that change texts, with the values that change nothing."""
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -40,11 +44,12 @@ class ServerLM(TokenLM):
         max_model_len: int | None = Field(default=None, ge=16, description="tokens; default: the model's own context")
 
     def __init__(self, path: Path, params: Params, setting: str) -> None:
-        _, room = room_of_engine(path, params.max_model_len)
-        super().__init__(load_tokenizer(path), room)
+        context = params.max_model_len or context_length(AutoConfig.from_pretrained(path))
+        super().__init__(load_tokenizer(path), room_of_engine(context))
         self.params = params
         self.check(params, [setting])
         self._model = params.models[setting]
+        self._neutral = True  # whether the endpoint takes what undoes its own defaults
         self._key = os.environ.get(params.key_env) or "none"
         self._client = openai.OpenAI(
             api_key=self._key, base_url=params.base_url, timeout=params.timeout, max_retries=params.retries
@@ -66,7 +71,12 @@ class ServerLM(TokenLM):
         return {}
 
     def record(self) -> dict[str, Any]:
-        return {"name": "server", "model": self._model, **self.params.model_dump(include={"base_url", "api", "prompt"})}
+        return {
+            "name": "server",
+            "model": self._model,
+            **self.params.model_dump(include={"base_url", "api", "prompt"}),
+            **({} if self._neutral else {"decoding": f"the endpoint's own defaults of {', '.join(_UNDO)}"}),
+        }
 
     @property
     def has_chat_template(self) -> bool:
@@ -113,31 +123,54 @@ class ServerLM(TokenLM):
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         if self.params.api == "completions":
             return super().generate_until(requests)
-        return self._all(self._chat, [(r.args[0], Decoding.of(dict(r.args[1]))) for r in requests])
+        asked = [(r.args[0], Decoding.of(dict(r.args[1]))) for r in requests]
+        seeds = row_seeds([prompt.encode() for prompt, _ in asked], 0)
+        return self._all(self._chat, [(*own, own[1].seed ^ seed) for own, seed in zip(asked, seeds, strict=True)])
 
     def complete(self, contexts: Sequence[list[int]], decoding: Decoding) -> list[str]:
-        return self._all(lambda context: self._complete(context, decoding), contexts)
+        rows = zip(contexts, row_seeds(contexts, decoding.seed), strict=True)
+        stops = sorted(stop_tokens(self.tokenizer, decoding))
+        return self._all(lambda row: self._complete(*row, decoding, stops), list(rows))
 
-    def _complete(self, context: list[int], decoding: Decoding) -> str:
+    def _complete(self, context: list[int], seed: int, decoding: Decoding, stops: list[int]) -> str:
         prompt: list[int] | str = context
         if self.params.prompt == "text":  # a server puts the beginning-of-text token there itself
             prompt = self.tokenizer.decode(context[context[:1] == [self.tokenizer.bos_token_id] :])
-        reply = self._ask(
-            lambda: self._client.completions.create(model=self._model, prompt=prompt, **_options(decoding))
+        more = {"stop_token_ids": stops} if stops and self.params.prompt == "tokens" else {}
+        reply = self._ask_for_text(
+            lambda **options: self._client.completions.create(model=self._model, prompt=prompt, **options),
+            decoding,
+            seed,
+            more,
         )
-        return _until(reply.choices[0].text, decoding)
+        return decoding.cut(reply.choices[0].text)
 
-    def _chat(self, request: tuple[str, Decoding]) -> str:
-        prompt, decoding = request
-        messages = _messages(prompt)
-        reply = self._ask(
-            lambda: self._client.chat.completions.create(
-                model=self._model,
-                messages=messages,  # type: ignore[arg-type]
-                **_options(decoding),
-            )
+    def _chat(self, request: tuple[str, Decoding, int]) -> str:
+        prompt, decoding, seed = request
+        messages: Any = _messages(prompt)
+        reply = self._ask_for_text(
+            lambda **options: self._client.chat.completions.create(model=self._model, messages=messages, **options),
+            decoding,
+            seed,
+            {},
         )
-        return _until(reply.choices[0].message.content or "", decoding)
+        return decoding.cut(reply.choices[0].message.content or "")
+
+    def _ask_for_text(self, create: Callable[..., Any], decoding: Decoding, seed: int, more: dict[str, Any]) -> Any:
+        """A completion by `create`, without the endpoint's own defaults where it lets itself be told so.
+
+        Engines take penalties and top_k from the model's generation_config.json unless a request says otherwise;
+        an endpoint that knows the plain protocol alone refuses to be told, and has none.
+        """
+        if self._neutral:
+            try:
+                return self._ask(lambda: create(**_options(decoding, seed, {**_UNDO, **more})))
+            except KickError as error:
+                if not isinstance(error.__cause__, openai.BadRequestError | openai.UnprocessableEntityError):
+                    raise
+        reply = self._ask(lambda: create(**_options(decoding, seed, more)))
+        self._neutral = False
+        return reply
 
     def _all(self, work: Callable[[A], B], items: Sequence[A]) -> list[B]:
         """`work` on all items, several at once; the first error ends it."""
@@ -167,9 +200,9 @@ class ServerLM(TokenLM):
         return text.replace(self._key, "[key]") if len(self._key) > 4 else text
 
 
-def _options(decoding: Decoding) -> dict[str, Any]:
-    """What the protocol has for a decoding; what only some servers have (top_k, min_tokens) goes along beside it."""
-    more: dict[str, Any] = {}
+def _options(decoding: Decoding, seed: int, more: dict[str, Any]) -> dict[str, Any]:
+    """What the protocol has for a decoding; what only some servers have (`more`, min_tokens) goes along beside it."""
+    more = dict(more)
     if decoding.least:
         more["min_tokens"] = decoding.least
     if decoding.top_k:
@@ -179,15 +212,9 @@ def _options(decoding: Decoding) -> dict[str, Any]:
         "temperature": decoding.temperature,
         "top_p": decoding.top_p,
         **({"stop": list(decoding.until[:4])} if decoding.until else {}),  # the protocol takes four
-        **({"seed": decoding.seed} if decoding.temperature else {}),
+        **({"seed": seed} if decoding.temperature else {}),
         **({"extra_body": more} if more else {}),
     }
-
-
-def _until(text: str, decoding: Decoding) -> str:
-    """Up to the first stop string: servers differ in whether they leave it in, and take four at most."""
-    places = [place for stop in decoding.until if (place := text.find(stop)) >= 0]
-    return text[: min(places)] if places else text
 
 
 def _messages(prompt: str) -> list[dict[str, str]]:

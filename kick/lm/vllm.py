@@ -22,7 +22,7 @@ from pydantic import Field
 from kick import adapters, interpreter, shapes
 from kick.errors import KickError
 from kick.lm.base import Scored, TokenLM, room_of_engine
-from kick.lm.generation import Decoding
+from kick.lm.generation import Decoding, row_seeds, stop_tokens
 from kick.models import load_tokenizer
 from kick.spec import Spec
 
@@ -54,8 +54,6 @@ class VLLM(TokenLM):
             raise KickError(f"{path.name} has adapters beside its weights; vLLM would leave them out.", "Use 'fast'.")
         if shapes.read_table(path):
             raise KickError(f"{path.name} has layers of different shapes, which vLLM does not load.", "Use 'fast'.")
-        context, room = room_of_engine(path, params.max_model_len)
-        super().__init__(load_tokenizer(path), room)
         self.params, self._dtype, self._device_name = params, dtype, device
         self._worker = Worker(params.python, device, params.tensor_parallel_size, params.batch_invariant)
         self._engine = self._worker.ask(
@@ -63,7 +61,7 @@ class VLLM(TokenLM):
                 "model": str(path.absolute()),
                 "dtype": dtype,
                 "tensor_parallel_size": params.tensor_parallel_size,
-                "max_model_len": context,
+                **({"max_model_len": params.max_model_len} if params.max_model_len else {}),
                 "gpu_memory_utilization": params.memory_utilization or (0.4 if device == "cpu" else 0.9),
                 "enable_prefix_caching": True,
                 "seed": 0,
@@ -71,6 +69,7 @@ class VLLM(TokenLM):
                 **params.engine,
             }
         )
+        super().__init__(load_tokenizer(path), room_of_engine(self._engine["context"]))
 
     @classmethod
     def from_checkpoint(cls, path: Path, params: Params, dtype: str, device: str, setting: str) -> "VLLM":
@@ -104,16 +103,20 @@ class VLLM(TokenLM):
         return [(float(value), bool(greedy)) for value, greedy in (by_context[c][place] for c, place in places)]
 
     def complete(self, contexts: Sequence[list[int]], decoding: Decoding) -> list[str]:
-        parameters = {
+        shared = {
             "max_tokens": decoding.most,
             "min_tokens": decoding.least,
             "temperature": decoding.temperature,
             "top_p": decoding.top_p,
             "top_k": decoding.top_k,
             "stop": list(decoding.until),
-            **({"seed": decoding.seed} if decoding.temperature else {}),
+            "stop_token_ids": sorted(stop_tokens(self.tokenizer, decoding)),
         }
-        return self._worker.ask(complete={"contexts": list(contexts), "parameters": [parameters] * len(contexts)})
+        seeds = row_seeds(contexts, decoding.seed)
+        parameters = [{**shared, "seed": seed} if decoding.temperature else shared for seed in seeds]
+        # tokens come back, not text: where several stop strings end in one token, the engine cuts at any of them
+        made = self._worker.ask(complete={"contexts": list(contexts), "parameters": parameters})
+        return [decoding.cut(self.tokenizer.decode(tokens, skip_special_tokens=True)) for tokens in made]
 
     def close(self) -> None:
         self._worker.close()

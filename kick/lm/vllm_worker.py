@@ -26,7 +26,7 @@ def main():
         import vllm
 
         engine = vllm.LLM(**json.loads(sys.stdin.readline())["engine"])
-        reply(result={"vllm": vllm.__version__})
+        reply(result={"vllm": vllm.__version__, "context": engine.llm_engine.model_config.max_model_len})
     except Exception as error:  # told to the process that asked
         reply(error=f"{type(error).__name__}: {error}")
         return
@@ -77,12 +77,18 @@ def score(engine, contexts, options):
 
 
 def complete(engine, contexts, parameters):
-    """The text that follows each context."""
+    """The tokens that follow each context, without one that ends them."""
     from vllm import SamplingParams
 
     prompts = [{"prompt_token_ids": context} for context in contexts]
     outputs = engine.generate(prompts, [SamplingParams(**own) for own in parameters], use_tqdm=False)
-    return [output.outputs[0].text for output in outputs]
+    return [made(output.outputs[0]) for output in outputs]
+
+
+def made(completion):
+    """The tokens of a completion: one that ends it is no part of it; with a stop string it is."""
+    ended = completion.finish_reason == "stop" and not isinstance(completion.stop_reason, str)
+    return list(completion.token_ids[:-1] if ended else completion.token_ids)
 
 
 if __name__ == "__main__":

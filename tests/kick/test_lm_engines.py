@@ -12,6 +12,7 @@ from kick import cli
 from kick.errors import ConfigError, KickError
 from kick.lm import generate, load_lm, loglikelihoods, rolling_loglikelihoods
 from kick.lm.fast import FastLM
+from kick.lm.generation import Decoding
 from kick.lm.parity import ask, compare
 from kick.lm.spec import LMSpec
 
@@ -53,11 +54,45 @@ def test_all_that_decides_a_completion_is_sent(lm, tiny_model):
             served(tiny_model, server), ["The sea"], stops, 24, min_new_tokens=2, temperature=0.7, seed=3
         )
         body = server.bodies[-1]
-    assert {key: body[key] for key in ("max_tokens", "temperature", "seed", "min_tokens")} == {
-        "max_tokens": 24, "temperature": 0.7, "seed": 3, "min_tokens": 2,
+    assert {key: body[key] for key in ("max_tokens", "temperature", "min_tokens")} == {
+        "max_tokens": 24, "temperature": 0.7, "min_tokens": 2,
     }  # fmt: skip
+    # what an engine would take from the model's generation_config.json is undone
+    assert (body["repetition_penalty"], body["top_k"], body["min_p"]) == (1, -1, 0)
     assert body["stop"] == stops[:4]  # the protocol takes four; the fifth ends the text here
     assert "e" not in text
+
+
+def test_repeated_prompts_are_sampled_anew_and_the_same_in_any_call(lm, tiny_model):
+    with ModelServer(lm) as server:
+        other = served(tiny_model, server)
+        generate(other, ["The sea", "The sea", "Rain"], [], 4, temperature=0.7, seed=3)
+        generate(other, ["Rain"], [], 4, temperature=0.7, seed=3)
+        generate(other, ["Rain"], [], 4, temperature=0.7, seed=4)
+        *first, again, changed = (body["seed"] for body in server.bodies)
+    assert len(set(first)) == 3
+    assert again in first
+    assert changed not in first
+    assert all(0 <= seed < 2**63 for seed in first)
+
+
+def test_an_endpoint_that_knows_the_plain_protocol_alone_is_asked_in_it(lm, tiny_model):
+    with ModelServer(lm, unknown={"repetition_penalty", "min_p", "top_k"}) as server:
+        other = served(tiny_model, server)
+        assert generate(other, ["The sea"], [], 6) == generate(lm, ["The sea"], [], 6)
+        assert "defaults of top_k" in other.record()["decoding"]
+        generate(other, ["Rain"], [], 6)
+        assert ["top_k" in body for body in server.bodies] == [True, False, False]
+        with pytest.raises(KickError, match="unknown: top_k"):  # asked for, and not to be dropped
+            other.complete([[2, 3]], Decoding((), 4, temperature=0.7, top_k=5))
+
+
+def test_a_special_token_as_stop_string_is_sent_as_a_token(lm, tiny_model):
+    with ModelServer(lm) as server:
+        generate(served(tiny_model, server), ["The sea"], ["</s>", "\n"], 4)
+        assert server.bodies[-1]["stop_token_ids"] == [lm.tokenizer.eos_token_id]
+        generate(served(tiny_model, server), ["The sea"], ["\n"], 4)
+        assert "stop_token_ids" not in server.bodies[-1]
 
 
 def test_a_chat_endpoint_gets_conversations_and_gives_no_likelihoods(lm, tiny_model):
@@ -135,15 +170,18 @@ def test_an_lm_agrees_with_itself_and_not_with_a_shifted_one(lm, tiny_model, tok
     assert all(row.agrees and row.difference == 0 for row in compare(answers, answers, "float32"))
 
     class Shifted(FastLM):
-        def tok_encode(self, string, add_special_tokens=None, **kwargs):
-            return [5, *super().tok_encode(string, add_special_tokens)]
-
         def _loglikelihood_tokens(self, requests, **kwargs):  # as an engine that adds a token in front
             return super()._loglikelihood_tokens([(words, [5, *context], more) for words, context, more in requests])
 
     rows = {row.kind: row for row in compare(answers, ask(Shifted(make_tiny_llama(), tokenizer)), "float32")}
     assert not rows["continuations"].agrees
     assert not rows["whole text"].agrees
+
+
+def test_an_lm_that_gives_no_number_does_not_agree(lm):
+    answers = ask(lm)
+    broken = {**answers, "continuations": [*answers["continuations"][:-1], float("nan")]}
+    assert [row.agrees for row in compare(answers, broken, "float32")] == [False, True, True]
 
 
 def test_the_doctor_compares_an_lm_with_fast(lm, tiny_model, capsys):
@@ -270,7 +308,7 @@ class LLM:
         if "broken" in model:
             print("RuntimeError: the model is broken", file=sys.stderr)
             raise ValueError("see above")
-        class Config: max_model_len = options["max_model_len"]
+        class Config: max_model_len = options.get("max_model_len", 2048)
         class Engine: model_config = Config
         self.llm_engine = Engine
         print("noise on standard output")
@@ -280,7 +318,8 @@ class LLM:
             tokens = prompt["prompt_token_ids"]
             class Output: prompt_logprobs = None
             class Generated:
-                token_ids, text = [max(own.logprob_token_ids or [0])], f"{len(tokens)} {own.max_tokens}"
+                token_ids = [max(own.logprob_token_ids)] if own.logprob_token_ids else [*tokens[:own.max_tokens], 9]
+                finish_reason, stop_reason = "stop", own.stop[0] if getattr(own, "stop", None) else None
                 logprobs = [{t: Logprob(-float(t), 1) for t in own.logprob_token_ids or []}]
             if own.max_tokens == 13: import os; os._exit(3)
             if hasattr(own, "prompt_logprobs"):
@@ -319,8 +358,12 @@ def test_what_crosses_to_an_engine_and_back(fake_vllm, tiny_model):
         (pytest.approx(-1.6), True),
         (pytest.approx(-0.6), False),
     ]
-    tokens = len(other.tok_encode("The sea"))
-    assert generate(other, ["The sea"], [], 5) == [f"{tokens} 5"]
+    # the fake says the beginning of the prompt again, then an end
+    assert generate(other, ["The sea is wide"], [], 2) == ["The se"]
+    nine = other.tokenizer.decode([9])
+    assert generate(other, ["The sea is wide"], ["!"], 2) == ["The se" + nine]  # cut here, not by the engine
+    assert generate(other, ["The sea is wide"], ["se", "The"], 2) == [""]  # the first of all stops, not of one token
+    assert other.max_length == 2046
     with pytest.raises(KickError, match=r"the engine ended \(exit 3\)"):
         generate(other, ["The sea"], [], 13)
     other.close()

@@ -1,0 +1,169 @@
+"""Models that are not Llamas behind the fast LM: what may be packed or shared, and what is asked row by row."""
+
+import pytest
+import torch
+from conftest import make_tiny_llama
+from lm_reference import ask, greedy, one_by_one
+
+from kick.lm import generate
+from kick.lm.base import context_length
+from kick.lm.fast import FastLM
+
+
+def test_a_model_that_caps_its_logits_scores_like_one_by_one(tokenizer):
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=8, vocab_size=600, final_logit_softcapping=1.0, layer_types=["full_attention"] * 2,
+        initializer_range=0.2, attn_implementation="eager",
+    )  # fmt: skip
+    lm = FastLM(Gemma2ForCausalLM(config).eval(), tokenizer)
+    assert not lm.runner.plain_head
+    pairs = [([11, 12, 13], [4, 5]), ([11, 12], [13, 6]), ([20], [21])]
+    for (value, _), pair in zip(ask(lm, pairs), pairs, strict=True):
+        assert value == pytest.approx(one_by_one(lm.model, *pair)[0], abs=1e-4)
+
+
+def sliding():
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(0)
+    config = MistralConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=600, sliding_window=8, initializer_range=0.2,
+    )  # fmt: skip
+    return MistralForCausalLM(config).eval()
+
+
+def test_a_model_with_a_sliding_window_is_asked_row_by_row_and_says_so(tokenizer):
+    lm = FastLM(sliding(), tokenizer)
+    assert lm.record()["shares_prefixes"] is False
+    assert "DynamicSlidingWindowLayer" in lm.record()["why_not"]
+    pairs = [(list(range(10, 40)), [4, 5]), (list(range(10, 30)), [6]), ([3], [4])]
+    for (value, _), pair in zip(ask(lm, pairs), pairs, strict=True):
+        assert value == pytest.approx(one_by_one(lm.model, *pair)[0], abs=1e-4)
+    text = generate(lm, ["The river ran", "A"], [], 8)
+    for prompt, made in zip(["The river ran", "A"], text, strict=True):
+        expected = greedy(lm.model, tokenizer(prompt)["input_ids"], 8, tokenizer.eos_token_id)
+        assert made == tokenizer.decode(expected, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "opt", "gpt_neox", "phi", "qwen2", "gemma"])
+def test_other_architectures_score_like_one_by_one(kind, tokenizer):
+    from test_blocks import tiny
+
+    lm = FastLM(tiny(kind, vocab_size=600), tokenizer)
+    stem = [10 + place % 7 for place in range(40)]
+    pairs = [([11, 12, 13], [4, 5]), ([11, 12], [13, 6]), ([20], [21]), ([*stem, 8], [5]), ([*stem, 9], [5, 6])]
+    for (value, _), pair in zip(ask(lm, pairs), pairs, strict=True):
+        assert value == pytest.approx(one_by_one(lm.model, *pair)[0], abs=1e-4)
+
+
+def recurrent(kind):
+    """Tiny models whose state is no keys and values of all tokens."""
+    import transformers as t
+
+    torch.manual_seed(0)
+    common = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 600, "initializer_range": 0.2}
+    if kind == "mamba":
+        return t.MambaForCausalLM(t.MambaConfig(**common, state_size=8, use_mambapy=False)).eval()
+    attention = {"intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = t.Lfm2Config(**common, **attention, layer_types=["conv", "full_attention"], max_position_embeddings=512)
+    return t.Lfm2ForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("kind", ["mamba", "lfm2"])
+def test_models_with_recurrent_states_are_asked_row_by_row(kind, tokenizer):
+    lm = FastLM(recurrent(kind), tokenizer)
+    assert not lm.record()["shares_prefixes"]
+    pairs = [([11, 12, 13], [4, 5]), (list(range(10, 40)), [13, 6]), ([20], [21])]
+    for (value, _), pair in zip(ask(lm, pairs), pairs, strict=True):
+        assert value == pytest.approx(one_by_one(lm.model, *pair)[0], abs=1e-4)
+    prompts = ["The river ran", "A", "Bread is made of flour, water"]
+    for prompt, text in zip(prompts, generate(lm, prompts, [], 8), strict=True):
+        tokens = greedy(lm.model, tokenizer(prompt)["input_ids"], 8, tokenizer.eos_token_id)
+        assert text == tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_depends_on_places_in_memory_is_not_packed(tokenizer, dtype):
+    from transformers import MptConfig, MptForCausalLM
+
+    torch.manual_seed(0)
+    config = MptConfig(d_model=32, n_heads=4, n_layers=2, vocab_size=600, max_seq_len=256, initializer_range=0.2)
+    lm = FastLM(MptForCausalLM(config).eval().to(dtype), tokenizer)  # its ALiBi counts columns, not tokens
+    assert "packed rows differ" in lm.record()["why_not"]
+    stem = list(range(10, 40))
+    pairs = [([*stem, *range(100 + 40 * n, 140 + 40 * n)], [5]) for n in range(3)]
+    for (value, _), pair in zip(ask(lm, pairs), pairs, strict=True):
+        assert value == pytest.approx(one_by_one(lm.model, *pair)[0], abs=1e-4 if dtype == torch.float32 else 0.1)
+
+
+def test_a_window_in_memory_is_not_packed(tokenizer):
+    assert "a window of 256 tokens" in FastLM(make_tiny_llama(window_size=256), tokenizer).record()["why_not"]
+
+
+def test_rows_on_both_sides_of_a_change_of_rotary_frequencies_are_never_together(tokenizer):
+    """Longrope turns all frequencies of a call over where its longest row passes the original length."""
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    torch.manual_seed(0)
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 64,
+            "short_factor": [1.0] * 4, "long_factor": [3.0] * 4}  # fmt: skip
+    config = Phi3Config(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=600, max_position_embeddings=256, rope_parameters=rope, initializer_range=0.2, pad_token_id=1,
+        bos_token_id=0, eos_token_id=1, sliding_window=None, original_max_position_embeddings=64,
+    )  # fmt: skip
+    lm = FastLM(Phi3ForCausalLM(config).eval(), tokenizer)
+    assert lm.record()["alone_beyond"] == 64
+    assert lm.no_sharing is None
+    stem = [10 + place % 50 for place in range(62)]
+    pairs = [([*stem[:n], 200 + n], [4]) for n in (20, 30, 61, 62)] + [(stem * 2, [7, 8]), ([*stem, 9, 9, 9], [5])]
+    for (value, _), pair in zip(ask(lm, pairs), pairs, strict=True):
+        assert value == pytest.approx(one_by_one(lm.model, *pair)[0], abs=1e-4)
+    prompts = [
+        "The river ran",
+        "A",
+        "The river ran to the sea and the boats lay still in the harbour. " * 3,
+        "Wind and " * 18,
+    ]
+    lengths = [len(tokenizer(prompt)["input_ids"]) for prompt in prompts]
+    assert lengths[0] + 16 < 64 < lengths[2]
+    assert lengths[3] <= 64 < lengths[3] + 16  # grows out of it
+    for prompt, made in zip(prompts, generate(lm, prompts, [], 16), strict=True):
+        expected = greedy(lm.model, tokenizer(prompt)["input_ids"], 16, tokenizer.eos_token_id)
+        assert made == tokenizer.decode(expected, skip_special_tokens=True)
+
+
+def test_frequencies_that_grow_beyond_the_models_own_context_are_nothing_to_fear(tokenizer):
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    record = FastLM(make_tiny_llama(rope_parameters=rope), tokenizer).record()
+    assert record["shares_prefixes"]
+    assert "alone_beyond" not in record
+
+
+def test_the_context_of_a_model_of_several_kinds_of_input_is_that_of_its_text_part():
+    from transformers import Gemma3Config, GPT2Config
+
+    assert context_length(Gemma3Config(text_config={"max_position_embeddings": 8192})) == 8192
+    assert context_length(GPT2Config(n_positions=1024)) == 1024
+
+
+def test_options_of_one_token_share_a_row_where_nothing_else_is_shared(tokenizer):
+    lm = FastLM(sliding(), tokenizer)
+    forward, seen = lm.model.model.forward, []
+
+    def count(*arguments, **options):
+        seen.append(tuple(options["input_ids"].shape))
+        return forward(*arguments, **options)
+
+    lm.model.model.forward = count
+    context = [10 + place % 50 for place in range(100)]
+    pairs = [(context, [option]) for option in (3, 4, 5, 6)] + [(context[:-1], [context[-1], 3])]
+    found = ask(lm, pairs)
+    assert seen == [(1, 100)]
+    for (value, _), pair in zip(found, pairs, strict=True):
+        assert value == pytest.approx(one_by_one(sliding(), *pair)[0], abs=1e-4)
