@@ -5,7 +5,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kick import checkpoint as checkpoints
 from kick import config as configs
@@ -14,7 +14,7 @@ from kick.calibration import CalibrationSpec
 from kick.compress import Recipe, prepare
 from kick.compress import compress as make_checkpoint
 from kick.config import SuiteSpec, SweepConfig
-from kick.errors import CheckpointError, ConfigError, KickError, unknown_name
+from kick.errors import CheckpointError, ConfigError, KickError, RunError, unknown_name
 from kick.export import find_format
 from kick.files import check_writable, safe_name, to_json
 from kick.judge.spec import JudgeSpec
@@ -24,6 +24,9 @@ from kick.meter import slow_precision
 from kick.progress import Silent, duration, progress
 from kick.settings import Setting, parse_setting
 from kick.sweep.executors.spec import ExecutorSpec
+
+if TYPE_CHECKING:
+    from kick.sweep.plan import Plan
 
 
 def sweep(options: Namespace) -> int:
@@ -36,7 +39,8 @@ def sweep(options: Namespace) -> int:
         )
         config = config.model_copy(update={"suites": suites})
     if name := options.executor or os.environ.get("KICK_EXECUTOR"):
-        changed = {**config.executor.model_dump(), "name": name}
+        own = config.executor.params if name == config.executor.name else {}  # another one's say nothing here
+        changed = {**config.executor.model_dump(), "name": name, "params": own}
         config = config.model_copy(update={"executor": configs.parse_part(ExecutorSpec, changed, "--executor")})
     out = options.out or Path("runs") / options.config.stem
     if isinstance(config.model, str):
@@ -46,24 +50,37 @@ def sweep(options: Namespace) -> int:
 
 def _run_models(config: SweepConfig, out: Path, options: Namespace) -> int:
     """A run of its own for each model, in a folder of its name, and a leaderboard of all."""
+    from kick.sweep.plan import make_plan
+    from kick.sweep.store import check_usable
+
     codes, documents = [], {}
-    for name in config.models:
-        code, text, documents[name] = _run(config.model_copy(update={"model": name}), out / safe_name(name), options)
+    # whatever is wrong with one of them is said before the first is run
+    plans = {name: make_plan(config.model_copy(update={"model": name})) for name in config.models}
+    for name, plan in plans.items():
+        check_usable(out / safe_name(name), plan, options.fresh)
+    for name, plan in plans.items():
+        code, text, documents[name] = _run(plan, out / safe_name(name), options)
         codes.append(code)
         if not options.json:  # as each ends
             _print_text(text)
     if not options.dry_run:
         from kick.report.leaderboard import write_leaderboard
 
-        write_leaderboard([out / safe_name(name) for name in config.models], out)
-        print(f"All models: {out / 'index.html'}", file=sys.stderr)
+        try:
+            write_leaderboard([out / safe_name(name) for name in config.models], out)
+            print(f"All models: {out / 'index.html'}", file=sys.stderr)
+        except RunError as error:  # each has its report
+            print(f"kick: no leaderboard of all models: {error}", file=sys.stderr)
+            codes.append(1)
     if options.json:
         _print_text(to_json({"models": documents}))
     return max(codes)
 
 
 def _run_one(config: SweepConfig, out: Path, options: Namespace, as_is: bool = False) -> int:
-    code, text, document = _run(config, out, options, as_is)
+    from kick.sweep.plan import make_plan
+
+    code, text, document = _run(make_plan(config, as_is), out, options)
     _print(options, text, document)
     return code
 
@@ -91,14 +108,13 @@ def evaluate(options: Namespace) -> int:
     return _run_one(config, options.out, options, as_is=True)
 
 
-def _run(config: SweepConfig, out: Path, options: Namespace, as_is: bool = False) -> tuple[int, str, dict[str, Any]]:
+def _run(plan: "Plan", out: Path, options: Namespace) -> tuple[int, str, dict[str, Any]]:
     """(exit code, what to say, the same as a document)."""
     from kick.sweep.estimate import describe
-    from kick.sweep.plan import make_plan
     from kick.sweep.run import run
     from kick.sweep.store import Store
 
-    plan = make_plan(config, as_is)
+    config = plan.config
     if getattr(options, "dry_run", False):
         return 0, *describe(plan, out, options.fresh)
     if slow := slow_precision(plan.device, plan.dtype):

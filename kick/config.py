@@ -3,8 +3,9 @@
 import itertools
 import re
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator
@@ -282,7 +283,7 @@ def parse(content: dict[str, Any], where: str) -> SweepConfig:
     try:
         return SweepConfig(**content)
     except ValidationError as error:
-        raise ConfigError(*_explain(error, where)) from error
+        raise ConfigError(*_explain(error, content, where)) from error
 
 
 def parse_part(kind: type[S], content: dict[str, Any], where: str) -> S:
@@ -312,32 +313,52 @@ def schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "A sweep file of kick", **found}
 
 
-def _explain(error: ValidationError, where: str) -> tuple[str, str]:
+def _explain(error: ValidationError, content: dict[str, Any], where: str) -> tuple[str, str]:
     """The first fault of a sweep file: which key, what was given, what is allowed there."""
-    first = error.errors()[0]
-    path = ".".join(str(part) for part in first["loc"])
-    more = f" ({error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    faults: dict[tuple[Any, ...], list[Any]] = {}
+    for fault in error.errors():  # a key that may be several things has one for each
+        faults.setdefault(_place(fault["loc"], content), []).append(fault)
+    place, found = next(iter(faults.items()))
+    first = found[0]
+    path = ".".join(map(str, place))
+    more = f" ({len(faults) - 1} more)" if len(faults) > 1 else ""
+    allowed = f"Allowed there: {', '.join(_model_at(place[:-1]).model_fields)}."
     if first["type"] == "extra_forbidden":
-        return f"{where}: unknown key '{path}'{more}.", f"Allowed there: {', '.join(_fields_at(first['loc'][:-1]))}."
+        return f"{where}: unknown key '{path}'{more}.", allowed
     if first["type"] == "missing":
-        return (
-            f"{where}: the key '{path}' is missing{more}.",
-            f"Allowed there: {', '.join(_fields_at(first['loc'][:-1]))}.",
-        )
-    return f"{where}: {path} is {first['input']!r}{more}.", f"{first['msg']}."
+        return f"{where}: the key '{path}' is missing{more}.", allowed
+    messages = dict.fromkeys(fault["msg"] for fault in found)
+    return f"{where}: {path} is {first['input']!r}{more}.", f"{', or: '.join(messages)}."
 
 
-def _fields_at(location: tuple[Any, ...]) -> list[str]:
-    names: dict[str, type[Spec]] = {
-        "settings": Grid,
-        "suites": SuiteSpec,
-        "calibration": CalibrationSpec,
-        "lm": LMSpec,
-        "judge": JudgeSpec,
-        "executor": ExecutorSpec,
-    }
-    model = names.get(str(location[0]), SweepConfig) if location else SweepConfig
-    return list(model.model_fields)
+def _place(location: tuple[Any, ...], content: Any) -> tuple[Any, ...]:
+    """The keys of a fault's location: between them pydantic names the kinds that it tried."""
+    place: list[Any] = []
+    for number, part in enumerate(location):
+        if isinstance(content, dict) and (part in content or number == len(location) - 1):
+            content = content.get(part)
+        elif isinstance(content, list | tuple) and isinstance(part, int) and part < len(content):
+            content = content[part]
+        else:
+            continue
+        place.append(part)
+    return tuple(place)
+
+
+def _model_at(place: tuple[Any, ...]) -> type[Spec]:
+    """What a part of a sweep file is a description of."""
+    model: type[Spec] = SweepConfig
+    for part in place:
+        if part in model.model_fields:
+            model = next(_specs_in(model.model_fields[part].annotation), model)
+    return model
+
+
+def _specs_in(annotation: Any) -> Iterator[type[Spec]]:
+    if isinstance(annotation, type) and issubclass(annotation, Spec):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _specs_in(part)
 
 
 def _override(content: dict[str, Any], override: str) -> None:
@@ -348,7 +369,11 @@ def _override(content: dict[str, Any], override: str) -> None:
     place: Any = content
     try:
         for part in parents:
-            place = place[int(part)] if isinstance(place, list) else place.setdefault(part, {})
+            if isinstance(place, list):
+                place = place[int(part)]
+            else:  # a section that says nothing is one to be filled
+                place[part] = {} if place.get(part) is None else place[part]
+                place = place[part]
         if isinstance(place, list):
             place[int(last)] = read_yaml(value, f"--set {key}")
         elif isinstance(place, dict):

@@ -208,8 +208,12 @@ class Suite(ABC):
 
         An interrupted evaluation takes up at a whole batch, so a batch must depend on the list of examples alone.
         """
-        size = min(size, self.most_at_once or size)
+        size = self.at_once(size)
         return [list(examples[start : start + size]) for start in range(0, len(examples), size)]
+
+    def at_once(self, size: int) -> int:
+        """How many questions are asked in one go where `size` would be: a suite of long answers takes fewer."""
+        return min(size, self.most_at_once or size)
 
     def length(self, example: Example) -> int:
         """Characters that asking `example` takes, without what all examples share. For estimates only."""

@@ -78,6 +78,9 @@ def _frontier(results: Results) -> list[dict[str, Any]]:
     return rows
 
 
+_WORST_FIRST: tuple[statistics.Verdict, ...] = ("not matching", "undecided", "matching")
+
+
 def _frontier_cell(verdicts: list[tuple[float, statistics.Verdict]]) -> str:
     """How far it matches, and what is known of the next level: "20 % (30 %: undecided)", "4 bits (3 bits: ...)"."""
 
@@ -87,7 +90,14 @@ def _frontier_cell(verdicts: list[tuple[float, statistics.Verdict]]) -> str:
     reached = statistics.frontier(verdicts)
     beyond = [(level, verdict) for level, verdict in verdicts if reached is None or level > reached]
     text = "none" if reached is None else name(reached)
-    return f"{text} ({name(beyond[0][0])}: {beyond[0][1]})" if beyond else text
+    if not beyond:
+        return text
+    level = beyond[0][0]
+    own = [verdict for each, verdict in beyond if each == level and verdict != "no signal"]
+    matching = sum(verdict == "matching" for verdict in own)
+    if len(own) > 1 and matching:  # of several seeds
+        return f"{text} ({name(level)}: {matching} of {len(own)} matching)"
+    return f"{text} ({name(level)}: {next(v for v in _WORST_FIRST if v in own)})" if own else text
 
 
 @dataclass(frozen=True)

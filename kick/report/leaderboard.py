@@ -99,7 +99,17 @@ def check_comparable(found: Sequence[Results]) -> None:
 def _asked(results: Results, suite: str) -> dict[str, Any]:
     """How a suite was asked: what has to be the same for two columns to be one."""
     given = results.run["suites"][suite]
-    return {name: given.get(name) for name in _SAME} | {"decided": results.get(DENSE, suite).suite_record}
+    metric = results.metric(suite)
+    asked = {name: given.get(name) for name in _SAME} | {"decided": results.get(DENSE, suite).suite_record}
+    judged = metric.name in {own.name for own in results.suites[suite].judged_metrics}
+    return asked | {"metric": metric.name, "judge": _judged_by(results, suite) if judged else None}
+
+
+def _judged_by(results: Results, suite: str) -> dict[str, Any]:
+    """Who gave a suite's ratings, and how it was asked."""
+    record = results.judge or {}
+    asked = record.get("judge", {}).get("suites", {}).get(suite, {})
+    return {**record.get("identity", {}), **{key: record.get(key) for key in ("versions", "prompts")}, "asked": asked}
 
 
 def _rows(results: Results) -> Iterator[dict[str, Any]]:

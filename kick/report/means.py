@@ -37,21 +37,21 @@ def means_and_places(results: Results) -> tuple[Means, dict[str, int]]:
     ]
     if not suites or not names:
         return {}, {}
-    total = np.zeros((len(names), RESAMPLES))
     points = np.zeros(len(names))
     sizes: list[int] = []
-    seeds: dict[tuple[str, ...], int] = {}
+    asked: list[tuple[Score, list[Score]]] = []
     for suite in suites:
         key = results.primary(suite)
-        dense = results.get(DENSE, suite).scores[key]
         pairs = [results.get(name, suite).comparisons[key] for name in names]
         points += [pair.retained for pair in pairs]
         sizes.append(min(pair.n for pair in pairs))
-        seed = seeds.setdefault(dense.ids, len(seeds))
-        total += retained_draws(dense, [results.get(name, suite).scores[key] for name in names], seed)
-    draws, points = total / len(suites), points / len(suites)
-    intervals = [statistics.percentile_interval(own, min(sizes)) for own in draws]
-    means = {name: (float(point), own) for name, point, own in zip(names, points, intervals, strict=True)}
+        own = [results.get(name, suite).scores[key] for name in names]
+        asked.append((results.get(DENSE, suite).scores[key], own))
+    draws, points = mean_draws(asked), points / len(suites)
+    means = {
+        name: (float(point), mean_interval(own, min(sizes)))
+        for name, point, own in zip(names, points, draws, strict=True)
+    }
     compressed = {result.name for result in results.compressed}
     ranked = [index for index, name in enumerate(names) if name in compressed]
     return means, _places([names[index] for index in ranked], points[ranked], draws[ranked])
@@ -72,10 +72,32 @@ def _places(names: list[str], points: np.ndarray, draws: np.ndarray) -> dict[str
     return {name: 1 + int(own.sum()) for name, own in zip(names, better, strict=True)}
 
 
-def retained_draws(dense: Score, others: Sequence[Score], seed: int = 0) -> np.ndarray:
+def mean_draws(suites: Sequence[tuple[Score, Sequence[Score]]]) -> np.ndarray:
+    """Bootstrap draws [others, resamples] of the mean over suites of retained shares. suites: (dense, others) of each.
+
+    Pseudo-observations draw every suite's share the same way, those near 0 up. A mean of s suites with questions of
+    their own is s times as much data: its spread falls with the root of s, and so must what draws it aside, or a mean
+    of ten suites at 1 % has an interval that lies above it.
+    """
+    total = np.zeros((len(suites[0][1]), RESAMPLES))
+    seeds = {ids: seed for seed, ids in enumerate(dict.fromkeys(dense.ids for dense, _ in suites))}
+    for dense, others in suites:
+        draws, aside = retained_draws(dense, others, seeds[dense.ids])
+        total += draws - aside[:, None] * (1 - len(seeds) ** -0.5)
+    return total / len(suites)
+
+
+def mean_interval(draws: np.ndarray, n: int) -> Interval:
+    """The interval of a mean of shares, which are never below 0, of at least `n` questions a suite."""
+    found = statistics.percentile_interval(draws, n)
+    return Interval(max(0.0, found.low), found.high) if np.isfinite(found.low) else found
+
+
+def retained_draws(dense: Score, others: Sequence[Score], seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Bootstrap draws [others, resamples] of retained shares, all on the same draws of the dense model's questions.
 
-    As compare.resampled_retained: scores within [0, 1] have half a pseudo-observation in each of their corners.
+    As compare.resampled_retained: scores within [0, 1] have half a pseudo-observation in each of their corners. Also by
+    how much these draw each share aside [others].
     """
     units = list(by_unit(dense))
     before, rows = np.zeros((2, len(others), len(units), 2))  # value and per of the dense model, and of the other
@@ -86,6 +108,7 @@ def retained_draws(dense: Score, others: Sequence[Score], seed: int = 0) -> np.n
             target[number] = [own.get(unit, (0.0, 0.0)) for unit in units]
     metric, n = dense.metric, len(units)
     chances = np.ones(n)
+    observed = _shares(metric, np.ones((1, n)), before, rows)[:, 0]
     corners = []
     for whole, own in zip(before, rows, strict=True):
         answered = own[:, 1] > 0
@@ -104,7 +127,7 @@ def retained_draws(dense: Score, others: Sequence[Score], seed: int = 0) -> np.n
         size = min(step, RESAMPLES - start)
         weights = rng.multinomial(n, chances / chances.sum(), size=size).astype(np.float64)
         found[:, start : start + size] = _shares(metric, weights, before, rows)
-    return found
+    return found, _shares(metric, chances[None], before, rows)[:, 0] - observed
 
 
 def _shares(metric: Metric, weights: np.ndarray, before: np.ndarray, after: np.ndarray) -> np.ndarray:

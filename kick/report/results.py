@@ -14,7 +14,7 @@ from kick.errors import RunError
 from kick.files import read_json
 from kick.judge.questions import mean_ratings
 from kick.levels import Bits, Joint, Pattern, Sparsity
-from kick.settings import DENSE, Setting, variation_in_words
+from kick.settings import CHAIN, DENSE, Setting, variation_in_words
 from kick.statistics import Interval
 from kick.suite import OVERALL, Metric, Sample, Score, Suite
 from kick.sweep.plan import make_suite
@@ -96,7 +96,10 @@ class SettingResult:
     def family(self) -> str:
         """What is drawn as one line: a compressor's sparsities; its patterns are another."""
         words = variation_in_words(self.setting.variation)
-        name = f"{self.setting.method} {words}" if words else self.setting.method
+        method = self.setting.method
+        if method == self.setting.compressors:  # a chain is a line for each of what comes after its first stage
+            method = CHAIN.join([self.setting.compressor, *map(str, self.setting.then)])
+        name = f"{method} {words}" if words else method
         return f"{name} N:M" if isinstance(self.level, Pattern) else name
 
 

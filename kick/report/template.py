@@ -2,8 +2,10 @@
 
 import base64
 import hashlib
+import re
 from importlib.resources import files
 from typing import Any
+from urllib.parse import quote
 
 from jinja2 import Environment
 from markupsafe import Markup
@@ -22,12 +24,26 @@ def script(name: str) -> dict[str, Any]:
 
 
 def inline(figure: Drawn) -> Markup:
-    """The SVG element without its XML header, so that it can stand in a page; ids made unique to the figure."""
+    """The SVG element without its XML header, so that it can stand in a page; ids made unique to the figure.
+
+    What is in an id goes into `url(#...)`, which holds no spaces: a suite's name may.
+    """
     text = figure.svg.read_text(encoding="utf-8")
     text = text[text.index("<svg") :]
     for before in ('id="', "url(#", 'href="#'):
-        text = text.replace(before, f"{before}{figure.name}-")
+        text = text.replace(before, f"{before}{identifier(figure.name)}-")
     return Markup(text)
+
+
+def identifier(name: str) -> str:
+    """`name` as part of an id: letters, digits and hyphens, with a digest where that changes it."""
+    plain = re.sub(r"[^A-Za-z0-9]+", "-", name)
+    return plain if plain == name else f"{plain}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"
+
+
+def link(name: str) -> str:
+    """The address of a page that is stored as `safe_name(name)`."""
+    return quote(safe_name(name))
 
 
 def render(template: str, **values: Any) -> str:
@@ -35,7 +51,7 @@ def render(template: str, **values: Any) -> str:
     here = files("kick.report")
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"number": tables.number, "percent": tables.percent, "bits": tables.bits}
-    environment.filters["file"] = safe_name
+    environment.filters["link"] = link
     style = Markup(here.joinpath("report.css").read_text(encoding="utf-8"))
     source = here.joinpath(template).read_text(encoding="utf-8")
     return environment.from_string(source).render(style=style, mean_cell=tables.mean_cell, DENSE=DENSE, **values)

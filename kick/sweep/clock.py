@@ -36,6 +36,10 @@ class Clock:
     def lane(self) -> "Lane":
         return Lane(self)
 
+    def again(self, kind: str, units: int) -> None:
+        """What counted as over has to be done once more."""
+        self.left[kind] += units
+
     def show(self, what: str) -> None:
         self.progress.step(what, self.total - self._questions(), self.total, self.seconds_left())
 

@@ -7,6 +7,7 @@ from kick.compressor import Cost
 from kick.meter import product_speed, slow_precision
 from kick.progress import duration
 from kick.sweep.costs import training_costs, worker_bytes
+from kick.sweep.executors import find_executor
 from kick.sweep.plan import Plan
 from kick.sweep.run import missing_evaluations
 from kick.sweep.store import RUN, Store, check_usable
@@ -30,8 +31,11 @@ def describe(plan: Plan, out: Path, fresh: bool = False) -> tuple[str, dict[str,
     costs = {name: cost for name, cost in training_costs(plan).items() if name in missing}
     training = _training(plan, costs)
     seconds += sum(cost["seconds_here"] for cost in training.values())
-    memory = worker_bytes(plan, costs)
-    kept = len(plan.settings) if plan.config.keep_checkpoints else min(2, len(missing))
+    workers = find_executor(plan.config.executor).works_here(plan)
+    memory = max(1, workers) * worker_bytes(plan, costs)
+    if plan.device == "cuda" and workers > 1:  # on a CPU workers share the cores that the rates are of
+        seconds /= workers
+    kept = len(plan.settings) if plan.config.keep_checkpoints else min(1 + max(1, workers), len(missing))
     questions = sum(len(suite.examples) for suite in plan.suites)
     document: dict[str, Any] = {
         "out": str(out),
@@ -46,10 +50,12 @@ def describe(plan: Plan, out: Path, fresh: bool = False) -> tuple[str, dict[str,
         "estimated_seconds": round(seconds),
         "estimated_disk_bytes": kept * plan.dense_bytes + len(missing) * questions * 3000,
         "estimated_memory_bytes": memory,
+        "workers_here": workers,
         "training": training,
         "judge": _judge(plan, {suite.name for suites in missing.values() for suite in suites}, len(missing)),
     }
     todo = sum(map(len, missing.values()))
+    where = " of one node" if workers == 0 else f", by {workers} workers" if workers > 1 else ""
     judged = document["judge"]
     lines = [
         f"{plan.source.name} in {plan.dtype} on {plan.device}, into {out}",
@@ -57,7 +63,7 @@ def describe(plan: Plan, out: Path, fresh: bool = False) -> tuple[str, dict[str,
         "suites: " + ", ".join(f"{name} ({count} questions)" for name, count in document["suites"].items()),
         f"{document['evaluations']} evaluations, {document['evaluations'] - todo} already there, {todo} to do",
         f"about {duration(seconds)}, {document['estimated_disk_bytes'] / 1e9:.1f} GB of disk and "
-        f"{memory / 1e9:.1f} GB of memory at the peak",
+        f"{memory / 1e9:.1f} GB of memory at the peak{where}",
     ]
     if slow := slow_precision(plan.device, plan.dtype):
         lines.append(slow)

@@ -25,6 +25,7 @@ from kick.models import ModelSource
 from kick.settings import Setting, digest
 from kick.spec import distinct, explain
 from kick.suite import DataSource, Example, Suite, data_fingerprint, subset
+from kick.sweep.executors import find_executor
 
 WORKER_BYTES = 1.0e9
 """Memory of a process without a model: libraries and questions."""
@@ -141,6 +142,7 @@ def make_plan(config: SweepConfig, as_is: bool = False) -> Plan:
 
     as_is: a model that is a kick checkpoint keeps its setting, instead of being the dense model of a new sweep.
     """
+    find_executor(config.executor).check(config.executor)
     settings = config.all_settings()
     inputs = {setting.name: [step.compressor.inputs() for step in prepare(setting)] for setting in settings}
     if config.judge is not None:  # what would stop the judge at the end is said at the beginning

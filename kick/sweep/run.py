@@ -47,10 +47,11 @@ def run(plan: Plan, store: Store, progress: Progress, debug: bool = False) -> Su
         spec = plan.config.executor
         config = plan.config.model_dump(mode="json")
         job = Job(str(store.root.resolve()), config, plugins.files(), plan.identity, spec.timeout, debug)
-        _check_room(plan, store)
-        executor = find_executor(spec)(plan, store, job, clock.lane)
+        kind = find_executor(spec)
+        _check_room(plan, store, kind.works_here(plan))
+        executor = kind(plan, store, job, clock.lane)
         try:
-            _Scheduler(plan, store, executor, progress, summary).run(missing)
+            _Scheduler(plan, store, executor, clock, summary).run(missing)
         finally:
             executor.close()
     if not plan.config.keep_checkpoints:
@@ -59,9 +60,10 @@ def run(plan: Plan, store: Store, progress: Progress, debug: bool = False) -> Su
     return summary
 
 
-def _check_room(plan: Plan, store: Store) -> None:
-    """Raise RunError where not even the dense checkpoint and one compressed beside it fit onto the disk."""
-    needed = (1 if store.has_checkpoint(DENSE) else 2) * plan.dense_bytes
+def _check_room(plan: Plan, store: Store, workers: int) -> None:
+    """Raise RunError where the dense checkpoint and the compressed ones at work beside it do not fit onto the disk."""
+    at_once = max(1, min(workers, len(plan.settings) - 1))
+    needed = (at_once + (not store.has_checkpoint(DENSE))) * plan.dense_bytes
     free = shutil.disk_usage(store.root).free
     if plan.given is None and free < needed:
         raise RunError(
@@ -87,21 +89,22 @@ def missing_evaluations(plan: Plan, store: Store) -> dict[str, list[PlannedSuite
 class _Scheduler:
     """Hands works to an executor, and decides what becomes of those whose process died."""
 
-    def __init__(self, plan: Plan, store: Store, executor: Executor, progress: Progress, summary: Summary) -> None:
+    def __init__(self, plan: Plan, store: Store, executor: Executor, clock: Clock, summary: Summary) -> None:
         self.plan, self.store, self.executor = plan, store, executor
-        self.progress, self.summary = progress, summary
+        self.clock, self.progress, self.summary = clock, clock.progress, summary
         self.settings = {setting.name: setting for setting in plan.settings}
         self.suites = {suite.name: suite for suite in plan.suites}
         self.deaths: Counter[tuple[str, str]] = Counter()  # (setting, suite) -> tries that ended badly
         self.waiting: deque[Work] = deque()
         self.under_way: list[str] = []  # settings
-        self.finished: list[str] = []
+        self.finished: list[str] = []  # whose checkpoints may go
 
     def run(self, missing: dict[str, list[PlannedSuite]]) -> None:
         """All works to their end: first the dense model's, whose checkpoint the others start from."""
         for name, suites in missing.items():
             for suite in suites:  # what failed or was damaged counts as not tried
                 self.store.evaluation(name, suite.name).forget_result()
+        self.finished += [name for name in self.settings if name not in missing and name != DENSE]
         self._drop_damaged_dense()
         self.waiting.extend(self._work(self.settings[name], suites) for name, suites in missing.items())
         if DENSE not in missing and self._needs_dense():
@@ -160,7 +163,8 @@ class _Scheduler:
         results = {suite.name: self.store.evaluation(setting.name, suite.name).result() for suite in owed}
         unanswered = [suite for suite in owed if results[suite.name] is None]
         # the first was under way, or all of them waited for the checkpoint that was
-        at_fault = unanswered[:1] if self.store.has_checkpoint(setting.name) else unanswered
+        made = self.store.has_checkpoint(DENSE if setting.is_dense else setting.name)
+        at_fault = unanswered[:1] if made else unanswered
         at_fault += [suite for suite in owed if (results[suite.name] or {}).get("out_of_memory")]
         died = ended.died or "it had not enough memory"
         again = [suite for suite in unanswered if suite not in at_fault]
@@ -171,6 +175,8 @@ class _Scheduler:
                 self.store.evaluation(setting.name, suite.name).forget_result()
                 self.progress.note(f"trying again: {setting.name} on {suite.name}: {died}")
                 again.append(suite)
+                if made:
+                    self.clock.again(suite.name, len(suite.examples))
             elif results[suite.name] is None:
                 times = f" ({tries} times)" if tries > 1 else ""
                 record_failure(self.plan, self.store, setting, suite, f"its process died{times}: {died}")

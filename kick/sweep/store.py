@@ -119,6 +119,13 @@ class Store:
     def keep_parity(self, rows: list[dict[str, Any]]) -> None:
         write_json(self.root / RUN, read_json(self.root / RUN) | {"parity": rows})
 
+    def threads(self, here: int) -> int:
+        """How many a worker has on a CPU: what the first of this run had, which would be `here` now."""
+        known = read_json(self.root / RUN)
+        if "threads" not in known:
+            write_json(self.root / RUN, known | {"threads": here})
+        return known.get("threads", here)
+
     def checkpoint_path(self, setting: str) -> Path:
         return self.root / "checkpoints" / safe_name(setting)
 
@@ -161,8 +168,7 @@ class Store:
 
     def record(self, setting: str) -> dict[str, Any] | None:
         """What was measured on the setting's checkpoint, or None if it was never made."""
-        path = self.setting_path(setting) / "kick.json"
-        return read_json(path) if path.is_file() else None
+        return _read_if_whole(self.setting_path(setting) / "kick.json")
 
     def keep_record(self, setting: str, record: dict[str, Any]) -> None:
         if json.loads(to_json(record)) != self.record(setting):
@@ -193,7 +199,7 @@ class EvaluationStore:
         self.scores_path = path / "scores.json"
 
     def result(self) -> dict[str, Any] | None:
-        return read_json(self.scores_path) if self.scores_path.is_file() else None
+        return _read_if_whole(self.scores_path)
 
     def is_complete(self, key: str) -> bool:
         """Whether the evaluation called `key` is done and its samples are still the ones that were scored."""
@@ -284,6 +290,17 @@ class Appender:
 
     def sync(self) -> None:
         os.fsync(self.file.fileno())
+
+
+def _read_if_whole(path: Path) -> dict[str, Any] | None:
+    """None where there is none, and where a disk left something else in its place: then it is made again."""
+    if not path.is_file():
+        return None
+    try:
+        found = read_json(path)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def _id_of(line: bytes) -> str | None:

@@ -98,7 +98,7 @@ def _carry_out(plan: Plan, store: Store, workshop: Workshop, work: Work, watch: 
                         suite,
                         store.evaluation(setting.name, suite.name),
                         plan.key(setting, suite),
-                        max(1, spec.batch_size >> halvings[suite.name]),
+                        max(1, suite.suite.at_once(spec.batch_size) >> halvings[suite.name]),
                         watch,
                     )
             except Exception as error:  # likewise for a suite

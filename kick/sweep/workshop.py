@@ -109,5 +109,6 @@ class Workshop:
         if before is not None and before["weights_fingerprint"] != found.fingerprint:
             raise CheckpointError(
                 f"{setting.name} came out different from the weights that earlier answers in this folder belong to.",
-                "The compressor is not deterministic, or this is another machine. --fresh starts the folder again.",
+                "The compressor is not deterministic, or this is another machine or number of threads. Delete "
+                f"{self.store.setting_path(setting.name)} to have this setting asked anew.",
             )

@@ -55,6 +55,9 @@ def test_overrides(tmp_path):
     path = write(tmp_path, MINIMAL)
     config = load(path, ["lm.batch_size=3", "suites.0={suite: mmlu, limit: 5}", "dtype=bfloat16"])
     assert (config.lm.batch_size, config.suites[0].limit, config.dtype) == (3, 5, "bfloat16")
+    judged = load(write(tmp_path, MINIMAL + "judge: null\n"), ["judge.model=gpt"])
+    assert judged.judge is not None
+    assert judged.judge.model == "gpt"
     for bad, says in [
         ("lm.batch_size", "has no '='"),
         ("suites.7=x", "no such place"),
@@ -84,6 +87,17 @@ def make_all(config):
         ("just words", ["not a mapping"]),
         ("model: [", ["is not YAML"]),
         ("model: !!python/object/apply:os.system [ls]\n", ["is not YAML"]),
+        (MINIMAL + "executor: {workers: two}\n", ["executor.workers is 'two'.", "valid integer", "'auto'"]),
+        (MINIMAL + "executor: {params: {nonsense: 3}}\n", ["'local' takes no params"]),
+        (
+            MINIMAL + "settings: [{compressor: wanda, layers: [{skp: true}]}]\n",
+            ["'settings.0.layers.0.skp'", "Allowed there: first, last, match, level, skip."],
+        ),
+        (
+            MINIMAL + "settings: [{compressor: wanda, allocation: {sprd: 1}}]\n",
+            ["'settings.0.allocation.sprd'", "Allowed there: rule, outlier, spread."],
+        ),
+        ("model: m\nsuites: [{suite: mmlu, lm: {nme: fast}}]\n", ["'suites.0.lm.nme'", "Allowed there: name, batch"]),
         (MINIMAL + "settings: [wanda@0.5, wanda@0.5]\n", ["two settings are called 'wanda@0.5'"]),
         ("model: m\nsuites: [mmlu, mmlu]\n", ["two suites are called 'mmlu'"]),
     ],

@@ -296,6 +296,13 @@ def test_bfloat16_on_a_cpu_says_so_in_the_record_and_scores_nearly_alike(tokeniz
         assert b == pytest.approx(a, abs=0.25)
 
 
+def test_a_model_that_rounds_coarsely_in_half_precision_shares_what_it_may(tokenizer):
+    """Its packed rows are off by half a nat, as its whole rows are when they are computed in another way."""
+    lm = FastLM(make_tiny_llama(num_hidden_layers=12, initializer_range=0.5).bfloat16(), tokenizer)
+    assert lm.no_sharing is None
+    assert lm._shares_in_decoding
+
+
 def test_an_unknown_lm_lists_the_known_ones():
     with pytest.raises(KickError, match="Did you mean 'fast'"):
         find_lm("fats")

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ def test_draws_of_all_settings_have_the_interval_of_each_by_itself():
 
     rng = np.random.default_rng(1)
     dense, *others = scores_of(*(rng.random((4, 200)) < [[0.7], [0.6], [0.65], [0.2]]))
-    draws = retained_draws(dense, others)
+    draws, _ = retained_draws(dense, others)
     for own, other in zip(draws, others, strict=True):
         alone = compare.resampled_retained(dense, other)
         for quantile in (0.025, 0.5, 0.975):
@@ -37,7 +38,7 @@ def test_graded_scores_have_corners_of_their_own_in_every_setting():
 
     rng = np.random.default_rng(2)
     dense, *others = scores_of(*(rng.beta(4, 20, (3, 18)) * [[1.0], [0.8], [0.3]]))
-    for own, other in zip(retained_draws(dense, others), others, strict=True):
+    for own, other in zip(retained_draws(dense, others)[0], others, strict=True):
         alone = compare.resampled_retained(dense, other)
         for quantile in (0.025, 0.5, 0.975):
             assert np.quantile(own, quantile) == pytest.approx(np.quantile(alone, quantile), abs=0.015)
@@ -79,9 +80,33 @@ def test_places_are_paired():
     base = [1.0] * 100 + [0.0] * 100
     worse, better = [1.0] * 60 + [0.0] * 140, [1.0] * 72 + [0.0] * 128
     dense, a, b = scores_of(base, worse, better)
-    draws = retained_draws(dense, [a, b])
+    draws, _ = retained_draws(dense, [a, b])
     assert np.quantile(draws[0], 0.975) > np.quantile(draws[1], 0.025)
     assert _places(["a", "b"], np.array([0.6, 0.72]), draws) == {"a": 2, "b": 1}
+
+
+@pytest.mark.parametrize(("suites", "share"), [(1, 0.05), (6, 0.012), (6, 0.07), (10, 0.07), (6, 0.6), (6, 1.0)])
+def test_the_interval_of_a_mean_holds_the_truth_as_often_as_it_says(suites, share, monkeypatch):
+    """Dense is right in 30 of 100; of these the compressed model keeps `share`, in every suite."""
+    from kick.report import means
+
+    monkeypatch.setattr(means, "RESAMPLES", 1000)
+    rng = np.random.default_rng(5)
+    held, trials, width = 0, 80, []
+    for _ in range(trials):
+        asked, points = [], []
+        for suite in range(suites):
+            right = rng.random(120) < 0.3
+            before, after = scores_of(right, right & (rng.random(120) < share))
+            ids = (*before.ids[:-1], f"of {suite}")  # other questions: other draws
+            asked.append((replace(before, ids=ids), [replace(after, ids=ids)]))
+            points.append((right & after.value.astype(bool)).sum() / right.sum())
+        interval = means.mean_interval(means.mean_draws(asked)[0], 120)
+        assert interval.low <= np.mean(points) <= interval.high
+        held += interval.low <= share <= interval.high
+        width.append(interval.high - interval.low)
+    assert held / trials > 0.88  # of 95 %, but for three standard errors
+    assert np.mean(width) < 0.35 / suites**0.5
 
 
 def test_how_far_seeds_lie_apart(tmp_path):
@@ -110,5 +135,5 @@ def test_turns_that_only_one_model_answered_count_for_neither():
     ids, clusters = ("a1", "a2", "b1", "b2"), ("a", "a", "b", "b")
     dense = Score(metric, "overall", ids, np.array([8.0, 8, 4, 8]), np.ones(4), clusters=clusters)
     other = Score(metric, "overall", ids[:3], np.array([8.0, 8, 4]), np.ones(3), clusters=clusters[:3])
-    draws = retained_draws(dense, [other])
+    draws, _ = retained_draws(dense, [other])
     assert draws == pytest.approx(np.ones_like(draws))  # on what both answered they are the same

@@ -67,6 +67,24 @@ def test_what_is_given_up_is_not_waited_for(now):
     assert seen.steps[-1] == ("b: suite", 10, 20, pytest.approx(10))
 
 
+def test_what_is_tried_again_counts_once(now):
+    seen = Remembering()
+    clock = Clock(seen, {"suite": 10})
+    first = clock.lane()
+    first.start("a: suite", "suite", 10)
+    now["seconds"] += 4
+    first.advance(4)
+    first.stop()  # its process died
+    clock.again("suite", 10)
+    second = clock.lane()
+    second.start("a: suite", "suite", 10)
+    second.skip(4)  # those are on disk
+    assert clock.seconds_left() == pytest.approx(6)
+    now["seconds"] += 6
+    second.advance(6)
+    assert seen.steps[-1] == ("a: suite", 10, 10, 0)
+
+
 def test_a_log_gets_a_line_for_each_new_thing_and_one_every_ten_seconds(now):
     text = io.StringIO()
     lines = Lines(text)

@@ -6,6 +6,8 @@ import json
 import re
 import shutil
 import sys
+from dataclasses import replace
+from urllib.parse import unquote
 
 import pytest
 from written_run import SETTINGS, write_run
@@ -13,8 +15,11 @@ from written_run import SETTINGS, write_run
 from kick import cli
 from kick.errors import RunError
 from kick.report import read_results, tables, write_report
+from kick.report.figures.style import Drawn
+from kick.report.leaderboard import check_comparable
 from kick.report.results import SettingResult
-from kick.settings import Setting
+from kick.report.template import identifier, inline
+from kick.settings import Setting, Stage
 
 
 def rows(run):
@@ -296,7 +301,57 @@ def test_runs_become_one_site(tmp_path):
     assert "&lt;b&gt;model&lt;/b&gt;" in page
     assert "<b>model" not in page
     for target in re.findall(r'href="([^"]+)"', page):
-        assert (out / target).is_file(), target
+        assert (out / unquote(target)).is_file(), target
+
+
+def test_what_other_judges_say_or_none_is_not_compared(tmp_path):
+    """A suite that can be judged: in one run it was, in another by somebody else, in the third by nobody."""
+    found = [read_results(write_run(tmp_path / name, SETTINGS[:2], ["factoid_qa"])) for name in ("a", "b", "c")]
+    rating = found[0].metric("factoid_qa")
+    for results, judge in zip(found, ("gpt-4", "gpt-4", "gpt-4"), strict=True):
+        results.settings = results.settings[:1]
+        results.suites["factoid_qa"].judged_metrics = (rating,)
+        results.judge = {"identity": {"model": judge}, "versions": [judge], "prompts": ["single"], "judge": {}}
+    check_comparable(found)
+    found[1].judge["identity"]["model"] = "tiny-judge"
+    with pytest.raises(RunError, match=r"asked 'factoid_qa' differently: judge is .*tiny-judge"):
+        check_comparable(found[:2])
+    found[2]._metrics["factoid_qa"] = replace(rating, name="exact_match")
+    with pytest.raises(RunError, match="differently: metric is 'exact_match'"):
+        check_comparable([found[0], found[2]])
+
+
+def test_a_figure_in_a_page_has_ids_that_a_reference_can_hold(tmp_path):
+    for name in ("flips", "nq evidence=given-flips", "nq evidence=none-flips", "mine (x)"):
+        path = tmp_path / "figure.svg"
+        path.write_text('<?xml version="1.0"?><svg><defs><g id="h1"/></defs><a href="#h1" fill="url(#h1)"/></svg>')
+        text = inline(Drawn(name, "", "", path))
+        (own,) = re.findall(r'id="([\w-]+)"', text)
+        assert f'href="#{own}" fill="url(#{own})"' in text
+    assert identifier("a b") != identifier("a-b") != identifier("a=b")
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "expected"),
+    [
+        ([(0.3, "matching"), (0.5, "matching"), (0.5, "not matching")], "30 % (50 %: 1 of 2 matching)"),
+        ([(0.3, "matching"), (0.5, "undecided"), (0.5, "not matching")], "30 % (50 %: not matching)"),
+        ([(0.5, "undecided")], "none (50 %: undecided)"),
+        ([(-8.0, "matching"), (-4.0, "matching")], "4 bits"),
+    ],
+)
+def test_how_far_a_method_matches_in_a_cell(verdicts, expected):
+    from kick.report.html import _frontier_cell
+
+    assert _frontier_cell(verdicts) == expected
+
+
+def test_chains_with_other_later_stages_are_other_lines():
+    def family(*later):
+        stages = tuple(Stage(compressor="rtn", level=level) for level in later)
+        return SettingResult(Setting(compressor="wanda", level="0.5", then=stages), None, None, {}).family
+
+    assert [family(), family("8"), family("2")] == ["wanda", "wanda > rtn@8", "wanda > rtn@2"]
 
 
 @pytest.mark.parametrize(

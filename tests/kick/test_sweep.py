@@ -417,6 +417,21 @@ def test_kept_checkpoints_stay_within_their_budget(config, tmp_path):
     assert kept == {"dense", "wanda@2:4"}  # the one that finished first is gone; dense is not counted
 
 
+def test_checkpoints_of_earlier_calls_count_in_the_budget(config, tmp_path):
+    config.write_text(config.read_text() + "keep_checkpoints: true\ndisk_budget_gb: 0.0003\nexecutor: {name: inline}\n")
+    _run(config, tmp_path / "run")  # leaves dense and wanda@2:4
+    (tmp_path / "run" / "evaluations" / "magnitude@0.5" / "perplexity" / "scores.json").write_text("")  # a torn disk
+    _run(config, tmp_path / "run")
+    assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {"dense", "magnitude@0.5"}
+
+
+def test_a_mistake_in_the_last_of_several_models_is_said_before_the_first_is_run(config, tmp_path, tiny_model, capsys):
+    config.write_text(config.read_text().replace(f"model: {tiny_model}", f"model: [{tiny_model}, nothere]"))
+    assert cli.main(["sweep", str(config), "--out", str(tmp_path / "runs")]) == 2
+    assert "nothere" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
 def test_several_models_have_a_run_each_and_one_leaderboard(config, tmp_path, tiny_model, capsys):
     twin = tmp_path / "twin"
     shutil.copytree(tiny_model, twin)

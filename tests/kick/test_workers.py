@@ -181,6 +181,32 @@ def test_what_always_kills_its_worker_costs_itself_only(config, tmp_path):
     assert "failed: dense on troubled" in err
 
 
+def test_what_kills_the_worker_of_a_variant_of_dense_costs_itself_only(config, tmp_path):
+    """A variant has no checkpoint of its own, by which it would be seen that one was made."""
+    command = troubled(tmp_path, config, "os.kill(os.getpid(), signal.SIGKILL)", "retries: 0, ")
+    variant = "settings: [{compressor: dense, params: {dtype: float32}, label: again}]"
+    text = command[1].read_text().replace("settings: [magnitude@0.5]", variant)
+    later = "  - {suite: perplexity, label: later, params: {window_bytes: 512}, limit: 4}\n"
+    command[1].write_text(text.replace("lm:", later + "lm:"))
+    code, _, err = finish(kick(*command))
+    assert code == 1, err
+    scores = {p.parent.name: json.loads(p.read_text()) for p in tmp_path.glob("run/evaluations/again/*/scores.json")}
+    assert {name for name, own in scores.items() if own["status"] == "failed"} == {"troubled"}
+    assert set(scores) == {"mmlu", "perplexity", "troubled", "later"}
+
+
+def test_all_who_work_on_a_run_have_the_same_number_of_threads(config, tmp_path):
+    out = tmp_path / "run"
+    code, _, err = finish(kick("sweep", config, "--out", out, "--set", "executor.workers=64"))
+    assert code == 0, err
+    assert json.loads((out / "run.json").read_text())["threads"] == 1
+    (out / "evaluations" / "dense" / "mmlu" / "scores.json").unlink()
+    (out / "evaluations" / "dense" / "mmlu" / "samples.jsonl").unlink()
+    code, _, err = finish(kick("sweep", config, "--out", out))  # one worker would have all cores
+    assert code == 0, err
+    assert json.loads((out / "evaluations" / "dense" / "mmlu" / "scores.json").read_text())["lm"]["threads"] == 1
+
+
 def test_what_hangs_is_ended_by_the_timeout(config, tmp_path):
     command = troubled(tmp_path, config, "time.sleep(3600)", "retries: 0, timeout: 15, ")
     code, _, err = finish(kick(*command))

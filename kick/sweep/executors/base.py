@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 from kick.sweep.clock import Watch
+from kick.sweep.executors.spec import ExecutorSpec
 from kick.sweep.plan import Plan
 from kick.sweep.store import Store
 from kick.sweep.work import Work
@@ -48,6 +49,17 @@ class Executor(ABC):
     def __init__(self, plan: Plan, store: Store, job: Job, watch: Callable[[], Watch]) -> None:
         """watch: makes one for a work, to be told what it is at, where that can be seen from here."""
         self.plan, self.store, self.job, self.watch = plan, store, job, watch
+
+    @classmethod
+    def check(cls, spec: ExecutorSpec) -> None:
+        """Raise ConfigError for parameters that can be seen to be wrong before anything is begun."""
+        del spec
+
+    @classmethod
+    def works_here(cls, plan: Plan) -> int:
+        """How many works of `plan` this machine carries out at once; 0 where they are carried out elsewhere."""
+        del plan
+        return 0
 
     @abstractmethod
     def submit(self, work: Work) -> None:

@@ -31,11 +31,17 @@ from kick.sweep.work import Work
 class Local(Executor):
     def __init__(self, plan: Plan, store: Store, job: Job, watch: Callable[[], Watch]) -> None:
         super().__init__(plan, store, job, watch)
-        self.slots = _how_many(plan)
+        self.slots = self.works_here(plan)
+        # the same for all who ever work on this run: other numbers of threads round differently
+        self._threads = store.threads(max(1, _cores() // self.slots)) if plan.device == "cpu" else None
         self._idle: list[_Worker] = []
         self._busy: list[_Worker] = []
         self._free = deque(range(self.slots))  # places, whose workers died or never were
         self._selector = selectors.DefaultSelector()
+
+    @classmethod
+    def works_here(cls, plan: Plan) -> int:
+        return _how_many(plan)
 
     def submit(self, work: Work) -> None:
         for idle in [worker for worker in self._idle if worker.has_ended]:
@@ -46,7 +52,7 @@ class Local(Executor):
 
     def _start(self) -> "_Worker":
         place = self._free.popleft()
-        worker = _Worker(self.job, self.store, place, _environment(self.plan, place, self.slots))
+        worker = _Worker(self.job, self.store, place, _environment(self.plan, place, self._threads))
         self._selector.register(worker.answers, selectors.EVENT_READ, worker)
         return worker
 
@@ -209,7 +215,7 @@ def _gpus_each(plan: Plan) -> int:
     return max(int(spec.params.get("tensor_parallel_size", 1)) for spec in lms(plan.config))
 
 
-def _environment(plan: Plan, place: int, of: int) -> dict[str, str]:
+def _environment(plan: Plan, place: int, threads: int | None) -> dict[str, str]:
     """Which GPUs or how many threads a worker has."""
     import torch
 
@@ -219,6 +225,6 @@ def _environment(plan: Plan, place: int, of: int) -> dict[str, str]:
         seen = seen or [str(number) for number in range(torch.cuda.device_count())]
         own = range(place * (each := _gpus_each(plan)), (place + 1) * each)
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(seen[number % len(seen)] for number in own)
-    elif of > 1:
-        environment["OMP_NUM_THREADS"] = str(max(1, _cores() // of))
+    if threads is not None:
+        environment["OMP_NUM_THREADS"] = str(threads)
     return environment

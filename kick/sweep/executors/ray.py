@@ -16,6 +16,7 @@ from kick.spec import Spec, explain
 from kick.sweep.clock import Watch
 from kick.sweep.executors.base import Ended, Executor, Job
 from kick.sweep.executors.elsewhere import carry_out_here, count, leave_mark
+from kick.sweep.executors.spec import ExecutorSpec
 from kick.sweep.plan import Plan
 from kick.sweep.store import Store
 from kick.sweep.work import Work
@@ -61,6 +62,10 @@ class Ray(Executor):
         self._mark = leave_mark(store.root)
         self._note_what_is_missing(ray.cluster_resources(), {"CPU": params.num_cpus, "GPU": gpus, **params.resources})
         self._works: dict[Any, tuple[Work, Watch]] = {}
+
+    @classmethod
+    def check(cls, spec: ExecutorSpec) -> None:
+        parse(Params, spec.params, "ray")
 
     def _note_what_is_missing(self, there: dict[str, float], wanted: dict[str, float]) -> None:
         """Ray waits without a word for nodes that may never join."""
