@@ -36,8 +36,8 @@ def inline(figure: Drawn) -> Markup:
 
 
 def identifier(name: str) -> str:
-    """`name` as part of an id: letters, digits and hyphens, with a digest where that changes it."""
-    plain = re.sub(r"[^A-Za-z0-9]+", "-", name)
+    """`name` as part of an id: letters, digits, underscores and hyphens, with a digest where that changes it."""
+    plain = re.sub(r"[^A-Za-z0-9_-]+", "-", name)
     return plain if plain == name else f"{plain}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"
 
 
