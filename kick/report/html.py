@@ -42,7 +42,7 @@ def page(results: Results, drawn: list[Drawn]) -> str:
         judge=results.judge,
         answers=_answers(results),
         failures=_failures(results),
-        warnings=[(r.name, w) for r in results.settings if r.record for w in r.record["warnings"]],
+        warnings=_by_warning(results),
         trained=[(r, r.training) for r in results.compressed if r.training],
         brought=[(r, facts) for r in results.compressed if (facts := _brought(r.record))],
         facts=_facts(results),
@@ -56,6 +56,15 @@ def _failures(results: Results) -> dict[tuple[str, str], list[str]]:
     for evaluation in results.evaluations.values():
         if evaluation.reason is not None:
             found.setdefault((evaluation.setting, evaluation.reason), []).append(evaluation.suite)
+    return found
+
+
+def _by_warning(results: Results) -> dict[str, list[str]]:
+    """The settings that each warning is about: levels of one method often share one."""
+    found: dict[str, list[str]] = {}
+    for result in results.settings:
+        for warning in (result.record or {}).get("warnings", []):
+            found.setdefault(warning, []).append(result.name)
     return found
 
 

@@ -13,7 +13,7 @@ from written_run import SETTINGS, write_run
 from kick import cli
 from kick.files import safe_name
 from kick.report import read_results, write_report
-from kick.report.figures.style import Planned, hint, hint_patch, in_style, legend, save
+from kick.report.figures.style import Planned, hint, hint_patch, in_style, label_lines, legend, save
 from kick.suite import Sample
 
 
@@ -194,3 +194,14 @@ def test_a_legend_stays_where_the_first_layout_put_it(tmp_path):
         kept[0].draw_without_rendering()
     assert found.get_window_extent().bounds == pytest.approx(places[0], abs=0.5)
     assert isinstance(found._get_loc(), tuple)  # fixed: not searched for again
+
+
+def test_names_of_lines_do_not_cover_each_other():
+    """Three lines within a point of each other, and one far away, on an axis of 100 points height."""
+    figure, axes = plt.subplots(figsize=(2, 100 / 72), dpi=72)
+    axes.set_position((0, 0, 1, 1))
+    axes.set_ylim(0, 100)
+    label_lines(axes, {"dense": 50.0, "95 % of dense": 49.5, "chance": 49.0, "alone": 90.0})
+    heights = {text.get_text(): text.xy[1] + text.xyann[1] for text in axes.texts}
+    plt.close(figure)
+    assert heights == pytest.approx({"chance": 40.5, "95 % of dense": 49.5, "dense": 58.5, "alone": 90.0})

@@ -15,7 +15,7 @@ from kick.report.figures.style import (
     bars,
     hint,
     interval_in_words,
-    label_line,
+    label_lines,
     label_points,
     legend,
     method_style,
@@ -67,16 +67,16 @@ def _score_against(axis: Axis, results: Results, suite: str) -> tuple[Figure, st
     scale = scale_of(metric)
     percent = scale == 100
 
+    lines = {"dense": dense.score * scale}
     axes.axhline(dense.score * scale, color="0.25", linewidth=1.2)
-    label_line(axes, dense.score * scale, "dense", "above" if metric.higher_is_better else "below")
     if not metric.descriptive:
         limit = dense.score * (1 - TOLERANCE) if metric.higher_is_better else dense.score / (1 - TOLERANCE)
         axes.axhline(limit * scale, color="0.25", linewidth=1.0, linestyle=(0, (4, 3)))
-        label_line(axes, limit * scale, "95 % of dense", "below" if metric.higher_is_better else "above")
+        lines["95 % of dense"] = limit * scale
     axes.axhspan(dense.interval.low * scale, dense.interval.high * scale, color="0.25", alpha=0.08, linewidth=0)
     if metric.chance is not None:
         axes.axhline(metric.chance * scale, color="0.55", linewidth=1.0, linestyle=":")
-        label_line(axes, metric.chance * scale, "chance")
+        lines["chance"] = metric.chance * scale
 
     names = _draw_families(axes, axis, results, suite, scale, dense)
     axes.set_xlabel(_AXES[axis])
@@ -92,6 +92,7 @@ def _score_against(axis: Axis, results: Results, suite: str) -> tuple[Figure, st
     title(axes, f"{suite}: {metric.name.replace('_', ' ')} against {axis}")
     families = _families(results, axis, suite)
     legend(axes, len(families))
+    label_lines(axes, lines)
     caption = (
         f"n = {dense.n}. Bands and bars: 95 % intervals; grey: the dense model's own."
         + ("" if metric.descriptive else " Dashed: where 5 % of the dense score is lost.")

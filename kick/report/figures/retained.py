@@ -19,7 +19,7 @@ from kick.report.figures.style import (
     bars,
     hint,
     interval_in_words,
-    label_line,
+    label_lines,
     label_points,
     legend,
     method_style,
@@ -96,7 +96,7 @@ def _name(axes: Axes, points: Sequence[_Point]) -> None:
 def _finish(axes: Axes, xlabel: str, heading: str) -> None:
     """What all figures of the mean retained score have in common."""
     axes.axhline(LOST, color="0.25", linewidth=1.0, linestyle=(0, (4, 3)))
-    label_line(axes, LOST, "95 % of dense")
+    label_lines(axes, {"95 % of dense": LOST})
     axes.set_xlabel(xlabel)
     axes.set_ylabel("mean retained score (%)")
     axes.set_ylim(bottom=0)

@@ -15,7 +15,7 @@ from kick.report.figures.style import (
     bars,
     hint,
     interval_in_words,
-    label_line,
+    label_lines,
     legend,
     name_of,
     nth_style,
@@ -76,7 +76,7 @@ def _settings(results: Results, key: str, suite: str) -> tuple[Figure, str]:
     scale = scale_of(metric)
     if dense is not None:
         axes.axhline(dense.score * scale, color="0.25", linewidth=1.2)
-        label_line(axes, dense.score * scale, "dense", "above")
+        label_lines(axes, {"dense": dense.score * scale})
     short = key.rpartition(".")[2].replace("_", " ")
     _finish(axes, short + (" of calibration" if key.startswith("calibration.") else ""), metric, f"{suite}: {short}")
     n = dense.n if dense else 0

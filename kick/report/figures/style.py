@@ -34,6 +34,9 @@ DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1, 1, 1)), (0, (1, 1)),
 MAP = "cividis"  # lightness alone orders it: right for every eye and in grey
 LOST = 100 * (1 - TOLERANCE)
 
+_MANY_DECADES = 1000.0
+_LINE_HEIGHT = 9.0  # points between names of lines
+
 _STYLE = {
     "figure.figsize": (6.4, 4.0),
     "figure.dpi": 110,
@@ -217,19 +220,39 @@ def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> float:
     return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
 
 
-def label_line(axes: Axes, y: float, text: str, side: str = "center") -> None:
-    """Name a horizontal line, to the right of the axes where no curve runs."""
-    axes.annotate(
-        text, (1.0, y), xycoords=("axes fraction", "data"), xytext=(4, {"above": 3, "below": -3}.get(side, 0)),
-        textcoords="offset points", ha="left", va="center", fontsize=8, color="0.3", annotation_clip=False,
-    )  # fmt: skip
+def label_lines(axes: Axes, lines: dict[str, float]) -> None:
+    """Name horizontal lines, to the right of the axes where no curve runs, none over another. Once limits are set."""
+    names = sorted(lines, key=lines.__getitem__)
+    points_a_pixel = 72 / axes.figure.dpi
+    own = [axes.transData.transform((0, lines[name]))[1] * points_a_pixel for name in names]
+    wanted = np.array([0.0] * len(own))
+    for index, height in enumerate(own):
+        wanted[index] = height if index == 0 else max(height, wanted[index - 1] + _LINE_HEIGHT)
+    moved = wanted - own
+    for start, end in _runs(wanted):  # what pushed each other apart is centred where it would have been
+        moved[start:end] -= moved[start:end].mean()
+    for name, move in zip(names, moved, strict=True):
+        axes.annotate(
+            name, (1.0, lines[name]), xycoords=("axes fraction", "data"), xytext=(4, move), textcoords="offset points",
+            ha="left", va="center", fontsize=8, color="0.3", annotation_clip=False,
+        )  # fmt: skip
+
+
+def _runs(heights: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Stretches of ascending heights that are a line's height apart."""
+    start = 0
+    for index in range(1, len(heights) + 1):
+        if index == len(heights) or heights[index] - heights[index - 1] > _LINE_HEIGHT * 1.001:
+            yield start, index
+            start = index
 
 
 def name_ticks(axis: Any, form: str) -> None:
-    """Ticks of a logarithmic axis at 1, 2 and 5, written in `form`."""
+    """Ticks of a logarithmic axis at 1, 2 and 5, over many decades at 1 alone, written in `form`. Once drawn."""
+    low, high = sorted(axis.get_view_interval())
     axis.set_major_formatter(FuncFormatter(lambda value, _: format(value, form)))
     axis.set_minor_formatter(NullFormatter())
-    axis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
+    axis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5) if high < _MANY_DECADES * low else (1,)))
 
 
 def bars(values: Any, low: Any, high: Any) -> np.ndarray:
