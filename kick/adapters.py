@@ -54,6 +54,8 @@ def attach(model: nn.Module, adapters: dict[str, LowRank]) -> None:
             linear = model.get_submodule(name)
         except AttributeError as error:
             raise CheckpointError(f"an adapter is for '{name}', which the model does not have.") from error
+        if of(linear) is not None:
+            raise CheckpointError(f"'{name}' has an adapter already.", "Merge it into the weights first.")
         setattr(linear, _HELD, adapter)
         linear.register_forward_hook(_add)
 

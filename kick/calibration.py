@@ -146,7 +146,7 @@ def text_files(source: str) -> list[Path]:
             f"no text source '{source}'.",
             "Expected 'embedded', a text or .jsonl file, a folder, or a hub id (owner/name).",
         )
-    inside = sorted(p for p in path.rglob("*") if p.is_file() and _is_text(p))
+    inside = sorted(p for p in path.rglob("*") if p.is_file() and is_text(p))
     if not inside:
         raise DataError(f"the folder {source} holds no .txt, .raw or .jsonl file.", "Text is one of these, or .gz.")
     return inside
@@ -158,7 +158,7 @@ def is_hub(source: str) -> bool:
     return looks_like_id and not Path(source).exists()
 
 
-def _is_text(path: Path) -> bool:
+def is_text(path: Path) -> bool:
     return path.name.removesuffix(".gz").endswith((".txt", ".raw", ".jsonl", ".json"))
 
 

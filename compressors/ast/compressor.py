@@ -9,13 +9,15 @@ the parameters give the baselines: fixed masks, static SR-STE, iterative and gra
 """
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 
-from kick.blocks import find_decoder
+from kick import adapters, distributed
+from kick.blocks import Linear, find_decoder
 from kick.calibration import Calibration
 from kick.checkpoint import STRAY_ZEROS
 from kick.compressor import Compressor, Cost, Knob, Progress, check_divisible, no_progress
@@ -27,7 +29,7 @@ from ..training.domains import Domains, Loading
 from ..training.figures import keep
 from ..training.loop import train
 from ..training.spec import Training
-from ..training.text import TextData
+from ..training.text import TextData, find_domains
 from .objective import Method, SparseTraining
 
 
@@ -43,14 +45,28 @@ class AST(Compressor):
             default=None, description="a model source to distil from; by default the model as it comes"
         )
 
+        @model_validator(mode="after")
+        def _says_nothing_in_vain(self) -> "AST.Params":
+            unread = sorted(self.model_fields_set & Loading.model_fields.keys())
+            if unread and not self.update_every:
+                raise ValueError(f"{unread[0]} is about new weights of domains, and update_every: 0 sets none")
+            if self.teacher is not None and not self.distillation:
+                raise ValueError("a teacher is named, and distillation: 0 learns nothing from it")
+            return self
+
     def inputs(self) -> dict[str, str]:
         teacher = self.params.teacher
         read = {"data": self.params.fingerprint(), **self.params.held_out_fingerprint()}
         return read | ({"teacher": fingerprint(fetch(find_source(teacher)))} if teacher is not None else {})
 
     def cost(self, level: Level | None, skeleton: nn.Module) -> Cost:
-        parameters = sum(parameter.numel() for parameter in skeleton.parameters())
-        return self.params.cost(parameters, teacher=parameters if self.params.distillation else 0)
+        params, parameters = self.params, sum(parameter.numel() for parameter in skeleton.parameters())
+        cost = params.cost(parameters, teacher=parameters if params.distillation else 0)
+        if not params.update_every:
+            return cost
+        domains, updates = len(find_domains(params.data)), 1 + params.steps // params.update_every
+        measured = params.measuring(domains, updates, params.sequence_length, parameters)
+        return replace(cost, operations=cost.operations + measured)
 
     def compress(
         self,
@@ -64,6 +80,10 @@ class AST(Compressor):
             raise LevelError(f"ast at level '{level}'.", "Expected an N:M pattern, for example ast@2:4.")
         params = self.params
         decoder = find_decoder(model)
+        if params.slorb and adapters.attached(model):
+            raise ConfigError("ast with slorb, on a model that has adapters already.", "Merge them.")
+        if params.sharding == "fsdp":
+            check_shards(decoder.linears, level, distributed.world())
         check_divisible(dict.fromkeys(decoder.linears, level))
         dtype, device = next(model.parameters()).dtype, str(next(model.parameters()).device)
         teacher = self._teacher(model, decoder.linears, device) if params.distillation else None
@@ -72,7 +92,7 @@ class AST(Compressor):
             held = {"held_out": params.held_out, "validation": params.validation} if params.update_every else {}
             mixture = params.open(self.tokenizer, params.sequence_length, self.seed, **held)
             size = sum(parameter.numel() for parameter in model.parameters())
-            domains = Domains(mixture, params, model, size) if params.update_every else None
+            domains = Domains(mixture, params, model, size, params.micro_batch) if params.update_every else None
             objective = SparseTraining(model, decoder, level, params, teacher, domains, params.update_every)
             history = train(
                 objective, mixture, params, folder, seed=self.seed, device=device, progress=progress, what=self.name
@@ -100,3 +120,17 @@ class AST(Compressor):
             teacher = copy.deepcopy(model)
         dtype = torch.bfloat16 if self.params.bfloat16(device) else torch.float32  # it computes in this anyway
         return teacher.to(dtype).requires_grad_(False).eval()
+
+
+def check_shards(linears: list[Linear], pattern: Pattern, processes: int) -> None:
+    """Raise ConfigError where sharding over so many processes would cut groups of `pattern`.
+
+    FSDP cuts a tensor's first dimension: the outputs, but of GPT-2's layers the inputs, along which groups lie.
+    """
+    for linear in linears:
+        inputs = linear.weight.shape[1]
+        if linear.transposed and processes > 1 and -(-inputs // processes) % pattern.of:
+            raise ConfigError(
+                f"{processes} processes cut the {inputs} inputs of '{linear.name}' inside groups of {pattern.of}.",
+                f"Take a number of processes that cuts them into multiples of {pattern.of}, or sharding: ddp.",
+            )

@@ -21,7 +21,7 @@ from kick.compressor import Compressor, Knob, Progress, no_progress
 from kick.errors import ConfigError, LevelError
 from kick.levels import Level, Sparsity
 
-from ..llama import ModelShape, layers_of, parts
+from ..llama import ModelShape, layers_of, parts, refuse_remains
 from .gradients import collect
 from .importance import TAYLOR, Aggregation, Importance, aggregate, unit_scores
 from .widths import channels_removed, heads_removed, ratio_for, rounded
@@ -68,12 +68,15 @@ class LLMPruner(Compressor):
         if calibration is None:
             raise LevelError("llm_pruner needs calibration text.", "Give a calibration source.")
         llama: Any = model
+        refuse_remains(model, "llm_pruner")
         layers = layers_of(llama)
         dtype, whole = llama.dtype, count(llama)
         if dtype == torch.float16:  # its gradients would vanish or overflow
             llama = llama.float()
         tokens = calibration.tokens[: self.params.samples, : self.params.sample_length]
         self.facts = {"tokens": tokens.numel(), "structure": self.params.structure}
+        if len(tokens) < self.params.samples:
+            self.warn(f"{self.params.samples} calibration samples were asked for; there are {len(tokens)}.")
         if self.params.structure == "layer":
             self._drop_layers(llama, level.fraction, whole)
         elif self.params.structure == "channel":

@@ -42,10 +42,15 @@ def unit_scores(
 
 
 def aggregate(scores: list[Tensor], how: Aggregation) -> Tensor:
-    """[units] of a group, from the scores of its tensors in the order in which the data runs through them."""
+    """[units] of a group, from the scores of its tensors in the order in which the data runs through them.
+
+    Only their order means anything.
+    """
     if how == "last":
         return scores[-1]
     stacked = torch.stack(scores)
     if how == "sum":
         return stacked.sum(dim=0)
-    return stacked.prod(dim=0) if how == "prod" else stacked.amax(dim=0)
+    if how == "prod":  # as a sum of logarithms: the same order, and 200 small factors do not come out as 0
+        return stacked.double().log().sum(dim=0)
+    return stacked.amax(dim=0)

@@ -23,18 +23,24 @@ from kick.errors import LevelError
 from kick.levels import Level, Shape
 from kick.settings import digest
 
-from ..llama import ModelShape
+from ..llama import ModelShape, refuse_remains
 from ..training.domains import Domains, Loading
 from ..training.figures import keep
 from ..training.history import History, together
 from ..training.loop import train
 from ..training.objective import Objective, cross_entropy, groups_of
 from ..training.spec import Training
-from ..training.text import TextData
+from ..training.text import TextData, find_domains
 from .cut import cut
 from .masked import MaskedModel
 from .masks import Constraint, Masks
 from .shape import find_shape, find_shape_of, parse_shape
+
+
+class Pruning(Training):
+    """Masks settle slowly: a tenth of the steps is warm-up (appendix on training)."""
+
+    warmup: float = Field(default=0.1, ge=0, lt=1, description="share of the steps, linear from zero")
 
 
 class Sheared(Compressor):
@@ -45,7 +51,7 @@ class Sheared(Compressor):
     class Params(TextData, Loading):
         pruning_every: int = Field(default=50, ge=1, description="steps between new weights of domains while pruning")
         continuing_every: int = Field(default=400, ge=1, description="and while training on")
-        pruning: Training = Training(warmup=0.1)
+        pruning: Pruning = Pruning()
         continuing: Training | None = Field(default=None, description="null: the model is left as it was cut")
         masks: Literal["learned", "random"] = Field(
             default="learned", description="random: what learned ones must beat; nothing is trained while pruning"
@@ -84,12 +90,21 @@ class Sheared(Compressor):
         small = count_parameters(type(full), target.configuration(full.config))
         nothing = Cost(0, 0.0, 0)
         learned = self.params.masks == "learned"
-        pruning = self.params.pruning.cost(sum(p.numel() for p in full.parameters())) if learned else nothing
-        continuing = self.params.continuing.cost(small) if self.params.continuing else nothing
+        large = sum(p.numel() for p in full.parameters())
+        params, stages, measured = self.params, [nothing], 0.0
+        domains = len(find_domains(params.data))
+        if learned:
+            stages.append(params.pruning.cost(large))
+            updates = 1 + params.pruning.steps // params.pruning_every
+            measured += params.measuring(domains, updates, params.pruning.sequence_length, large)
+        if params.continuing:
+            stages.append(params.continuing.cost(small))
+            updates = params.continuing.steps // params.continuing_every
+            measured += params.measuring(domains, updates, params.continuing.sequence_length, small)
         return Cost(
-            pruning.tokens + continuing.tokens,
-            pruning.operations + continuing.operations,
-            max(pruning.memory_bytes, continuing.memory_bytes),
+            sum(stage.tokens for stage in stages),
+            sum(stage.operations for stage in stages) + measured,
+            max(stage.memory_bytes for stage in stages),
         )
 
     def compress(
@@ -104,6 +119,7 @@ class Sheared(Compressor):
             raise LevelError(f"sheared at level '{level}'.", "Expected a target shape, for example 24x384x1024x6.")
         params = self.params
         within = params.heads == "within"
+        refuse_remains(model, "sheared")
         full: Any = model
         source = ModelShape.of(full.config)
         target = find_shape(level.name, source, within)
@@ -118,7 +134,7 @@ class Sheared(Compressor):
             held_out=params.held_out,
             validation=params.validation,
         )
-        losses = Domains(mixture, params, full, parameters)
+        losses = Domains(mixture, params, full, parameters, params.pruning.micro_batch)
         self.facts = {"target": str(target), "reference_losses": losses.reference}
         stages = {}
         with self.work_folder() as folder:

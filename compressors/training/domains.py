@@ -22,6 +22,8 @@ from kick.spec import Spec
 from .objective import Objective, mean_loss
 from .text import Mixture, fingerprint
 
+_AT_ONCE = 8  # held-out sequences
+
 LLAMA2_PARAMETERS = (6_738_415_616, 13_015_864_320, 68_976_648_192)
 LLAMA2_LOSSES: dict[str, float | tuple[float, float, float]] = {  # of LLaMA2-7B, 13B and 70B on RedPajama's domains
     "cc": (1.7520, 1.6680, 1.4621),
@@ -52,6 +54,10 @@ class Loading(Spec):
     floor: float = Field(default=0.0, ge=0, lt=1, description="share of a uniform mixture; 1e-4 in the authors' code")
     cap: float = Field(default=1.0, gt=0, le=1, description="the most that one domain gets")
 
+    def measuring(self, domains: int, updates: int, length: int, parameters: int) -> float:
+        """Operations that the losses of so many updates take, for sequences of `length` and a model of `parameters`."""
+        return 2.0 * updates * domains * self.held_out * length * parameters
+
     def held_out_fingerprint(self) -> dict[str, str]:
         """Identity of the text that is not trained on, where it is from elsewhere."""
         return {"validation": fingerprint(self.validation)} if self.validation is not None else {}
@@ -60,12 +66,13 @@ class Loading(Spec):
 class Domains:
     """The held-out loss of each domain, and what it makes of the mixture's weights.
 
-    parameters: of the model that the reference losses are meant for; `source` is the one whose own are taken. Raises
-    UnknownNameError for a domain without a reference.
+    parameters: of the model that the reference losses are meant for; `source` is the one whose own are taken.
+    micro_batch: sequences at once, as in training. Raises UnknownNameError for a domain without a reference.
     """
 
-    def __init__(self, mixture: Mixture, params: Loading, source: Any, parameters: int) -> None:
+    def __init__(self, mixture: Mixture, params: Loading, source: Any, parameters: int, micro_batch: int = 0) -> None:
         self.mixture, self.params = mixture, params
+        self._at_once = min(micro_batch or _AT_ONCE, _AT_ONCE)
         device = next(source.parameters()).device
         self.held = {
             name: torch.from_numpy(stream.held.astype(np.int64)).to(device) for name, stream in mixture.streams.items()
@@ -77,7 +84,11 @@ class Domains:
         was_training = objective.training
         objective.eval()
         world, rank = distributed.world(), distributed.rank()
-        own = {name: mean_loss(objective, self._share(held, rank, world)) for name, held in self.held.items()}
+        parts = {name: _parts(held, rank, world if distributed.begun() else 1) for name, held in self.held.items()}
+        own = {
+            name: sum(weight * mean_loss(objective, part, self._at_once) for part, weight in own)
+            for name, own in parts.items()
+        }
         objective.train(was_training)
         everyone = [own]
         if distributed.begun():
@@ -99,12 +110,6 @@ class Domains:
             )
         return {"domain_loss": losses, "domain_weight": self.mixture.weights}
 
-    def _share(self, held: torch.Tensor, rank: int, world: int) -> torch.Tensor:
-        """Equal shares; what does not divide is read by all, so that none waits for another in vain."""
-        if not distributed.begun() or len(held) % world:
-            return held
-        return held[rank::world]
-
     def _reference(self, source: Any, parameters: int) -> dict[str, float]:
         given = self.params.reference
         if given == "source":
@@ -120,6 +125,16 @@ class Domains:
             values = given[name]
             found[name] = predicted_loss(self.params.sizes, values, parameters) if isinstance(values, tuple) else values
         return found
+
+
+def _parts(held: torch.Tensor, rank: int, world: int) -> list[tuple[torch.Tensor, float]]:
+    """What a process reads of `held` [n, length], and the weights by which the means over it enter the mean over all.
+
+    Shares are equal, so that none waits for another in vain: what does not divide is read by all.
+    """
+    even = len(held) // world * world
+    pieces = [(held[rank:even:world], even), (held[even:], len(held) - even)]
+    return [(piece, size / len(held)) for piece, size in pieces if size]
 
 
 def updated_weights(

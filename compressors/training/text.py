@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
-from kick.calibration import begin_of_text, end_of_text, is_hub, text_files
+from kick.calibration import begin_of_text, end_of_text, is_hub, is_text, text_files
 from kick.errors import ConfigError, DataError, unknown_name
 from kick.files import sha256_of
 from kick.rows import read_texts
@@ -49,15 +49,21 @@ class Batch:
 def find_domains(source: str | Mapping[str, str]) -> dict[str, str]:
     """Domains by name: as given; or the folders inside a folder; or one domain, `text`, that is everything.
 
-    Raises DataError if there is nothing, or a folder of a domain that is empty.
+    Raises DataError if there is nothing, a folder of a domain that is empty, or text beside folders.
     """
     if not isinstance(source, str):
         return dict(source)
     path = Path(source).expanduser()
-    folders = sorted(child for child in path.iterdir() if child.is_dir()) if path.is_dir() else []
-    if folders and not any(child.is_file() for child in path.iterdir()):
-        return {folder.name: str(folder) for folder in folders}
-    return {"text": source}
+    inside = sorted(path.iterdir()) if path.is_dir() else []
+    folders = [child for child in inside if child.is_dir() and not child.name.startswith(".")]
+    if not folders:
+        return {"text": source}
+    if beside := [child.name for child in inside if child.is_file() and is_text(child)]:
+        raise DataError(
+            f"{source} holds folders and, beside them, text: {beside[0]}.",
+            "A folder for each domain and nothing else, or files alone.",
+        )
+    return {folder.name: str(folder) for folder in folders}
 
 
 def open_documents(source: str, field: str = "text") -> Any:

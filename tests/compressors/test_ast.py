@@ -6,14 +6,16 @@ import json
 import pytest
 import torch
 from conftest import make_tiny_llama
-from kick_compressors.ast.compressor import AST
+from kick_compressors.ast.compressor import AST, check_shards
 from kick_compressors.ast.objective import distillation
 from kick_compressors.ast.optimizer import DecayingAdamW
 from kick_compressors.ast.schedule import decay_at, pattern_at
 from kick_compressors.ast.slorb import Branch, block_means, block_sums, indicator
 from kick_compressors.ast.sparse import SparseLinear, best_mask
 from kick_compressors.training.objective import cross_entropy
+from pydantic import ValidationError
 from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from kick import adapters
 from kick.blocks import Linear, find_decoder
@@ -364,3 +366,35 @@ def test_what_cannot_be_is_refused_before_anything_is_trained(taught, tokenizer,
     with pytest.raises(ConfigError, match="already sparse"):
         prune(half, tokenizer, text)
     prune(half, tokenizer, text, steps=2, distillation=0.0)
+
+
+@pytest.mark.parametrize(
+    ("params", "says"),
+    [
+        ({"dynamic": False}, "dynamic is about new weights of domains"),
+        ({"cap": 0.5}, "cap is about new weights"),
+        ({"teacher": "x", "distillation": 0.0}, "learns nothing from it"),
+    ],
+)
+def test_what_would_do_nothing_is_refused(params, says):
+    with pytest.raises(ValidationError, match=says):
+        AST.Params(**params)
+    AST.Params(update_every=5, cap=0.5)
+
+
+def test_processes_that_would_cut_groups_are_refused():
+    """GPT-2 stores [in, out]: three processes cut 40 inputs into 14, 14 and 12."""
+    linears = find_decoder(GPT2LMHeadModel(GPT2Config(n_embd=40, n_head=2, n_layer=1, vocab_size=60))).linears
+    pattern = Pattern(keep=2, of=4)
+    check_shards(linears, pattern, 2)  # 20 each
+    with pytest.raises(ConfigError, match="3 processes cut the 40 inputs"):
+        check_shards(linears, pattern, 3)
+    check_shards(find_decoder(make_tiny_llama()).linears, pattern, 3)  # outputs are cut, not inputs
+
+
+def test_a_branch_beside_a_branch_is_refused(tokenizer, tmp_path):
+    model = make_tiny_llama()
+    branch = adapters.LowRank(torch.zeros(2, 32), torch.zeros(64, 2))
+    adapters.attach(model, {"model.layers.0.mlp.up_proj": branch})
+    with pytest.raises(ConfigError, match="has adapters already"):
+        prune(model, tokenizer, "embedded", slorb=4)

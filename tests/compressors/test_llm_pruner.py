@@ -1,6 +1,7 @@
 """LLM-Pruner: index maps, scores, counts and slicing, each against a definition that knows nothing of the code."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -13,8 +14,10 @@ from kick_compressors.llm_pruner.widths import ratio_for, rounded
 from kick_compressors.training.objective import cross_entropy
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from kick import adapters
+from kick.adapters import LowRank
 from kick.calibration import Calibration, CalibrationSpec
-from kick.errors import ConfigError, LevelError
+from kick.errors import CheckpointError, ConfigError, LevelError
 from kick.levels import Sparsity, parse_level
 
 TOKENS = torch.randint(2, 600, (6, 24), generator=torch.Generator().manual_seed(0))
@@ -101,10 +104,33 @@ def test_scores_are_the_formulas():
     scores = [torch.tensor([1.0, 4.0]), torch.tensor([3.0, 2.0])]
     assert [aggregate(scores, how).tolist() for how in ("sum", "prod", "max", "last")] == [
         [4, 6],
-        [3, 8],
+        [pytest.approx(math.log(3)), pytest.approx(math.log(8))],
         [3, 4],
         [3, 2],
     ]
+
+
+def test_the_product_of_many_small_scores_still_has_an_order():
+    """As of a hidden dimension in the 211 tensors of 30 layers, whose product float32 does not hold."""
+    small = torch.tensor([3e-4, 1e-4, 2e-4])
+    assert aggregate([small] * 211, "prod").argsort().tolist() == [1, 2, 0]
+
+
+def test_few_calibration_samples_are_said():
+    _, pruner = prune(make_tiny_llama(), samples=10)
+    assert "10 calibration samples were asked for; there are 6." in pruner.warnings
+
+
+def test_what_an_earlier_stage_left_is_not_lost():
+    narrow, _ = prune(make_tiny_llama(num_hidden_layers=3), skip_first=1, uniform=False)
+    with pytest.raises(ConfigError, match="layers differ in width"):
+        prune(narrow)
+    branched = make_tiny_llama()
+    adapters.attach(branched, {"model.layers.0.mlp.up_proj": LowRank(torch.zeros(2, 32), torch.zeros(64, 2))})
+    with pytest.raises(ConfigError, match="has adapters"):
+        prune(branched)
+    with pytest.raises(CheckpointError, match="has an adapter already"):
+        adapters.attach(branched, {"model.layers.0.mlp.up_proj": LowRank(torch.zeros(2, 32), torch.zeros(64, 2))})
 
 
 def test_squares_are_averaged_after_squaring():

@@ -454,3 +454,23 @@ def test_sampled_domains_follow_their_weights(tokenizer, domains):
 def test_masks_may_not_be_left_out_of_the_errors():
     with pytest.raises(KickError, match="Expected a target shape"):
         Sheared(Sheared.Params()).compress(copy.deepcopy(make_tiny_llama()), None, None)
+
+
+def test_a_tenth_of_pruning_is_warm_up_unless_it_is_said_otherwise():
+    assert Sheared.Params(pruning={"steps": 100}).pruning.warmup == Sheared.Params().pruning.warmup == 0.1
+    assert Sheared.Params(pruning={"warmup": 0.2}).pruning.warmup == 0.2
+
+
+def test_the_losses_of_domains_are_part_of_what_it_costs(tokenizer, domains):
+    """20 steps of 8 sequences of 16 tokens, and 1 + 4 measures of two domains of 100 sequences each."""
+    params = {
+        "data": str(domains),
+        "pruning_every": 5,
+        "pruning": {"steps": 20, "batch_size": 8, "sequence_length": 16},
+    }
+    few, many = (
+        Sheared(Sheared.Params(**params, held_out=count)).cost(Shape(name="1x16x24x2"), make_tiny_llama())
+        for count in (1, 101)
+    )
+    parameters = sum(p.numel() for p in make_tiny_llama().parameters())
+    assert many.operations - few.operations == pytest.approx(2 * parameters * 5 * 2 * 100 * 16)

@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from conftest import make_tiny_llama
+from kick_compressors.training.domains import _parts
 from kick_compressors.training.history import History
 from kick_compressors.training.loop import TrainingError, train
 from kick_compressors.training.objective import Objective
@@ -241,9 +242,32 @@ def test_domains_are_folders_or_names_or_one(tmp_path, domains):
     assert list(find_domains(str(domains))) == ["animals", "numbers"]
     assert find_domains("embedded") == {"text": "embedded"}
     assert find_domains({"a": "x"}) == {"a": "x"}
+    (domains / "README.md").write_text("About this text.")
+    (domains / ".cache").mkdir()
+    assert list(find_domains(str(domains))) == ["animals", "numbers"]
+    (domains / "more.jsonl").write_text('{"text": "more"}')
+    with pytest.raises(DataError, match=r"beside them, text: more.jsonl"):
+        find_domains(str(domains))
+    (domains / "more.jsonl").unlink()
     (domains / "empty").mkdir()
     with pytest.raises(DataError, match="holds no"):
         open_mixture(str(domains), None, 8, 0)
+
+
+def test_processes_read_equal_shares_of_what_is_held_out_and_know_the_mean_of_all():
+    """Seven sequences on three processes: two each, and the seventh on all of them."""
+    held = torch.arange(7.0)[:, None]
+    shares = [_parts(held, rank, 3) for rank in range(3)]
+    assert [[part.flatten().tolist() for part, _ in own] for own in shares] == [
+        [[0, 3], [6]],
+        [[1, 4], [6]],
+        [[2, 5], [6]],
+    ]
+    means = [sum(weight * float(part.mean()) for part, weight in own) for own in shares]
+    assert sum(means) / 3 == pytest.approx(3.0)
+    ((alone, weight),) = _parts(held, 0, 1)
+    assert (len(alone), weight) == (7, 1.0)
+    assert [weight for _, weight in _parts(held[:2], 1, 3)] == [1.0]  # fewer than processes: all read all
 
 
 def test_what_a_spec_cannot_be(tokenizer, domains, tmp_path):
