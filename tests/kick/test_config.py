@@ -88,7 +88,6 @@ def make_all(config):
         ("model: [", ["is not YAML"]),
         ("model: !!python/object/apply:os.system [ls]\n", ["is not YAML"]),
         (MINIMAL + "executor: {workers: two}\n", ["executor.workers is 'two'.", "valid integer", "'auto'"]),
-        (MINIMAL + "executor: {params: {nonsense: 3}}\n", ["'local' takes no params"]),
         (
             MINIMAL + "settings: [{compressor: wanda, layers: [{skp: true}]}]\n",
             ["'settings.0.layers.0.skp'", "Allowed there: first, last, match, level, skip."],

@@ -12,6 +12,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+
+from kick.config import load
+from kick.sweep.executors.base import Job
+from kick.sweep.executors.local import Local
+from kick.sweep.plan import make_plan
+from kick.sweep.store import Store
 
 SWEEP = """
 model: {model}
@@ -65,9 +72,9 @@ def undisturbed(config):
     return out
 
 
-def kick(*arguments):
+def kick(*arguments, threads=1):
     environment = {key: value for key, value in os.environ.items() if key != "KICK_EXECUTOR"}
-    environment["OMP_NUM_THREADS"] = "1"  # the same rounding everywhere, and no waiting for each other
+    environment["OMP_NUM_THREADS"] = str(threads)  # one: the same rounding everywhere, and no waiting for each other
     return subprocess.Popen(
         [sys.executable, "-m", "kick.cli", *map(str, arguments)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
@@ -195,6 +202,20 @@ def test_what_kills_the_worker_of_a_variant_of_dense_costs_itself_only(config, t
     assert set(scores) == {"mmlu", "perplexity", "troubled", "later"}
 
 
+@pytest.mark.parametrize(("given", "workers", "each"), [(3, 1, 3), (6, 2, 3), (1, 2, 1)])
+def test_workers_share_the_threads_that_this_process_may_use(config, tmp_path, given, workers, each):
+    """OMP_NUM_THREADS is obeyed, whatever the number of cores."""
+    plan = make_plan(load(config, [f"executor.workers={workers}"]))
+    before = torch.get_num_threads()
+    torch.set_num_threads(given)
+    try:
+        with Store.open(tmp_path / "run", plan) as store:
+            Local(plan, store, Job(str(store.root), {}, [], {}), lambda: None).close()
+    finally:
+        torch.set_num_threads(before)
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["threads"] == each
+
+
 def test_all_who_work_on_a_run_have_the_same_number_of_threads(config, tmp_path):
     out = tmp_path / "run"
     code, _, err = finish(kick("sweep", config, "--out", out, "--set", "executor.workers=64"))
@@ -202,7 +223,7 @@ def test_all_who_work_on_a_run_have_the_same_number_of_threads(config, tmp_path)
     assert json.loads((out / "run.json").read_text())["threads"] == 1
     (out / "evaluations" / "dense" / "mmlu" / "scores.json").unlink()
     (out / "evaluations" / "dense" / "mmlu" / "samples.jsonl").unlink()
-    code, _, err = finish(kick("sweep", config, "--out", out))  # one worker would have all cores
+    code, _, err = finish(kick("sweep", config, "--out", out, threads=2))
     assert code == 0, err
     assert json.loads((out / "evaluations" / "dense" / "mmlu" / "scores.json").read_text())["lm"]["threads"] == 1
 

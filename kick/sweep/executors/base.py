@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
+from kick.errors import ConfigError
 from kick.sweep.clock import Watch
 from kick.sweep.executors.spec import ExecutorSpec
 from kick.sweep.plan import Plan
@@ -53,7 +54,8 @@ class Executor(ABC):
     @classmethod
     def check(cls, spec: ExecutorSpec) -> None:
         """Raise ConfigError for parameters that can be seen to be wrong before anything is begun."""
-        del spec
+        if spec.params:
+            raise ConfigError(f"the executor '{spec.name}' takes no params.", "Those of ray and slurm do.")
 
     @classmethod
     def works_here(cls, plan: Plan) -> int:

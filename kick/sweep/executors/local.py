@@ -18,6 +18,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
+import torch
+
 from kick.errors import RunError
 from kick.lm.memory import free_bytes
 from kick.sweep.clock import Watch
@@ -33,7 +35,8 @@ class Local(Executor):
         super().__init__(plan, store, job, watch)
         self.slots = self.works_here(plan)
         # the same for all who ever work on this run: other numbers of threads round differently
-        self._threads = store.threads(max(1, _cores() // self.slots)) if plan.device == "cpu" else None
+        own = max(1, torch.get_num_threads() // self.slots)
+        self._threads = store.threads(own) if plan.device == "cpu" else None
         self._idle: list[_Worker] = []
         self._busy: list[_Worker] = []
         self._free = deque(range(self.slots))  # places, whose workers died or never were
@@ -41,7 +44,19 @@ class Local(Executor):
 
     @classmethod
     def works_here(cls, plan: Plan) -> int:
-        return _how_many(plan)
+        """As asked; else one for each GPU, on a CPU as many as cores and free memory allow.
+
+        Small models gain from workers more than from threads; a suite that times its models wants the machine alone.
+        """
+        asked = plan.config.executor.workers
+        if asked != "auto":
+            return asked
+        if plan.device == "cuda":
+            return max(1, torch.cuda.device_count() // _gpus_each(plan))
+        if plan.device != "cpu" or any(suite.suite.times_itself for suite in plan.suites):
+            return 1
+        each = worker_bytes(plan, training_costs(plan))
+        return max(1, min(_cores(), len(plan.settings), int(free_bytes(torch.device("cpu")) / each)))
 
     def submit(self, work: Work) -> None:
         for idle in [worker for worker in self._idle if worker.has_ended]:
@@ -188,24 +203,6 @@ class _Worker:
         self.log.close()
 
 
-def _how_many(plan: Plan) -> int:
-    """As asked; else one for each GPU, on a CPU as many as cores and free memory allow.
-
-    Small models gain from workers more than from threads; a suite that times its models wants the machine for itself.
-    """
-    import torch
-
-    asked = plan.config.executor.workers
-    if asked != "auto":
-        return asked
-    if plan.device == "cuda":
-        return max(1, torch.cuda.device_count() // _gpus_each(plan))
-    if plan.device != "cpu" or any(suite.suite.times_itself for suite in plan.suites):
-        return 1
-    each = worker_bytes(plan, training_costs(plan))
-    return max(1, min(_cores(), len(plan.settings), int(free_bytes(torch.device("cpu")) / each)))
-
-
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -217,8 +214,6 @@ def _gpus_each(plan: Plan) -> int:
 
 def _environment(plan: Plan, place: int, threads: int | None) -> dict[str, str]:
     """Which GPUs or how many threads a worker has."""
-    import torch
-
     environment = dict(os.environ)
     if plan.device == "cuda":
         seen = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]

@@ -37,7 +37,7 @@ class Ray(Executor):
     def __init__(self, plan: Plan, store: Store, job: Job, watch: Callable[[], Watch]) -> None:
         super().__init__(plan, store, job, watch)
         self._ray = ray = import_extra("ray", "ray", "the executor 'ray'")
-        params = parse(Params, plan.config.executor.params, "ray")
+        params = parse(plan.config.executor)
         self._started = not ray.is_initialized()
         if self._started:
             try:
@@ -65,7 +65,7 @@ class Ray(Executor):
 
     @classmethod
     def check(cls, spec: ExecutorSpec) -> None:
-        parse(Params, spec.params, "ray")
+        parse(spec)
 
     def _note_what_is_missing(self, there: dict[str, float], wanted: dict[str, float]) -> None:
         """Ray waits without a word for nodes that may never join."""
@@ -103,9 +103,9 @@ class Ray(Executor):
             self._ray.shutdown()
 
 
-def parse(kind: type[Params], given: dict[str, Any], name: str) -> Any:
+def parse(spec: ExecutorSpec) -> Params:
     try:
-        return kind(**given)
+        return Params(**spec.params)
     except ValidationError as error:
-        known = ", ".join(kind.model_fields)
-        raise ConfigError(f"executor '{name}': {explain(error)}", f"Its parameters: {known}.") from error
+        known = ", ".join(Params.model_fields)
+        raise ConfigError(f"executor 'ray': {explain(error)}", f"Its parameters: {known}.") from error

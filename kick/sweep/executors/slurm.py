@@ -15,6 +15,7 @@ from kick.extras import import_extra
 from kick.sweep.clock import Watch
 from kick.sweep.executors.base import Ended, Executor, Job
 from kick.sweep.executors.elsewhere import carry_out_here, count, leave_mark
+from kick.sweep.executors.spec import ExecutorSpec
 from kick.sweep.plan import Plan
 from kick.sweep.store import Store
 from kick.sweep.work import Work
@@ -43,6 +44,10 @@ class Slurm(Executor):
             ) from error
         self._mark = leave_mark(store.root)
         self._jobs: list[tuple[Any, Work, Watch]] = []
+
+    @classmethod
+    def check(cls, spec: ExecutorSpec) -> None:
+        """They are submitit's, which looks at them when it is made."""
 
     def submit(self, work: Work) -> None:
         job = self._executor.submit(carry_out_here, self.job.to_json(), work.to_json(), self._mark)

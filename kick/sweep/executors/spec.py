@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from kick.spec import Spec
 
@@ -18,9 +18,3 @@ class ExecutorSpec(Spec):
     retries: int = Field(default=2, ge=0, description="of an evaluation that its process did not survive")
     timeout: float | None = Field(default=None, gt=0, description="seconds for one evaluation, or one compression")
     params: dict[str, Any] = Field(default_factory=dict, description="of ray and slurm: see docs/clusters.md")
-
-    @model_validator(mode="after")
-    def _takes_params(self) -> "ExecutorSpec":
-        if self.params and self.name in ("local", "inline"):
-            raise ValueError(f"the executor '{self.name}' takes no params; ray and slurm do")
-        return self
