@@ -17,8 +17,7 @@ from kick.errors import ConfigError, LevelError
 
 def refuse_remains(model: nn.Module, method: str) -> None:
     """Raise ConfigError where an earlier stage left `model` what taking its blocks apart would lose or trip over."""
-    if adapters.attached(model):
-        raise ConfigError(f"{method}, on a model that has adapters.", "Merge them, or put this stage before theirs.")
+    adapters.refuse_attached(model, method)
     if shapes.table_of(model):
         raise ConfigError(
             f"{method}, on a model whose layers differ in width.", "Prune with uniform: true in the stage before."

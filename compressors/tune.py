@@ -66,8 +66,8 @@ class Tune(Compressor):
         llm = llm.float()
         linears = find_decoder(llm).linears
         masks = {linear: linear.weight != 0 for linear in linears if params.keep_zeros and _is_sparse(linear)}
-        if params.rank and not params.merge and adapters.attached(llm):
-            raise ConfigError("tune with merge: false, on a model that has adapters already.", "Merge them.")
+        if params.rank and not params.merge:
+            adapters.refuse_attached(llm, "tune with merge: false")
         if params.rank and params.merge and masks:
             raise ConfigError(
                 "tune merges LoRA into weights of which some must stay zero: what was trained would be lost there.",

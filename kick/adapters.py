@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from kick.errors import CheckpointError
+from kick.errors import CheckpointError, ConfigError
 from kick.files import read_json
 
 FOLDER = "adapter"  # in a folder of its own: beside the weights, transformers would take the model for an adapter
@@ -68,6 +68,12 @@ def of(module: nn.Module) -> LowRank | None:
 def attached(model: nn.Module) -> dict[str, LowRank]:
     """All that are attached inside `model`, by the names of their linears."""
     return {name: adapter for name, module in model.named_modules() if (adapter := of(module)) is not None}
+
+
+def refuse_attached(model: nn.Module, what: str) -> None:
+    """Raise ConfigError for `what`, which cannot go with adapters, where a stage before it left some."""
+    if attached(model):
+        raise ConfigError(f"{what}, on a model that has adapters.", "Merge them, or put this stage before theirs.")
 
 
 def _add(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:

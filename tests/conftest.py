@@ -58,6 +58,13 @@ def tiny_llama():
     return make_tiny_llama()
 
 
+@pytest.fixture(scope="module")
+def lm(tokenizer):
+    from kick.lm.fast import FastLM
+
+    return FastLM(make_tiny_llama(), tokenizer)
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory, tokenizer):
     """A directory with the tiny Llama and its tokenizer, as save_pretrained writes them."""

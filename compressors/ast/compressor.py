@@ -80,8 +80,8 @@ class AST(Compressor):
             raise LevelError(f"ast at level '{level}'.", "Expected an N:M pattern, for example ast@2:4.")
         params = self.params
         decoder = find_decoder(model)
-        if params.slorb and adapters.attached(model):
-            raise ConfigError("ast with slorb, on a model that has adapters already.", "Merge them.")
+        if params.slorb:
+            adapters.refuse_attached(model, "ast with slorb")
         if params.sharding == "fsdp":
             check_shards(decoder.linears, level, distributed.world())
         check_divisible(dict.fromkeys(decoder.linears, level))

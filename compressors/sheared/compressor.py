@@ -86,14 +86,12 @@ class Sheared(Compressor):
         assert isinstance(level, Shape)
         full: Any = skeleton
         source = ModelShape.of(full.config)
-        target = find_shape(level.name, source, self.params.heads == "within")
+        params, stages, measured = self.params, [Cost(0, 0.0, 0)], 0.0
+        target = find_shape(level.name, source, params.heads == "within")
         small = count_parameters(type(full), target.configuration(full.config))
-        nothing = Cost(0, 0.0, 0)
-        learned = self.params.masks == "learned"
         large = sum(p.numel() for p in full.parameters())
-        params, stages, measured = self.params, [nothing], 0.0
         domains = len(find_domains(params.data))
-        if learned:
+        if params.masks == "learned":
             stages.append(params.pruning.cost(large))
             updates = 1 + params.pruning.steps // params.pruning_every
             measured += params.measuring(domains, updates, params.pruning.sequence_length, large)

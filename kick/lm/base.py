@@ -99,6 +99,10 @@ class TokenLM(TemplateLM):
         """Token ids of `string`; None leaves special tokens to the tokenizer, unless the text begins with one."""
         return self._encoder([(string, add_special_tokens)])[0]
 
+    def _text(self, tokens: list[int]) -> str:
+        """What was generated, without special tokens."""
+        return self.tokenizer.decode(tokens, skip_special_tokens=True)
+
     # Requests
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:

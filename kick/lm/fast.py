@@ -104,12 +104,11 @@ class FastLM(TokenLM):
 
     @torch.inference_mode()
     def score(self, sequences: Sequence[Scored]) -> list[tuple[float, bool]]:
-        results: dict[int, tuple[float, bool]] = {}
         lengths = [len(sequence.tokens) - 1 for sequence in sequences]
         together = [index for index, length in enumerate(lengths) if length <= self._alike]
         alone = [index for index, length in enumerate(lengths) if length > self._alike]
         if self.no_sharing is None:
-            results = self._score_cluster(sequences, together, (), self.row_tokens, PREFIX_STEP) if together else {}
+            results = self._score_cluster(sequences, together, (), self.row_tokens, PREFIX_STEP)
         else:
             results = self._score_padded(sequences, together, 4 * self.row_tokens)
         results |= self._score_padded(sequences, alone, 1)
@@ -213,21 +212,22 @@ class FastLM(TokenLM):
         for index in members:
             owners.setdefault(tuple(sequences[index].tokens[:-1]), []).append(index)
         rows = sorted(owners, key=len)
-        results: dict[int, tuple[float, bool]] = {}
 
-        def score(batch: list[int]) -> list[None]:
+        def score(batch: list[int]) -> list[dict[int, tuple[float, bool]]]:
+            """For each row of the batch: the scores of its sequences."""
             inputs, mask = self._padded([rows[place] for place in batch], left=False)
-            own = [(row, sequences[index], index) for row, place in enumerate(batch) for index in owners[rows[place]]]
-            places = [(row, len(s.tokens) - s.n_targets - 1 + i) for row, s, _ in own for i in range(s.n_targets)]
+            own = [(row, sequences[index]) for row, place in enumerate(batch) for index in owners[rows[place]]]
+            places = [(row, len(s.tokens) - s.n_targets - 1 + i) for row, s in own for i in range(s.n_targets)]
             at, columns = torch.tensor(places, device=self.device).T
-            targets = torch.tensor([token for _, s, _ in own for token in s.tokens[-s.n_targets :]])
+            targets = torch.tensor([token for _, s in own for token in s.tokens[-s.n_targets :]])
             found = self.runner.at({"input_ids": inputs, "attention_mask": mask, "use_cache": False}, at, columns)
-            scores = self._add_up(found, targets, [s.n_targets for _, s, _ in own])
-            results.update({index: score for (_, _, index), score in zip(own, scores, strict=True)})
-            return [None] * len(batch)
+            scores = iter(self._add_up(found, targets, [s.n_targets for _, s in own]))
+            return [{index: next(scores) for index in owners[rows[place]]} for place in batch]
 
+        results: dict[int, tuple[float, bool]] = {}
         for batch in batches_within([len(row) for row in rows], range(len(rows)), tokens):
-            self._halving(batch, score)
+            for scored in self._halving(batch, score):
+                results |= scored
         return results
 
     def _padded(self, rows: Sequence[Sequence[int]], left: bool) -> tuple[Tensor, Tensor]:
@@ -349,9 +349,6 @@ class FastLM(TokenLM):
         ids = configured if isinstance(configured, list) else [configured]
         return {token for token in (*ids, self.eot_token_id) if token is not None}
 
-    def _text(self, tokens: list[int]) -> str:
-        return self.tokenizer.decode(tokens, skip_special_tokens=True)
-
     # Memory
 
     def _most_cached_tokens(self) -> int:
@@ -465,12 +462,9 @@ def rotary_limit(config: Any) -> int | None:
     rope = getattr(config, "rope_parameters", None) or {}
     limits = []
     for own in (rope, *rope.values()):
-        kind = str(own.get("rope_type")) if isinstance(own, dict) else ""
-        if kind == "longrope":
+        if isinstance(own, dict) and own.get("rope_type") == "longrope":
             known = own.get("original_max_position_embeddings")
             limits.append(known or getattr(config, "original_max_position_embeddings", None))
-        elif "dynamic" in kind:
-            limits.append(getattr(config, "max_position_embeddings", None))
     return min((limit for limit in limits if limit), default=None)
 
 

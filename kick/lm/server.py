@@ -147,6 +147,8 @@ class ServerLM(TokenLM):
 
     def _chat(self, request: tuple[str, Decoding, int]) -> str:
         prompt, decoding, seed = request
+        if decoding.most < 1:  # endpoints refuse to generate nothing
+            return ""
         messages: Any = _messages(prompt)
         reply = self._ask_for_text(
             lambda **options: self._client.chat.completions.create(model=self._model, messages=messages, **options),

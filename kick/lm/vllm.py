@@ -116,7 +116,7 @@ class VLLM(TokenLM):
         parameters = [{**shared, "seed": seed} if decoding.temperature else shared for seed in seeds]
         # tokens come back, not text: where several stop strings end in one token, the engine cuts at any of them
         made = self._worker.ask(complete={"contexts": list(contexts), "parameters": parameters})
-        return [decoding.cut(self.tokenizer.decode(tokens, skip_special_tokens=True)) for tokens in made]
+        return [decoding.cut(self._text(tokens)) for tokens in made]
 
     def close(self) -> None:
         self._worker.close()

@@ -396,5 +396,5 @@ def test_a_branch_beside_a_branch_is_refused(tokenizer, tmp_path):
     model = make_tiny_llama()
     branch = adapters.LowRank(torch.zeros(2, 32), torch.zeros(64, 2))
     adapters.attach(model, {"model.layers.0.mlp.up_proj": branch})
-    with pytest.raises(ConfigError, match="has adapters already"):
+    with pytest.raises(ConfigError, match="ast with slorb, on a model that has adapters"):
         prune(model, tokenizer, "embedded", slorb=4)

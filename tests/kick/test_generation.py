@@ -16,11 +16,6 @@ from kick.lm.generation import Decoding, batches_within, sample
 from kick.lm.packing import PREFIX_STEP
 
 
-@pytest.fixture(scope="module")
-def lm(tokenizer):
-    return FastLM(make_tiny_llama(), tokenizer)
-
-
 def test_generation_in_a_batch_is_generation_alone(lm, tokenizer):
     prompts = ["The lighthouse", "A", "Bread is made of flour, water, salt and", "One two three four five six"]
     together = generate(lm, prompts, [], 12)

@@ -17,12 +17,6 @@ from kick.lm.fast import FastLM
 from kick.lm.packing import PREFIX_STEP
 from kick.lm.runner import Runner
 
-
-@pytest.fixture(scope="module")
-def lm(tokenizer):
-    return FastLM(make_tiny_llama(), tokenizer)
-
-
 # Scores
 
 

@@ -19,11 +19,6 @@ from kick.lm.spec import LMSpec
 PAIRS = [("The sea is", " wide"), ("The sea is", " deep and cold"), ("", "Rain"), ("A ", "b")]
 
 
-@pytest.fixture(scope="module")
-def lm(tokenizer):
-    return FastLM(make_tiny_llama(), tokenizer)
-
-
 def served(path, server, **params):
     params = {"base_url": server.url, "models": {"dense": "tiny"}, "retries": 1, **params}
     return load_lm(LMSpec(name="server", params=params), path, "float32", "cpu")
@@ -105,6 +100,8 @@ def test_a_chat_endpoint_gets_conversations_and_gives_no_likelihoods(lm, tiny_mo
         asked = [body["messages"] for body in server.bodies]
         assert conversation in asked
         assert [{"role": "user", "content": "plain"}] in asked
+        assert generate(other, ["plain"], ["\n"], 0) == [""]  # endpoints refuse to generate nothing
+        assert len(server.bodies) == len(asked)
         with pytest.raises(KickError, match="chat endpoint gives no log-probabilities"):
             loglikelihoods(other, PAIRS)
         with pytest.raises(KickError, match="takes no token ids gives no log-probabilities"):
