@@ -115,7 +115,7 @@ def train(
         optimizer.zero_grad()
         rate = schedule.get_last_lr()[0]
         schedule.step()
-        row = {"step": step, **means, "gradient_norm": norm, "learning_rate": rate, "tokens": batch.tokens.numel()}
+        row = {"step": step, **means, "gradient_norm": norm, "learning_rate": rate, "tokens": sum(batch.lengths)}
         with accelerator.autocast():
             row |= objective.end_step(step, spec)
         row["seconds"] = time.perf_counter() - started

@@ -56,8 +56,9 @@ class Pairs:
             row, wanted = self.rows[index]
             tokens[into, : len(row)] = torch.tensor(row)
             labels[into, : len(row)] = torch.tensor(wanted)
-        longest = max(len(self.rows[index][0]) for index in drawn)
-        return Batch(tokens[:, :longest], labels[:, :longest], [f"pair {index}" for index in drawn])
+        lengths = [len(self.rows[index][0]) for index in drawn]
+        origin = [f"pair {index}" for index in drawn]
+        return Batch(tokens[:, : max(lengths)], labels[:, : max(lengths)], origin, lengths)
 
     def _drawn(self, place: int) -> int:
         epoch, within = divmod(place, len(self.rows))

@@ -30,15 +30,16 @@ _WINDOW = 512  # sequences that are shuffled among each other
 
 @dataclass(frozen=True)
 class Batch:
-    """`tokens` [sequences, length], int64; `labels` as well, -100 where no loss is counted; `origin` says of each
-    sequence where it is from."""
+    """`tokens` [sequences, length], int64; `labels` as well, -100 where no loss is counted; of each sequence `origin`
+    says where it is from, and `lengths` how many tokens stand before its padding."""
 
     tokens: Tensor
     labels: Tensor
     origin: list[str]
+    lengths: list[int]
 
     def __getitem__(self, rows: slice) -> "Batch":
-        return Batch(self.tokens[rows], self.labels[rows], self.origin[rows])
+        return Batch(self.tokens[rows], self.labels[rows], self.origin[rows], self.lengths[rows])
 
     @property
     def counted(self) -> int:
@@ -195,7 +196,7 @@ class Mixture:
         origin = [f"{names[index]} {self.streams[names[index]].taken}" for index in drawn]
         rows = [self.streams[names[index]].take() for index in drawn]
         tokens = torch.from_numpy(np.stack(rows).astype(np.int64))
-        return Batch(tokens, tokens, origin)
+        return Batch(tokens, tokens, origin, [tokens.shape[1]] * len(tokens))
 
     def state_dict(self) -> dict[str, Any]:
         return {"weights": self.weights, "streams": {name: stream.state() for name, stream in self.streams.items()}}

@@ -119,6 +119,15 @@ def test_fifty_steps_of_lora_lower_the_loss(tokenizer, pairs):
     assert training["last_loss"] < 0.7 * training["first_loss"]
 
 
+def test_padding_does_not_count_as_trained(tokenizer, pairs):
+    rows = [json.loads(line) for line in pairs.read_text().splitlines()]
+    texts = [f"User: {row['instruction']}\nAssistant: {row['output']}</s>" for row in rows]
+    lengths = [len(tokenizer(text)["input_ids"]) for text in texts]
+    assert len(set(lengths)) > 1
+    _, compressor = tune(make_tiny_llama(), tokenizer, pairs, steps=2)  # each step all four
+    assert compressor.facts["training"]["tokens"] == 2 * sum(lengths)
+
+
 def test_zeros_stay(tokenizer, pairs):
     model = Magnitude().compress(make_tiny_llama(), Sparsity(fraction=0.5), None)
     zeros = [linear.weight == 0 for linear in find_decoder(model).linears]
