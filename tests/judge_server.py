@@ -15,7 +15,11 @@ class JudgeServer(LoopbackServer):
     asked: how often each prompt came in; answered: how often it was answered with a text that the script calls good.
     """
 
-    def __init__(self, script, usage=(100, 20), understands_schemas=True):
+    def __init__(
+        self, script, usage=(100, 20), understands_schemas=True, wrong=lambda text: {"error": {"message": text}}
+    ):
+        """wrong: how it words what is wrong with a request."""
+        self.wrong = wrong
         self.script, self.usage, self.understands_schemas = script, usage, understands_schemas
         self.asked, self.answered = Counter(), Counter()
         self.bodies, self.keys, self.azure_keys, self.paths = [], set(), set(), set()
@@ -36,7 +40,7 @@ class JudgeServer(LoopbackServer):
             self.paths.add(request.path)
         try:
             if not self.understands_schemas and "response_format" in body:
-                return self.send(request, 400, {"error": {"message": "unknown field response_format"}})
+                return self.send(request, 400, self.wrong("unknown field response_format"))
             fault = self.script(first, attempt)
             if isinstance(fault, Fault):
                 return fault.happen(self, request)

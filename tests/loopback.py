@@ -1,7 +1,14 @@
 """A server on loopback for scripted endpoints: a subclass says in `handle` what comes back."""
 
+import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 class LoopbackServer:

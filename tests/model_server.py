@@ -15,8 +15,8 @@ class ModelServer(LoopbackServer):
     unknown: keys of a request that are refused.
     """
 
-    def __init__(self, lm, status=503, faults=0, echo=True, body=None, unknown=()):
-        self.unknown = set(unknown)
+    def __init__(self, lm, status=503, faults=0, echo=True, body=None, unknown=(), takes_tokens=True):
+        self.unknown, self.takes_tokens = set(unknown), takes_tokens
         self.lm, self.status, self.faults, self.echo, self.body = lm, status, faults, echo, body
         self.bodies, self.keys = [], set()
         self.lock = threading.Lock()
@@ -39,6 +39,8 @@ class ModelServer(LoopbackServer):
         if self.faults:
             self.faults -= 1
             return self.status, {"error": {"message": f"not now, holder of {self.keys}"}}
+        if not self.takes_tokens and not isinstance(body.get("prompt", ""), str):
+            return 400, {"detail": "prompt must be a string"}  # as FastAPI words it
         if refused := sorted(self.unknown & body.keys()):
             return 400, {"error": {"message": f"unknown: {', '.join(refused[::-1])}"}}
         if self.body is not None:

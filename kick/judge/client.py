@@ -12,6 +12,7 @@ from typing import Any
 
 import openai
 
+from kick.endpoint import said
 from kick.errors import KickError
 from kick.judge.budget import Bound, Budget, BudgetSpent
 from kick.judge.questions import Answer, Form, Question
@@ -157,7 +158,7 @@ class Judge:
                     raise _MayPass(f"HTTP {error.status_code}", _asked_to_wait(error)) from None
             elif not self._leave_out(error, options):
                 self._stop_if_hopeless(error)
-                raise _Unanswered(f"HTTP {error.status_code}: {_in_brief(error)}") from None
+                raise _Unanswered(f"HTTP {error.status_code}: {said(error)[:200]}") from None
         except (openai.APIResponseValidationError, ValueError):
             raise _MayPass("the reply is not JSON") from None
         finally:
@@ -180,7 +181,7 @@ class Judge:
         """Whether the endpoint objects to something that it can do without; it is left out from now on."""
         if error.status_code not in (400, 404, 415, 422, 501):
             return False
-        text = str(error).lower()
+        text = said(error).lower()
         objections = {
             STRUCTURED: self.spec.structured == "auto"
             and "response_format" in options
@@ -253,7 +254,3 @@ def _asked_to_wait(error: openai.APIStatusError) -> float | None:
         return max(0.0, min(LONGEST_WAIT, float(error.response.headers.get("retry-after", ""))))
     except ValueError:
         return None
-
-
-def _in_brief(error: openai.APIStatusError) -> str:
-    return " ".join(str(error).split())[:200]

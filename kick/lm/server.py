@@ -16,6 +16,7 @@ import openai
 from pydantic import Field
 from transformers import AutoConfig
 
+from kick.endpoint import said
 from kick.errors import ConfigError, KickError, NotGivenError
 from kick.lm.base import Scored, TokenLM, context_length, room_of_engine
 from kick.lm.generation import Decoding, row_seeds, stop_tokens
@@ -190,7 +191,7 @@ class ServerLM(TokenLM):
             reply = request()
         except openai.OpenAIError as error:
             raise KickError(
-                f"the endpoint {self.params.base_url} failed: {self._without_key(str(error))[:300]}",
+                f"the endpoint {self.params.base_url} failed: {self._without_key(said(error))[:300]}",
                 f"Is '{self._model}' served there? prompt: text is for endpoints that take no token ids.",
             ) from error
         if not getattr(reply, "choices", None):

@@ -4,7 +4,6 @@ import csv
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ import pytest
 import torch
 from kick_compressors.ast.compressor import AST
 from kick_compressors.sheared.compressor import Sheared
+from loopback import free_port
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kick import cli
@@ -175,9 +175,7 @@ def test_several_processes_write_one_checkpoint(setting, tiny_model, tmp_path):
     """Under torchrun, for what trains and for what does not: the first process writes and speaks."""
     program = tmp_path / "program.py"
     program.write_text("import sys\nfrom kick.cli import main\nsys.exit(main(sys.argv[1:]))\n")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"]
     params = ["--param=steps=4", "--param=sequence_length=16", "--param=sharding=fsdp"] if setting == "ast@2:4" else []
     command = ["compress", str(tiny_model), setting, "--out", str(tmp_path / "out"), *params]

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 
@@ -15,6 +14,7 @@ from kick_compressors.training.loop import TrainingError, train
 from kick_compressors.training.objective import Objective
 from kick_compressors.training.spec import Training
 from kick_compressors.training.text import Batch, Stream, find_domains, open_mixture
+from loopback import free_port
 from pydantic import ValidationError
 
 from kick.errors import ConfigError, DataError
@@ -157,9 +157,7 @@ def launch(folder, processes, sharding, what, tiny_model, domains, stop=-1):
     script = folder.parent / f"{folder.name}.py"
     names = {"tests": os.path.dirname(os.path.dirname(__file__)), "data": str(domains), "model": str(tiny_model)}
     script.write_text(SCRIPT.format(**names, folder=str(folder)))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--master-port={port}"]
     command = [sys.executable, *(launcher if processes > 1 else []), str(script), sharding, what, str(stop)]
     done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
@@ -275,4 +273,4 @@ def test_what_a_spec_cannot_be(tokenizer, domains, tmp_path):
         Training(batch_size=4, micro_batch=3)
     with pytest.raises(ConfigError, match="not all zero"):
         open_mixture(str(domains), tokenizer, 8, 0, weights={"animals": 0.0})
-    assert Batch(torch.zeros(2, 3), torch.tensor([[1, -100, 2], [1, 2, 3]]), ["", ""]).counted == 3
+    assert Batch(torch.zeros(2, 3), torch.tensor([[1, -100, 2], [1, 2, 3]]), ["", ""], [3, 3]).counted == 3

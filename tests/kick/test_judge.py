@@ -222,8 +222,12 @@ def test_an_unreadable_reply_is_shown_to_the_judge_again(run):
     assert "could not be read" in second["messages"][3]["content"]
 
 
-def test_an_endpoint_without_schemas_is_asked_plainly_and_that_is_said(run):
-    with JudgeServer(good, understands_schemas=False) as server:
+@pytest.mark.parametrize(
+    "wrong",
+    [lambda text: {"error": {"message": text}}, lambda text: {"detail": [{"msg": text}]}],  # OpenAI's, FastAPI's
+)
+def test_an_endpoint_without_schemas_is_asked_plainly_and_that_is_said(run, wrong):
+    with JudgeServer(good, understands_schemas=False, wrong=wrong) as server:
         outcome = judge_run(run, spec(server), Silent())
     assert outcome.failed == {}
     assert outcome.record["last_call"]["not_understood_by_the_endpoint"] == ["structured output"]
