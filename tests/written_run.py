@@ -80,6 +80,11 @@ def samples(setting, suite):
             yield Sample(
                 f"w{index}", "t", hostile, scores={"nll": nll, "tokens": 1.0, "bits": nll / 0.693, "bytes": 4.0}
             )
+        elif suite == "summarization":
+            scores = {"rougeL": 0.3 * correct, "rouge1": 0.4 * correct, "rouge2": 0.1 * correct, "empty": 0.0}
+            scores |= {"words": 40.0 + 10 * correct, "novel_2grams": 0.5 + 0.1 * correct, "over_limit": 0.0}
+            scores |= {"compression": 9.0 - correct, "copied_4grams": 0.2 * correct, "repetition": 0.3 - 0.2 * correct}
+            yield Sample(f"s{index}", "short", "A story.", output="A summary.", scores=scores)
         else:
             scores = {"contains": float(correct), "exact_match": float(correct), "f1": float(correct)}
             yield Sample(

@@ -137,6 +137,14 @@ def test_of_two_varied_parameters_each_figure_says_what_is_fixed(tmp_path):
     ]  # fmt: skip
 
 
+def test_what_is_the_same_for_all_settings_describes_none_of_them(tmp_path):
+    root = write_run(tmp_path / "run", SETTINGS[:3], ["summarization"])
+    write_report(root)
+    texts = _texts((root / "figures" / "summarization-answers.svg").read_text(encoding="utf-8"))
+    assert {"words", "compression", "copied 4grams", "novel 2grams", "repetition"} <= set(texts)
+    assert not {"empty", "over limit"} & set(texts)
+
+
 # One figure
 
 POINTS = [(0.0, 3.0), (10.0, 40.0), (70.0, 900.0)]

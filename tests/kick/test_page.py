@@ -118,6 +118,22 @@ def test_figures_show_values_on_hover(page):
     assert any(title.startswith("magnitude@0.5: 20.6 % [") for title in titles)  # 20 of 97
 
 
+def test_letters_of_figures_are_about_as_large_as_those_of_the_page(browser, tmp_path):
+    """Those of many panels take the whole width; those of few are not blown up."""
+    root = write_run(tmp_path / "run", SETTINGS, ["factoid_qa", "summarization"])
+    write_report(root)
+    page = browser.new_page(viewport={"width": 1400, "height": 900})
+    page.goto((root / "report.html").as_uri())
+    scales = page.evaluate(
+        "[...document.querySelectorAll('figure svg')].map(svg => svg.getBoundingClientRect().width"
+        " / (svg.viewBox.baseVal.width * 96 / 72))"
+    )
+    page.close()
+    assert len(scales) == 5
+    assert min(scales) > 0.7
+    assert max(scales) <= 1.001
+
+
 @pytest.mark.parametrize("width", [360, 1400])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_it_fits_a_phone_and_a_dark_room(browser, report, width, scheme):

@@ -325,7 +325,7 @@ def test_a_figure_in_a_page_has_ids_that_a_reference_can_hold(tmp_path):
     for name in ("flips", "nq evidence=given-flips", "nq evidence=none-flips", "mine (x)"):
         path = tmp_path / "figure.svg"
         path.write_text('<?xml version="1.0"?><svg><defs><g id="h1"/></defs><a href="#h1" fill="url(#h1)"/></svg>')
-        text = inline(Drawn(name, "", "", path))
+        text = inline(Drawn(name, "", "", path, 6.0))
         (own,) = re.findall(r'id="([\w-]+)"', text)
         assert f'href="#{own}" fill="url(#{own})"' in text
     assert identifier("a b") != identifier("a-b") != identifier("a=b")

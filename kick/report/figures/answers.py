@@ -59,15 +59,19 @@ def _flips(results: Results, suite: str) -> tuple[Figure, str]:
 
 
 def _described(results: Results, suite: str) -> list[Metric]:
-    """Metrics that describe answers: lengths, repetition. Not those of a suite that gives no verdict at all."""
+    """Metrics that describe answers: lengths, repetition. Not those of a suite that gives no verdict at all.
+
+    What is the same for all settings, the evidence that they were given for example, tells nothing about any of them.
+    """
     if results.metric(suite).descriptive:
         return []
-    estimates = results.get(DENSE, suite).estimates
-    found = [
-        metric
-        for metric in results.suites[suite].metrics
-        if metric.descriptive and (own := estimates.get((metric.name, OVERALL))) is not None and own.n
-    ]
+    found = []
+    for metric in results.suites[suite].metrics:
+        own = [results.get(r.name, suite).estimates.get((metric.name, OVERALL)) for r in results.settings]
+        dense = results.get(DENSE, suite).estimates.get((metric.name, OVERALL))
+        differs = len({estimate.score for estimate in own if estimate is not None and estimate.n}) > 1
+        if metric.descriptive and dense is not None and dense.n and differs:
+            found.append(metric)
     return found[:_MOST_PANELS]
 
 

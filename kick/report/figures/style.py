@@ -65,12 +65,13 @@ class Planned:
 
 @dataclass(frozen=True)
 class Drawn:
-    """A figure on disk."""
+    """A figure on disk. width: in inches, at the size that its letters are meant to have."""
 
     name: str
     title: str
     caption: str
     svg: Path
+    width: float
 
 
 @contextmanager
@@ -94,7 +95,7 @@ def save(folder: Path, planned: Planned) -> Drawn:
     figure.savefig(folder / f"{name}.png", metadata={"Software": "kick"}, bbox_inches=box)
     figure.savefig(folder / f"{name}.pdf", metadata={"Creator": "kick", "CreationDate": None}, bbox_inches=box)
     plt.close(figure)
-    return Drawn(name, planned.title, caption, svg)
+    return Drawn(name, planned.title, caption, svg, box.width)
 
 
 def _keep_places_of_legends(figure: Figure) -> None:
