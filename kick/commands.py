@@ -55,7 +55,10 @@ def _run_models(config: SweepConfig, out: Path, options: Namespace) -> int:
 
     codes, documents = [], {}
     # whatever is wrong with one of them is said before the first is run
-    plans = {name: make_plan(config.model_copy(update={"model": name})) for name in config.models}
+    plans = {
+        name: make_plan(config.model_copy(update={"model": name}), weights=not options.dry_run)
+        for name in config.models
+    }
     for name, plan in plans.items():
         check_usable(out / safe_name(name), plan, options.fresh)
     for name, plan in plans.items():
@@ -80,7 +83,7 @@ def _run_models(config: SweepConfig, out: Path, options: Namespace) -> int:
 def _run_one(config: SweepConfig, out: Path, options: Namespace, as_is: bool = False) -> int:
     from kick.sweep.plan import make_plan
 
-    code, text, document = _run(make_plan(config, as_is), out, options)
+    code, text, document = _run(make_plan(config, as_is, weights=not options.dry_run), out, options)
     _print(options, text, document)
     return code
 

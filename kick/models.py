@@ -6,6 +6,8 @@ user named is what is loaded: a name that is none of these is an error with the 
 
 import hashlib
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -20,8 +22,9 @@ if TYPE_CHECKING:
 Kind = Literal["hub", "directory", "gguf"]
 
 PICKLES = ("*.bin", "*.pt", "*.pth")
-_WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
-_TEXT_FILES = ("*.json", "*.txt", "*.jinja", "*.model")
+_WEIGHT_FILES = ["*.safetensors", "*.safetensors.index.json"]
+_TEXT_FILES = ["*.json", "*.txt", "*.jinja", "*.model"]
+_NOT_WANTED = ["consolidated*", "*/*"]
 
 
 @dataclass(frozen=True)
@@ -124,24 +127,46 @@ def _check_directory(path: Path, allow_pickle: bool = False) -> None:
         raise ModelError(f"the directory {path} holds {found}.", "kick reads *.safetensors. Convert it first.")
 
 
-def fetch(source: ModelSource, allow_pickle: bool = False) -> Path:
-    """The local directory or .gguf file of `source`; downloads a hub model into the hub's cache first."""
+def fetch(source: ModelSource, allow_pickle: bool = False, weights: bool = True) -> Path:
+    """The local directory or .gguf file of `source`; downloads a hub model into the hub's cache first.
+
+    weights: False to do without, where they are not there yet: configuration and tokenizer are enough to plan with.
+    """
     if source.path is not None:
         return source.path
     from huggingface_hub import snapshot_download
+
+    wanted = [*_WEIGHT_FILES, *(PICKLES if allow_pickle else ())] if weights else []
+    with _asking_the_hub(source):
+        folder = snapshot_download(source.name, allow_patterns=[*_TEXT_FILES, *wanted], ignore_patterns=_NOT_WANTED)
+    if weights:
+        _check_directory(Path(folder), allow_pickle)
+    return Path(folder)
+
+
+def bytes_to_fetch(source: ModelSource, path: Path) -> int:
+    """Of the weights of `source` that are not at `path` yet."""
+    if source.kind != "hub" or any(path.glob("*.safetensors")):
+        return 0
+    from huggingface_hub import snapshot_download
+
+    with _asking_the_hub(source):
+        files = snapshot_download(source.name, allow_patterns=_WEIGHT_FILES, ignore_patterns=_NOT_WANTED, dry_run=True)
+    return sum(file.file_size or 0 for file in files if file.will_download)
+
+
+@contextmanager
+def _asking_the_hub(source: ModelSource) -> Iterator[None]:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        allowed = [*_WEIGHT_FILES, *_TEXT_FILES, *(PICKLES if allow_pickle else ())]
-        folder = Path(snapshot_download(source.name, allow_patterns=allowed, ignore_patterns=["consolidated*", "*/*"]))
+        yield
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise ModelError(
             f"'{source.name}' cannot be fetched from the Hugging Face hub: {_first_line(error)}"
             + _nearest(source.name, Path(source.name)),
             _EXPECTED + " Without a network, give a directory.",
         ) from error
-    _check_directory(folder, allow_pickle)
-    return folder
 
 
 def fingerprint(path: Path, allow_pickle: bool = False) -> str:
@@ -294,15 +319,19 @@ def _first_line(error: BaseException) -> str:
 
 
 def count_parameters(path: Path) -> int:
-    """Parameters of the model at `path`, from the headers of its weight files: no weight is read."""
+    """Parameters of the model at `path`, from the headers of its weight files, or its configuration where there are
+    none: no weight is read."""
     if path.is_file():
         from gguf import GGUFReader
 
         return sum(int(tensor.n_elements) for tensor in GGUFReader(path).tensors)
     from safetensors import safe_open
 
+    files = list(path.glob("*.safetensors"))
+    if not files:
+        return sum(parameter.numel() for parameter in load_skeleton(path, "float32").parameters())
     total = 0
-    for file in path.glob("*.safetensors"):
+    for file in files:
         with safe_open(file, framework="pt") as tensors:
             for key in tensors.keys():  # noqa: SIM118 (not a dict)
                 count = 1

@@ -5,6 +5,7 @@ from typing import Any
 
 from kick.compressor import Cost
 from kick.meter import product_speed, slow_precision
+from kick.models import bytes_to_fetch
 from kick.progress import duration
 from kick.sweep.costs import training_costs, worker_bytes
 from kick.sweep.executors import find_executor
@@ -47,6 +48,7 @@ def describe(plan: Plan, out: Path, fresh: bool = False) -> tuple[str, dict[str,
         "suites": {suite.name: len(suite.examples) for suite in plan.suites},
         "evaluations": len(plan.settings) * len(plan.suites),
         "missing": {name: [suite.name for suite in suites] for name, suites in missing.items()},
+        "bytes_to_fetch": bytes_to_fetch(plan.source, plan.path),
         "estimated_seconds": round(seconds),
         "estimated_disk_bytes": kept * plan.dense_bytes + len(missing) * questions * 3000,
         "estimated_memory_bytes": memory,
@@ -65,6 +67,8 @@ def describe(plan: Plan, out: Path, fresh: bool = False) -> tuple[str, dict[str,
         f"about {duration(seconds)}, {document['estimated_disk_bytes'] / 1e9:.1f} GB of disk and "
         f"{memory / 1e9:.1f} GB of memory at the peak{where}",
     ]
+    if to_fetch := document["bytes_to_fetch"]:
+        lines.append(f"{to_fetch / 1e9:.1f} GB of weights would be fetched from the Hugging Face hub first")
     if slow := slow_precision(plan.device, plan.dtype):
         lines.append(slow)
     for name, cost in training.items():

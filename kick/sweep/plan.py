@@ -137,10 +137,11 @@ class Plan:
         return digest({**self.identity, **own})
 
 
-def make_plan(config: SweepConfig, as_is: bool = False) -> Plan:
+def make_plan(config: SweepConfig, as_is: bool = False, weights: bool = True) -> Plan:
     """Resolve and check everything that `config` names.
 
     as_is: a model that is a kick checkpoint keeps its setting, instead of being the dense model of a new sweep.
+    weights: False for a plan to look at only, for which those of a model on the hub are not fetched.
     """
     find_executor(config.executor).check(config.executor)
     settings = config.all_settings()
@@ -165,7 +166,7 @@ def make_plan(config: SweepConfig, as_is: bool = False) -> Plan:
     names = [setting.name for setting in settings]
     engines = [find_lm(spec.name).check(params_of(spec), names) for spec in lms(config)]
     device, dtype = models.choose(config.device, config.dtype)
-    path = models.fetch(source)
+    path = models.fetch(source, weights=weights)
     calibrations = {}
     if given is None:
         wanted = [s.calibration or config.calibration for s in settings if needs_calibration(prepare(s))]

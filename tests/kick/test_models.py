@@ -1,7 +1,12 @@
+import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
+from hub_server import HubServer
 
 from kick import models
 from kick.errors import ConfigError, ModelError
@@ -134,3 +139,35 @@ def test_the_packaged_model_is_what_its_file_says(real_checkpoint):
 def test_a_hub_model_is_fetched():
     source = models.find_source("HuggingFaceTB/SmolLM2-135M-Instruct")
     assert models.fetch(source).is_dir()
+
+
+SWEEP = """
+model: owner/tiny
+settings: [wanda@0.5]
+suites: [{suite: perplexity, limit: 2}]
+data: embedded
+"""
+
+
+def test_a_dry_run_fetches_no_weights_from_the_hub_and_a_run_does(tiny_model, tmp_path):
+    (tmp_path / "sweep.yaml").write_text(SWEEP)
+    weights = (tiny_model / "model.safetensors").stat().st_size
+
+    def kick(*arguments):
+        environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+        command = [sys.executable, "-m", "kick.cli", "sweep", tmp_path / "sweep.yaml", "--out", tmp_path / "run"]
+        done = subprocess.run([*command, "--json", *arguments], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return json.loads(done.stdout)
+
+    with HubServer("owner/tiny", tiny_model) as hub:
+        planned = kick("--dry-run")
+        assert planned["bytes_to_fetch"] == weights
+        assert planned["estimated_memory_bytes"] > weights
+        assert "config.json" in hub.fetched
+        assert "model.safetensors" not in hub.fetched
+        kick()
+        assert hub.fetched.count("model.safetensors") == 1
+        assert kick("--dry-run")["bytes_to_fetch"] == 0
+    scores = json.loads((tmp_path / "run/evaluations/wanda@0.5/perplexity/scores.json").read_text())
+    assert scores["status"] == "complete"
