@@ -123,6 +123,7 @@ def _parser() -> argparse.ArgumentParser:
         "--param", action="append", default=[], metavar="K=V", help="a parameter of the suite, SUITE.K=V, or lm.K=V"
     )
     evaluate.add_argument("--fresh", action="store_true", help="throw away what the folder holds and start again")
+    evaluate.set_defaults(dry_run=False)
     _precision(evaluate)
 
     judge = command("judge", "have a judge grade the answers of a run, then report again")

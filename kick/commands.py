@@ -118,7 +118,7 @@ def _run(plan: "Plan", out: Path, options: Namespace) -> tuple[int, str, dict[st
     from kick.sweep.store import Store
 
     config = plan.config
-    if getattr(options, "dry_run", False):
+    if options.dry_run:
         return 0, *describe(plan, out, options.fresh)
     if slow := slow_precision(plan.device, plan.dtype):
         print(f"kick: {slow}", file=sys.stderr)
