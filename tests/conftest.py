@@ -58,6 +58,14 @@ def tiny_llama():
     return make_tiny_llama()
 
 
+@pytest.fixture(scope="session")
+def tokens():
+    """Two sequences for the tiny model, [2, 20]."""
+    import torch
+
+    return torch.randint(2, 600, (2, 20), generator=torch.Generator().manual_seed(0))
+
+
 @pytest.fixture(scope="module")
 def lm(tokenizer):
     from kick.lm.fast import FastLM

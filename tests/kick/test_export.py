@@ -21,11 +21,6 @@ def logits(model, tokens):
         return model.eval()(tokens).logits
 
 
-@pytest.fixture(scope="module")
-def tokens():
-    return torch.randint(2, 600, (2, 20), generator=torch.Generator().manual_seed(0))
-
-
 def load(path, **options):
     from transformers import AutoModelForCausalLM
 
