@@ -55,10 +55,10 @@ def _run_models(config: SweepConfig, out: Path, options: Namespace) -> int:
 
     codes, documents = [], {}
     # whatever is wrong with one of them is said before the first is run
-    plans = {
-        name: make_plan(config.model_copy(update={"model": name}), weights=not options.dry_run)
-        for name in config.models
-    }
+    plans = {}
+    for name in config.models:
+        needed = _needs_weights(out / safe_name(name), options)
+        plans[name] = make_plan(config.model_copy(update={"model": name}), weights=needed)
     for name, plan in plans.items():
         check_usable(out / safe_name(name), plan, options.fresh)
     for name, plan in plans.items():
@@ -83,9 +83,16 @@ def _run_models(config: SweepConfig, out: Path, options: Namespace) -> int:
 def _run_one(config: SweepConfig, out: Path, options: Namespace, as_is: bool = False) -> int:
     from kick.sweep.plan import make_plan
 
-    code, text, document = _run(make_plan(config, as_is, weights=not options.dry_run), out, options)
+    code, text, document = _run(make_plan(config, as_is, weights=_needs_weights(out, options)), out, options)
     _print(options, text, document)
     return code
+
+
+def _needs_weights(out: Path, options: Namespace) -> bool:
+    """A run is of certain weights: what it lacks is only known once these are there."""
+    from kick.sweep.store import RUN
+
+    return not options.dry_run or (out / RUN).is_file()
 
 
 def evaluate(options: Namespace) -> int:

@@ -12,7 +12,15 @@ def said(error: openai.OpenAIError) -> str:
     one of its own.
     """
     text = str(error)
-    body = getattr(error, "body", None)
-    if body and isinstance(error, openai.APIStatusError) and text == f"Error code: {error.status_code}":
-        text += f" - {body if isinstance(body, str) else json.dumps(body, ensure_ascii=False)}"
+    if isinstance(error, openai.APIStatusError) and text == f"Error code: {error.status_code}":
+        text += f" - {_words(error.body)}"
     return " ".join(text.split())
+
+
+def _words(body: object) -> str:
+    detail = body.get("detail", body) if isinstance(body, dict) else body
+    faults = detail if isinstance(detail, list) else []
+    if faults and all(isinstance(fault, dict) and "msg" in fault for fault in faults):
+        # without the `input`, which is what was sent: a prompt may speak of anything
+        return "; ".join(f"{'.'.join(map(str, fault.get('loc', ())))}: {fault['msg']}" for fault in faults)
+    return detail if isinstance(detail, str) else json.dumps(detail, ensure_ascii=False)

@@ -6,8 +6,7 @@ user named is what is loaded: a name that is none of these is an error with the 
 
 import hashlib
 import importlib.util
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -24,7 +23,8 @@ Kind = Literal["hub", "directory", "gguf"]
 PICKLES = ("*.bin", "*.pt", "*.pth")
 _WEIGHT_FILES = ["*.safetensors", "*.safetensors.index.json"]
 _TEXT_FILES = ["*.json", "*.txt", "*.jinja", "*.model"]
-_NOT_WANTED = ["consolidated*", "*/*"]
+_TOP: dict[str, Any] = {"ignore_patterns": ["consolidated*", "*/*"]}  # what else repositories hold beside the model
+_READS = "kick reads *.safetensors. Convert it first."
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def _check_directory(path: Path, allow_pickle: bool = False) -> None:
         if pickles and allow_pickle:
             return
         found = f"only {pickles[0]}, a pickle, which can run code when it is read" if pickles else "no weights"
-        raise ModelError(f"the directory {path} holds {found}.", "kick reads *.safetensors. Convert it first.")
+        raise ModelError(f"the directory {path} holds {found}.", _READS)
 
 
 def fetch(source: ModelSource, allow_pickle: bool = False, weights: bool = True) -> Path:
@@ -135,38 +135,52 @@ def fetch(source: ModelSource, allow_pickle: bool = False, weights: bool = True)
     if source.path is not None:
         return source.path
     from huggingface_hub import snapshot_download
-
-    wanted = [*_WEIGHT_FILES, *(PICKLES if allow_pickle else ())] if weights else []
-    with _asking_the_hub(source):
-        folder = snapshot_download(source.name, allow_patterns=[*_TEXT_FILES, *wanted], ignore_patterns=_NOT_WANTED)
-    if weights:
-        _check_directory(Path(folder), allow_pickle)
-    return Path(folder)
-
-
-def bytes_to_fetch(source: ModelSource, path: Path) -> int:
-    """Of the weights of `source` that are not at `path` yet."""
-    if source.kind != "hub" or any(path.glob("*.safetensors")):
-        return 0
-    from huggingface_hub import snapshot_download
-
-    with _asking_the_hub(source):
-        files = snapshot_download(source.name, allow_patterns=_WEIGHT_FILES, ignore_patterns=_NOT_WANTED, dry_run=True)
-    return sum(file.file_size or 0 for file in files if file.will_download)
-
-
-@contextmanager
-def _asking_the_hub(source: ModelSource) -> Iterator[None]:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    wanted = [*_TEXT_FILES, *_WEIGHT_FILES, *(PICKLES if allow_pickle else ())]
+    if not weights:
+        with suppress(LocalEntryNotFoundError, OSError):
+            there = Path(snapshot_download(source.name, allow_patterns=wanted, local_files_only=True, **_TOP))
+            if _holds_weights(there):
+                return there
+        wanted = _TEXT_FILES
     try:
-        yield
+        folder = Path(snapshot_download(source.name, allow_patterns=wanted, **_TOP))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise ModelError(
             f"'{source.name}' cannot be fetched from the Hugging Face hub: {_first_line(error)}"
             + _nearest(source.name, Path(source.name)),
             _EXPECTED + " Without a network, give a directory.",
         ) from error
+    if weights:
+        _check_directory(folder, allow_pickle)
+    return folder
+
+
+def bytes_to_fetch(source: ModelSource, path: Path) -> int | None:
+    """Of the weights of `source` that are not at `path` yet; None where the hub does not tell.
+
+    Raises ModelError where the hub has none that kick reads.
+    """
+    if source.kind != "hub" or _holds_weights(path):
+        return 0
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        files = snapshot_download(source.name, allow_patterns=_WEIGHT_FILES, dry_run=True, **_TOP)
+    except (HfHubHTTPError, OSError):
+        return None
+    if not any(file.filename.endswith(".safetensors") for file in files):
+        raise ModelError(f"'{source.name}' has no *.safetensors on the Hugging Face hub.", _READS)
+    return sum(file.file_size or 0 for file in files if file.will_download)
+
+
+def _holds_weights(path: Path) -> bool:
+    """Whether a directory holds all weight files: those that an index names, or one without an index."""
+    indexes = [read_json(file) for file in path.glob("*.safetensors.index.json")]
+    named = {name for index in indexes for name in index.get("weight_map", {}).values()}
+    return all((path / name).is_file() for name in named) if named else any(path.glob("*.safetensors"))
 
 
 def fingerprint(path: Path, allow_pickle: bool = False) -> str:
@@ -269,6 +283,8 @@ def load_skeleton(path: Path, dtype: str) -> "torch.nn.Module":
     from transformers import AutoConfig, AutoModelForCausalLM
 
     folder, options = (path.parent, {"gguf_file": path.name}) if path.is_file() else (path, {})
+    if path.is_dir():
+        check_config(read_json(path / "config.json"), path)
     try:
         config = AutoConfig.from_pretrained(folder, **options, trust_remote_code=False)
         with init_empty_weights():
@@ -327,11 +343,10 @@ def count_parameters(path: Path) -> int:
         return sum(int(tensor.n_elements) for tensor in GGUFReader(path).tensors)
     from safetensors import safe_open
 
-    files = list(path.glob("*.safetensors"))
-    if not files:
+    if not _holds_weights(path):
         return sum(parameter.numel() for parameter in load_skeleton(path, "float32").parameters())
     total = 0
-    for file in files:
+    for file in path.glob("*.safetensors"):
         with safe_open(file, framework="pt") as tensors:
             for key in tensors.keys():  # noqa: SIM118 (not a dict)
                 count = 1

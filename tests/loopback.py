@@ -12,7 +12,7 @@ def free_port() -> int:
 
 
 class LoopbackServer:
-    """Within `with`, POSTs to `url` reach `handle(request)`, several at a time."""
+    """Within `with`, requests to `root` reach `handle(request)`, several at a time. url: where OpenAI's protocol is."""
 
     def __enter__(self):
         owner = self
@@ -21,13 +21,16 @@ class LoopbackServer:
             def do_POST(self):
                 owner.handle(self)
 
+            do_GET = do_HEAD = do_POST  # noqa: N815 (the library's names)
+
             def log_message(self, *arguments):
                 pass
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.server.daemon_threads = True
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
+        self.root = f"http://127.0.0.1:{self.server.server_port}"
+        self.url = f"{self.root}/v1"
         return self
 
     def __exit__(self, *exception):

@@ -39,7 +39,7 @@ class Training(Spec):
 
     @property
     def tokens(self) -> int:
-        """Tokens that the whole stretch sees."""
+        """Tokens that the whole stretch sees; fewer where some of them are padding (instruction pairs)."""
         return self.steps * self.batch_size * self.sequence_length
 
     def rate(self, step: int) -> float:

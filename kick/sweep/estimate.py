@@ -67,13 +67,14 @@ def describe(plan: Plan, out: Path, fresh: bool = False) -> tuple[str, dict[str,
         f"about {duration(seconds)}, {document['estimated_disk_bytes'] / 1e9:.1f} GB of disk and "
         f"{memory / 1e9:.1f} GB of memory at the peak{where}",
     ]
-    if to_fetch := document["bytes_to_fetch"]:
-        lines.append(f"{to_fetch / 1e9:.1f} GB of weights would be fetched from the Hugging Face hub first")
+    if (to_fetch := document["bytes_to_fetch"]) != 0:
+        size = "weights (the hub does not say how large)" if to_fetch is None else f"{to_fetch / 1e9:.1f} GB of weights"
+        lines.append(f"first {size} would be fetched from the Hugging Face hub")
     if slow := slow_precision(plan.device, plan.dtype):
         lines.append(slow)
     for name, cost in training.items():
         lines.append(
-            f"{name} trains on {cost['tokens']:,} tokens: about {duration(cost['seconds_here'])} here, "
+            f"{name} trains on at most {cost['tokens']:,} tokens: about {duration(cost['seconds_here'])} here, "
             f"{cost['a100_hours']:.1f} hours of an A100; {cost['memory_bytes'] / 1e9:.1f} GB for weights, gradients "
             "and optimizer"
         )

@@ -141,7 +141,7 @@ def make_plan(config: SweepConfig, as_is: bool = False, weights: bool = True) ->
     """Resolve and check everything that `config` names.
 
     as_is: a model that is a kick checkpoint keeps its setting, instead of being the dense model of a new sweep.
-    weights: False for a plan to look at only, for which those of a model on the hub are not fetched.
+    weights: False for a plan to look at only, for which those of `config.model` are not fetched from the hub.
     """
     find_executor(config.executor).check(config.executor)
     settings = config.all_settings()

@@ -224,7 +224,10 @@ def test_an_unreadable_reply_is_shown_to_the_judge_again(run):
 
 @pytest.mark.parametrize(
     "wrong",
-    [lambda text: {"error": {"message": text}}, lambda text: {"detail": [{"msg": text}]}],  # OpenAI's, FastAPI's
+    [
+        lambda text: {"error": {"message": text}},  # as OpenAI words it; as FastAPI does, with what was sent
+        lambda text: {"detail": [{"loc": ["body"], "msg": text, "input": {"temperature": 0, "prompt": "Hot?"}}]},
+    ],
 )
 def test_an_endpoint_without_schemas_is_asked_plainly_and_that_is_said(run, wrong):
     with JudgeServer(good, understands_schemas=False, wrong=wrong) as server:

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from conftest import make_tiny_llama
 from hub_server import HubServer
 
 from kick import models
@@ -62,7 +63,6 @@ def test_pickles_and_empty_folders_are_refused(tmp_path, tiny_model):
 
 
 def test_code_in_a_models_folder_is_not_run(tmp_path, tiny_model):
-    import json
 
     folder = tmp_path / "model"
     shutil.copytree(tiny_model, folder)
@@ -141,6 +141,8 @@ def test_a_hub_model_is_fetched():
     assert models.fetch(source).is_dir()
 
 
+# The hub, over loopback
+
 SWEEP = """
 model: owner/tiny
 settings: [wanda@0.5]
@@ -149,25 +151,76 @@ data: embedded
 """
 
 
+def run_with(hub, cache, *command, offline=False):
+    """stdout of a Python process that takes `hub` for the Hugging Face hub."""
+    cached = {"HF_HOME": str(cache), "HF_HUB_CACHE": str(cache / "hub"), "HF_HUB_OFFLINE": str(int(offline))}
+    environment = {**os.environ, **cached, "HF_ENDPOINT": hub.root}
+    done = subprocess.run([sys.executable, *map(str, command)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
 def test_a_dry_run_fetches_no_weights_from_the_hub_and_a_run_does(tiny_model, tmp_path):
     (tmp_path / "sweep.yaml").write_text(SWEEP)
     weights = (tiny_model / "model.safetensors").stat().st_size
 
     def kick(*arguments):
-        environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
-        command = [sys.executable, "-m", "kick.cli", "sweep", tmp_path / "sweep.yaml", "--out", tmp_path / "run"]
-        done = subprocess.run([*command, "--json", *arguments], env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-2000:]
-        return json.loads(done.stdout)
+        command = ["-m", "kick.cli", "sweep", tmp_path / "sweep.yaml", "--out", tmp_path / "run", "--json"]
+        return json.loads(run_with(hub, tmp_path / "cache", *command, *arguments))
 
     with HubServer("owner/tiny", tiny_model) as hub:
         planned = kick("--dry-run")
         assert planned["bytes_to_fetch"] == weights
-        assert planned["estimated_memory_bytes"] > weights
         assert "config.json" in hub.fetched
         assert "model.safetensors" not in hub.fetched
-        kick()
+        assert kick()["done"] == 2
         assert hub.fetched.count("model.safetensors") == 1
-        assert kick("--dry-run")["bytes_to_fetch"] == 0
-    scores = json.loads((tmp_path / "run/evaluations/wanda@0.5/perplexity/scores.json").read_text())
-    assert scores["status"] == "complete"
+        shutil.rmtree(tmp_path / "cache")  # on another machine: what the run lacks depends on the weights
+        after = kick("--dry-run")
+        assert (after["missing"], after["bytes_to_fetch"]) == ({}, 0)
+        assert after["estimated_memory_bytes"] == planned["estimated_memory_bytes"]  # parameters counted alike
+
+
+LOOK = """
+import sys
+from kick import models
+source = models.find_source("owner/tiny")
+try:
+    path = models.fetch(source, weights=False)
+    print(models.bytes_to_fetch(source, path), models.count_parameters(path))
+except models.ModelError as error:
+    print(error)
+"""
+
+
+def test_weights_are_there_once_all_parts_are(tiny_model, tmp_path):
+    repository, cache = tmp_path / "repository", tmp_path / "cache"
+    make_tiny_llama().save_pretrained(repository, max_shard_size="100KB")
+    parts = sorted(file.name for file in repository.glob("*.safetensors"))
+    assert len(parts) == 2
+    sizes = [(repository / part).stat().st_size for part in parts]
+    parameters = models.count_parameters(repository)
+    (tmp_path / "look.py").write_text(LOOK)
+    with HubServer("owner/tiny", repository) as hub:
+        assert run_with(hub, cache, tmp_path / "look.py").split() == [str(sum(sizes)), str(parameters)]
+        assert run_with(hub, cache, tmp_path / "look.py", offline=True).split() == ["None", str(parameters)]
+        fetch_one = f"from huggingface_hub import hf_hub_download; hf_hub_download('owner/tiny', '{parts[0]}')"
+        run_with(hub, cache, "-c", fetch_one)
+        assert run_with(hub, cache, tmp_path / "look.py").split() == [str(sum(sizes[1:])), str(parameters)]
+        fetch_all = "from kick import models; models.fetch(models.find_source('owner/tiny'))"
+        run_with(hub, cache, "-c", fetch_all)
+        hub.commit = "d" * 40  # what is there is looked at, whatever the hub has got since
+        assert run_with(hub, cache, tmp_path / "look.py", offline=True).split() == ["0", str(parameters)]
+        assert run_with(hub, cache, tmp_path / "look.py").split() == ["0", str(parameters)]
+        for part in parts:
+            (repository / part).unlink()
+        (repository / "model.safetensors.index.json").unlink()
+        shutil.rmtree(cache)
+        assert "has no *.safetensors" in run_with(hub, cache, tmp_path / "look.py")
+
+
+def test_a_plan_runs_no_code_that_a_configuration_names(tiny_model, tmp_path):
+    config = json.loads((tiny_model / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "attn_implementation": "who/kernel"}))
+    with pytest.raises(ModelError, match="names code to fetch"):
+        models.load_skeleton(tmp_path, "float32")

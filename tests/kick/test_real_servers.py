@@ -1,6 +1,7 @@
 """The same model in kick's own process and behind servers that others wrote."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -38,8 +39,12 @@ def serving(command, port, log, seconds, **environment):
             time.sleep(0.2)
         yield f"http://127.0.0.1:{port}/v1"
     finally:
-        process.terminate()
-        process.wait()
+        os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def answers(url):

@@ -8,7 +8,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from kick.report.figures.style import COLOURS, Planned, bars, hint, hint_patch, interval_in_words, shown_settings, title
-from kick.report.results import Results
+from kick.report.results import Results, SettingResult
 from kick.settings import DENSE
 from kick.suite import OVERALL, Metric
 
@@ -66,8 +66,9 @@ def _described(results: Results, suite: str) -> list[Metric]:
     if results.metric(suite).descriptive:
         return []
     found = []
+    shown, _ = _shown(results)
     for metric in results.suites[suite].metrics:
-        own = [results.get(r.name, suite).estimates.get((metric.name, OVERALL)) for r in results.settings]
+        own = [results.get(result.name, suite).estimates.get((metric.name, OVERALL)) for result in shown]
         dense = results.get(DENSE, suite).estimates.get((metric.name, OVERALL))
         differs = len({estimate.score for estimate in own if estimate is not None and estimate.n}) > 1
         if metric.descriptive and dense is not None and dense.n and differs:
@@ -75,8 +76,12 @@ def _described(results: Results, suite: str) -> list[Metric]:
     return found[:_MOST_PANELS]
 
 
+def _shown(results: Results) -> tuple[list[SettingResult], str]:
+    return shown_settings([r for r in results.settings if r.name == DENSE or not r.setting.is_dense])
+
+
 def _descriptions(results: Results, suite: str, metrics: list[Metric]) -> tuple[Figure, str]:
-    shown, left_out = shown_settings([r for r in results.settings if r.name == DENSE or not r.setting.is_dense])
+    shown, left_out = _shown(results)
     columns = min(3, len(metrics))
     lines = -(-len(metrics) // columns)
     figure, grid = plt.subplots(
