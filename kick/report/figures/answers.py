@@ -82,7 +82,7 @@ def _shown(results: Results) -> tuple[list[SettingResult], str]:
 
 def _descriptions(results: Results, suite: str, metrics: list[Metric]) -> tuple[Figure, str]:
     shown, left_out = _shown(results)
-    columns = min(3, len(metrics))
+    columns = 2 if len(metrics) == 4 else min(3, len(metrics))
     lines = -(-len(metrics) // columns)
     figure, grid = plt.subplots(
         lines,
