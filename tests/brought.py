@@ -2,7 +2,6 @@
 
 import json
 
-import torch
 from safetensors.torch import save_file
 
 from kick.calibration import CalibrationSpec
@@ -17,11 +16,6 @@ PACKED = {
     "config_groups": {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 4, "group_size": 16}}},
 }
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-def logits(model, tokens):
-    with torch.no_grad():
-        return model.eval()(tokens).logits
 
 
 def state_of(model):

@@ -53,6 +53,14 @@ def make_tiny_llama(**changes):
     return LlamaForCausalLM(LlamaConfig(**{**settings, **changes})).eval()
 
 
+def logits(model, tokens):
+    """[sequences, tokens, vocabulary]"""
+    import torch
+
+    with torch.no_grad():
+        return model.eval()(tokens).logits
+
+
 @pytest.fixture
 def tiny_llama():
     return make_tiny_llama()

@@ -19,19 +19,13 @@ class HubServer(LoopbackServer):
             tree = [{"type": "file", "path": n, "size": f.stat().st_size, "oid": n} for n, f in files.items()]
             siblings = [{"rfilename": name} for name in files]
             document = tree if "/tree/" in path else {"id": self.name, "sha": self.commit, "siblings": siblings}
-            return self.send(request, json.dumps(document).encode(), {"content-type": "application/json"})
+            return self.send(request, 200, json.dumps(document).encode(), {"content-type": "application/json"})
         name = path.rpartition("/")[2]
         if path.startswith(f"/{self.name}/resolve/") and name in files:
             body = files[name].read_bytes()
             if request.command == "GET":
                 self.fetched.append(name)
-            return self.send(request, body, {"ETag": f'"{sha256(body).hexdigest()}"', "X-Repo-Commit": self.commit})
+            return self.send(
+                request, 200, body, {"ETag": f'"{sha256(body).hexdigest()}"', "X-Repo-Commit": self.commit}
+            )
         request.send_error(404)
-
-    def send(self, request, body, headers):
-        request.send_response(200)
-        for key, value in {**headers, "content-length": len(body)}.items():
-            request.send_header(key, str(value))
-        request.end_headers()
-        if request.command == "GET":
-            request.wfile.write(body)

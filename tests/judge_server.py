@@ -40,13 +40,13 @@ class JudgeServer(LoopbackServer):
             self.paths.add(request.path)
         try:
             if not self.understands_schemas and "response_format" in body:
-                return self.send(request, 400, self.wrong("unknown field response_format"))
+                return self.send_json(request, 400, self.wrong("unknown field response_format"))
             fault = self.script(first, attempt)
             if isinstance(fault, Fault):
                 return fault.happen(self, request)
             with self.lock:
                 self.answered[first] += 1
-            self.send(request, 200, self.completion(fault))
+            self.send_json(request, 200, self.completion(fault))
         finally:
             with self.lock:
                 self.under_way -= 1
@@ -67,15 +67,9 @@ class JudgeServer(LoopbackServer):
             },
         }
 
-    def send(self, request, status, document, headers=(), raw=None):
+    def send_json(self, request, status, document, headers=(), raw=None):
         data = raw if raw is not None else json.dumps(document).encode()
-        request.send_response(status)
-        request.send_header("content-type", "application/json")
-        request.send_header("content-length", str(len(data)))
-        for key, value in headers:
-            request.send_header(key, value)
-        request.end_headers()
-        request.wfile.write(data)
+        self.send(request, status, data, {"content-type": "application/json", **dict(headers)})
 
 
 class Fault:
@@ -86,7 +80,7 @@ class Fault:
 def status(code, message="no", **headers):
     """An HTTP error."""
     named = [(key.replace("_", "-"), value) for key, value in headers.items()]
-    return Fault(lambda server, request: server.send(request, code, {"error": {"message": message}}, named))
+    return Fault(lambda server, request: server.send_json(request, code, {"error": {"message": message}}, named))
 
 
 def slow(seconds, text):
@@ -95,13 +89,13 @@ def slow(seconds, text):
     def happen(server, request):
         time.sleep(seconds)
         with suppress(OSError):  # the client may have gone away
-            server.send(request, 200, server.completion(text))
+            server.send_json(request, 200, server.completion(text))
 
     return Fault(happen)
 
 
 CUT = Fault(lambda server, request: request.connection.close())
-NOT_JSON = Fault(lambda server, request: server.send(request, 200, None, raw=b'{"choices": [{"mess'))
+NOT_JSON = Fault(lambda server, request: server.send_json(request, 200, None, raw=b'{"choices": [{"mess'))
 REFUSAL = Fault(
-    lambda server, request: server.send(request, 200, server.completion("", refusal="I will not judge that."))
+    lambda server, request: server.send_json(request, 200, server.completion("", refusal="I will not judge that."))
 )

@@ -33,6 +33,15 @@ class LoopbackServer:
         self.url = f"{self.root}/v1"
         return self
 
+    def send(self, request, status, body, headers):
+        """A whole response: `body` in bytes, and its length beside `headers`."""
+        request.send_response(status)
+        for key, value in {**headers, "content-length": len(body)}.items():
+            request.send_header(key, str(value))
+        request.end_headers()
+        if request.command != "HEAD":
+            request.wfile.write(body)
+
     def __exit__(self, *exception):
         self.server.shutdown()
         self.server.server_close()

@@ -27,13 +27,8 @@ class ModelServer(LoopbackServer):
             self.bodies.append(body)
             self.keys.add(request.headers.get("authorization"))
             status, answer = self.answer(request.path, body)
-        text = json.dumps(answer).encode()
-        request.send_response(status)
-        request.send_header("content-type", "application/json")
-        request.send_header("retry-after", "0")
-        request.send_header("content-length", str(len(text)))
-        request.end_headers()
-        request.wfile.write(text)
+        headers = {"content-type": "application/json", "retry-after": "0"}
+        self.send(request, status, json.dumps(answer).encode(), headers)
 
     def answer(self, path, body):
         if self.faults:

@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
-from brought import GPTQ_V1, PACKED, bring, is_linear, logits, state_of, write
-from conftest import make_tiny_llama
+from brought import GPTQ_V1, PACKED, bring, is_linear, state_of, write
+from conftest import logits, make_tiny_llama
 from kick_compressors.external import External
 from safetensors.torch import save_file
 

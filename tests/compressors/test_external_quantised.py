@@ -5,8 +5,8 @@ import json
 
 import pytest
 import torch
-from brought import GPTQ_V1, PACKED, PROJECTIONS, bring, is_linear, logits, state_of, write
-from conftest import make_tiny_llama
+from brought import GPTQ_V1, PACKED, PROJECTIONS, bring, is_linear, state_of, write
+from conftest import logits, make_tiny_llama
 from safetensors.torch import load_file
 
 from kick import checkpoint as checkpoints

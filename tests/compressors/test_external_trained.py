@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
-from brought import bring, is_linear, logits, state_of, write
-from conftest import make_tiny_llama
+from brought import bring, is_linear, state_of, write
+from conftest import logits, make_tiny_llama
 from safetensors.torch import load_file, save_file
 from torch import nn
 

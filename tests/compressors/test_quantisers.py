@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import make_tiny_llama
+from conftest import logits, make_tiny_llama
 from kick_compressors.awq import AWQ
 from kick_compressors.gptq import GPTQ
 from kick_compressors.rounding import round_to_nearest
@@ -20,11 +20,6 @@ from kick.walk import BlockWalk
 
 def linears(model):
     return {linear.name: linear.weight for linear in find_decoder(model).linears}
-
-
-def logits(model, tokens):
-    with torch.no_grad():
-        return model(tokens).logits
 
 
 def test_round_to_nearest_by_hand():

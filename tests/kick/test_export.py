@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from conftest import make_tiny_llama
+from conftest import logits, make_tiny_llama
 from kick_compressors.rounding import round_to_nearest
 from safetensors.torch import load_file
 from test_checkpoint import make
@@ -14,11 +14,6 @@ from kick.cli import main
 from kick.errors import CheckpointError
 from kick.export import find_format
 from kick.packing import pack, pack_linear, unpack, unpack_linear
-
-
-def logits(model, tokens):
-    with torch.no_grad():
-        return model.eval()(tokens).logits
 
 
 def load(path, **options):

@@ -484,7 +484,7 @@ def test_answers_given_anew_are_judged_anew(run):
     [b"[]", b"null", b"{}", b'{"choices": {}}', b'{"choices": [{}]}', b'{"choices": [{"message": {"content": [1]}}]}'],
 )
 def test_replies_that_are_no_completions_are_counted_and_end_nothing(run, body):
-    broken = Fault(lambda server, request: server.send(request, 200, None, raw=body))
+    broken = Fault(lambda server, request: server.send_json(request, 200, None, raw=body))
     with JudgeServer(lambda prompt, _: broken if "Summary to grade" in prompt else good(prompt)) as server:
         outcome = judge_run(run, spec(server, retries=0), Silent())
     assert sum(outcome.failed.values()) == 6  # three summaries of two models
