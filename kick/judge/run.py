@@ -18,7 +18,7 @@ import numpy as np
 from kick.compare import estimate
 from kick.config import SuiteSpec, SweepConfig, parse_part
 from kick.errors import ConfigError, RunError, unknown_name
-from kick.files import read_json, write_json
+from kick.files import write_json
 from kick.judge import calibration
 from kick.judge.budget import Budget, BudgetSpent
 from kick.judge.cache import Cache
@@ -31,7 +31,7 @@ from kick.settings import DENSE, Setting, digest
 from kick.suite import Sample
 from kick.sweep.lock import lock
 from kick.sweep.plan import PlannedSuite, make_suite, plan_suite
-from kick.sweep.store import JUDGE, JUDGE_CACHE, RUN, EvaluationStore, Store
+from kick.sweep.store import JUDGE, JUDGE_CACHE, EvaluationStore, Store, read_run
 
 NOT_ASKED = "not asked: the budget is spent"
 RULE = "kick: by rule"  # the judge of what needs none, such as an empty answer
@@ -134,9 +134,7 @@ def estimate_cost(root: Path, spec: JudgeSpec) -> dict[str, Any]:
 
 def find_evaluations(root: Path, spec: JudgeSpec) -> list[Evaluation]:
     """Every complete evaluation of a suite that can be judged, with its questions. Raises RunError if there is none."""
-    if not (root / RUN).is_file():
-        raise RunError(f"{root} is not a run: it holds no {RUN}.", "Expected a folder that `kick sweep` wrote.")
-    run = read_json(root / RUN)
+    run = read_run(root)
     config = SweepConfig(**{key: value for key, value in run["config"].items() if key != "judge"})
     settings = [Setting(**{key: value for key, value in row.items() if key != "name"}) for row in run["settings"]]
     judged = [suite for suite in config.all_suites() if make_suite(suite).judged_metrics]
@@ -211,7 +209,8 @@ def _key(question: Question, spec: JudgeSpec) -> str:
 def ask_all(judge: Judge, questions: Sequence[Asked], concurrency: int) -> Iterator[tuple[Asked, Verdict]]:
     """Verdicts as they come, at most `concurrency` questions under way.
 
-    Where the budget runs out or an error ends it, the verdicts of all that was under way come first: they are paid for.
+    Where the budget runs out, or an error or Ctrl-C ends it, the verdicts of all that was under way come first: they
+    are paid for.
     """
     waiting = iter(questions)
     ended: BaseException | None = None
@@ -224,7 +223,14 @@ def ask_all(judge: Judge, questions: Sequence[Asked], concurrency: int) -> Itera
                         under_way[pool.submit(judge.ask, asked.question)] = asked
                 if not under_way:
                     break
-                done, _ = wait(under_way, return_when=FIRST_COMPLETED)
+                try:
+                    done, _ = wait(under_way, return_when=FIRST_COMPLETED)
+                except KeyboardInterrupt as interrupt:
+                    if isinstance(ended, KeyboardInterrupt):
+                        raise  # once more: at once
+                    ended = interrupt
+                    judge.stop()
+                    continue
                 for future in done:
                     asked = under_way.pop(future)
                     error = future.exception()

@@ -1,19 +1,17 @@
-"""Means over suites: what was retained, with intervals; places that settings share; how far seeds lie apart.
+"""Means over suites: what was retained, with intervals, and places that settings share.
 
 All settings are resampled together, on the same draws of the dense model's questions, so that their differences are
 paired.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from scipy.special import ndtri
 
 from kick import statistics
-from kick.compare import by_unit, retained_share
-from kick.report.results import Results
-from kick.settings import DENSE
+from kick.compare import Comparison, by_unit, retained_share
 from kick.statistics import CONFIDENCE, RESAMPLES, Interval
 from kick.suite import Metric, Score
 
@@ -22,44 +20,34 @@ _CHUNK = 2_000_000  # weights of questions drawn at a time
 Means = dict[str, tuple[float, Interval]]
 
 
-def means_and_places(results: Results) -> tuple[Means, dict[str, int]]:
-    """For each setting that answered every task suite: its mean retained share with an interval, and its place.
+class Asked(NamedTuple):
+    """One suite: the dense model's score, and of each other setting the score and what was retained."""
+
+    dense: Score
+    others: list[Score]
+    comparisons: list[Comparison]
+
+
+def means_and_places(
+    names: Sequence[str], suites: Sequence[Asked], compressed: Collection[str]
+) -> tuple[Means, dict[str, int]]:
+    """For each setting `names`, all of which answered all `suites`, its mean retained share with an interval; places.
 
     Suites that ask the same questions (MMLU in two formats) are resampled with the same draws. A place is one more than
-    the number of compressed settings that are clearly better: the paired 95 % interval of the difference of means lies
-    above 0. Settings that share a place need not be equal; nothing here tells them apart.
+    the number of `compressed` settings that are clearly better: the paired 95 % interval of the difference of means
+    lies above 0. Settings that share a place need not be equal; nothing here tells them apart.
     """
-    suites = results.task_suites
-    names = [
-        result.name
-        for result in results.settings
-        if result.name != DENSE and all(_answered(results, result.name, suite) for suite in suites)
-    ]
     if not suites or not names:
         return {}, {}
-    points = np.zeros(len(names))
-    sizes: list[int] = []
-    asked: list[tuple[Score, list[Score]]] = []
-    for suite in suites:
-        key = results.primary(suite)
-        pairs = [results.get(name, suite).comparisons[key] for name in names]
-        points += [pair.retained for pair in pairs]
-        sizes.append(min(pair.n for pair in pairs))
-        own = [results.get(name, suite).scores[key] for name in names]
-        asked.append((results.get(DENSE, suite).scores[key], own))
-    draws, points = mean_draws(asked), points / len(suites)
+    points = np.mean([[pair.retained for pair in suite.comparisons] for suite in suites], axis=0)
+    fewest = np.min([[pair.n for pair in suite.comparisons] for suite in suites], axis=0)
+    draws = mean_draws([(suite.dense, suite.others) for suite in suites])
     means = {
-        name: (float(point), mean_interval(own, min(sizes)))
-        for name, point, own in zip(names, points, draws, strict=True)
+        name: (float(point), mean_interval(own, int(n)))
+        for name, point, own, n in zip(names, points, draws, fewest, strict=True)
     }
-    compressed = {result.name for result in results.compressed}
     ranked = [index for index, name in enumerate(names) if name in compressed]
     return means, _places([names[index] for index in ranked], points[ranked], draws[ranked])
-
-
-def _answered(results: Results, setting: str, suite: str) -> bool:
-    pair = results.comparison(setting, suite)
-    return pair is not None and pair.n > 0
 
 
 def _places(names: list[str], points: np.ndarray, draws: np.ndarray) -> dict[str, int]:
@@ -136,32 +124,3 @@ def _shares(metric: Metric, weights: np.ndarray, before: np.ndarray, after: np.n
         [np.tensordot(rows[..., column], weights, axes=(1, 1)) for column in (0, 1)] for rows in (before, after)
     )
     return retained_share(metric.combine(*first), metric.combine(*second), metric.higher_is_better)
-
-
-def seed_spread(results: Results) -> list[dict[str, Any]]:
-    """For what was run with several seeds: mean and standard deviation between them, beside the interval within one."""
-    groups: dict[str, list[str]] = {}
-    for result in results.compressed:
-        name = result.name.removesuffix(f"#{result.setting.seed}")
-        if name != result.name:
-            groups.setdefault(name, []).append(result.name)
-    rows = []
-    for name, members in groups.items():
-        for suite in results.suites:
-            found = [own for member in members if (own := results.estimate(member, suite)) is not None and own.n]
-            if len(found) < 2:
-                continue
-            scores = np.array([own.score for own in found])
-            rows.append(
-                {
-                    "setting": name,
-                    "suite": suite,
-                    "seeds": len(found),
-                    "mean": float(scores.mean()),
-                    "deviation": float(scores.std(ddof=1)),
-                    "lowest": float(scores.min()),
-                    "highest": float(scores.max()),
-                    "half_width": float(np.mean([(own.interval.high - own.interval.low) / 2 for own in found])),
-                }
-            )
-    return rows

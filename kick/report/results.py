@@ -10,15 +10,15 @@ from kick import checkpoint as checkpoints
 from kick import compare, statistics
 from kick.compare import Comparison, Estimate
 from kick.config import SuiteSpec
-from kick.errors import RunError
 from kick.files import read_json
 from kick.judge.questions import mean_ratings
 from kick.levels import Bits, Joint, Pattern, Sparsity
+from kick.report.means import Asked, Means, means_and_places
 from kick.settings import CHAIN, DENSE, Setting, variation_in_words
 from kick.statistics import Interval
 from kick.suite import OVERALL, Metric, Sample, Score, Suite
 from kick.sweep.plan import make_suite
-from kick.sweep.store import FORMAT, JUDGE, RUN, EvaluationStore, Store
+from kick.sweep.store import JUDGE, EvaluationStore, Store, read_run
 
 Axis = Literal["sparsity", "bits", "size"]
 Key = tuple[str, str]
@@ -159,6 +159,10 @@ class Results:
         dense = scores.get((found.name, OVERALL))
         return dense.metric if dense else found  # what guessing gives may be known from the questions alone
 
+    def use_metric(self, suite: str, metric: Metric) -> None:
+        """Let verdicts on a suite be about `metric`. Before anything else is asked."""
+        self._metrics[suite] = metric
+
     def primary(self, suite: str) -> Key:
         return self.metric(suite).name, OVERALL
 
@@ -215,12 +219,20 @@ class Results:
         return self._means[1]
 
     @cached_property
-    def _means(self) -> tuple[dict[str, tuple[float, Interval]], dict[str, int]]:
-        from kick.report.means import means_and_places
+    def _means(self) -> tuple[Means, dict[str, int]]:
+        others = [result.name for result in self.settings if result.name != DENSE]
+        names = [name for name in others if all(self._answered(name, suite) for suite in self.task_suites)]
+        asked = []
+        for suite in self.task_suites:
+            key = self.primary(suite)
+            own = [self.get(name, suite) for name in names]
+            dense = self.get(DENSE, suite).scores[key]
+            asked.append(Asked(dense, [one.scores[key] for one in own], [one.comparisons[key] for one in own]))
+        return means_and_places(names, asked, {result.name for result in self.compressed})
 
-        means, places = means_and_places(self)
-        compressed = {result.name for result in self.compressed}
-        return means, {name: place for name, place in places.items() if name in compressed}
+    def _answered(self, setting: str, suite: str) -> bool:
+        pair = self.comparison(setting, suite)
+        return pair is not None and pair.n >= FEWEST_IN_MEANS
 
     def verdicts(self, family: str, suite: str) -> list[tuple[float, statistics.Verdict]]:
         """(sparsity, verdict) for each sparsity of a method, or (-bits, verdict), the least compressed first."""
@@ -236,19 +248,7 @@ class Results:
 
 def read_results(path: Path) -> Results:
     """Everything in the run directory `path`, scored and compared. Raises RunError if it is none."""
-    if not (path / RUN).is_file():
-        raise RunError(
-            f"{path} is not a run: it holds no {RUN}.", "Expected a folder that `kick sweep` or `kick evaluate` wrote."
-        )
-    try:
-        run = read_json(path / RUN)
-    except ValueError as error:
-        raise RunError(f"{path / RUN} is damaged: {error}.", "--fresh starts that folder again.") from error
-    if run.get("format") != FORMAT:
-        raise RunError(
-            f"{path / RUN} has format {run.get('format')}; this kick reads {FORMAT}.", "Run the sweep again."
-        )
-    store = Store(path)
+    run, store = read_run(path), Store(path)
     settings = [Setting(**{k: v for k, v in row.items() if k != "name"}) for row in run["settings"]]
     specs = [own for row in run["config"]["suites"] for own in SuiteSpec(**row).each()]
     suites = {spec.name: make_suite(spec) for spec in specs}

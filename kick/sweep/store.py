@@ -315,6 +315,22 @@ def _only_lock(root: Path) -> bool:
     return all(entry.name == ".lock" for entry in root.iterdir())
 
 
+def read_run(root: Path) -> dict[str, Any]:
+    """run.json of the run directory `root`. Raises RunError if it is none that can be read."""
+    if not (root / RUN).is_file():
+        raise RunError(
+            f"{root} is not a run: it holds no {RUN}.", "Expected a folder that `kick sweep` or `kick evaluate` wrote."
+        )
+    try:
+        run = read_json(root / RUN)
+    except ValueError as error:
+        raise RunError(f"{root / RUN} is damaged: {error}.", "--fresh starts that folder again.") from error
+    if not isinstance(run, dict) or run.get("format") != FORMAT:
+        held = run.get("format") if isinstance(run, dict) else None
+        raise RunError(f"{root / RUN} has format {held}; this kick reads {FORMAT}.", "Run the sweep again.")
+    return run
+
+
 def check_usable(root: Path, plan: Plan, fresh: bool) -> None:
     """Raise RunError unless `plan` may be run (again) in `root`."""
     check_writable(root)

@@ -9,7 +9,7 @@ import pytest
 from written_run import write_run
 
 from kick import compare
-from kick.files import safe_name
+from kick.files import safe_name, sha256_of
 from kick.report import read_results, write_report
 from kick.suite import Metric, Score
 
@@ -109,8 +109,25 @@ def test_the_interval_of_a_mean_holds_the_truth_as_often_as_it_says(suites, shar
     assert np.mean(width) < 0.35 / suites**0.5
 
 
+def test_a_setting_with_few_answers_widens_no_other(tmp_path):
+    settings = [("dense", 0.0), ("magnitude@0.2", 0.2), ("magnitude@0.5", 0.5)]
+    whole = read_results(write_run(tmp_path / "whole", settings, ["factoid_qa"]))
+    cut = write_run(tmp_path / "cut", settings, ["factoid_qa"])
+    folder = cut / "evaluations/magnitude@0.5/factoid_qa"
+    for kept, known in ((8, True), (4, False)):
+        lines = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+        for line in lines[kept:]:
+            line["error"] = "not judged"
+        (folder / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        scored = {"key": "k", "status": "complete", "samples_sha256": sha256_of(folder / "samples.jsonl")}
+        (folder / "scores.json").write_text(json.dumps(scored))
+        results = read_results(cut)
+        assert results.mean_retained("magnitude@0.2") == whole.mean_retained("magnitude@0.2")
+        assert (results.mean_retained("magnitude@0.5") is not None) == known
+
+
 def test_how_far_seeds_lie_apart(tmp_path):
-    from kick.report.means import seed_spread
+    from kick.report.tables import seed_spread
 
     root = write_run(tmp_path / "run", [("dense", 0.0), ("magnitude@0.2", 0.2), ("magnitude@0.5", 0.5)], ["factoid_qa"])
     document = json.loads((root / "run.json").read_text())
