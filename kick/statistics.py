@@ -125,7 +125,8 @@ def mcnemar(lost: int, won: int) -> float:
 def sign_flip(differences: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> float:
     """Two-sided paired permutation p-value of the mean difference: under the null each sign is a coin toss.
 
-    The observed arrangement counts as one, so that p is never 0 (Phipson and Smyth, 2010).
+    The observed arrangement counts as one, so that p is never 0 (Phipson and Smyth, 2010). Where no resample is as
+    extreme, Hoeffding's bound on a sum of independent signs (JASA 58, 1963) may tell that p is smaller than that.
     """
     differences = differences[differences != 0]
     if len(differences) == 0:
@@ -138,7 +139,9 @@ def sign_flip(differences: np.ndarray, resamples: int = RESAMPLES, seed: int = 0
         size = min(step, resamples - start)
         signs = rng.integers(0, 2, (size, len(differences)), dtype=np.int8) * 2 - 1
         extreme += int((np.abs(signs @ differences) >= observed * (1 - 1e-12)).sum())
-    return (extreme + 1) / (resamples + 1)
+    if extreme:
+        return (extreme + 1) / (resamples + 1)
+    return min(1 / (resamples + 1), 2 * float(np.exp(-(observed**2) / (2 * (differences**2).sum()))))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -162,6 +165,20 @@ def verdict(retained: Interval, signal: bool, tolerance: float = TOLERANCE) -> V
     if retained.high < 1 - tolerance:
         return "not matching"
     return "undecided"
+
+
+def verdict_p(retained: float, interval: Interval, tolerance: float = TOLERANCE) -> float:
+    """Two-sided p-value of a loss of exactly `tolerance`, read off the interval: below 0.05 where the line is outside.
+
+    The interval's half toward the line counts as so many standard errors as such halves have. NaN where there is none.
+    """
+    line = 1 - tolerance
+    toward = interval.high - retained if retained < line else retained - interval.low
+    if not np.isfinite(toward) or not np.isfinite(retained):
+        return float("nan")
+    if toward <= 0:
+        return float(retained == line)
+    return float(2 * ndtr(-ndtri((1 + CONFIDENCE) / 2) * abs(retained - line) / toward))
 
 
 def has_signal(dense: Interval, chance: float | None) -> bool:

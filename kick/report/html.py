@@ -9,7 +9,6 @@ from kick import statistics
 from kick.levels import Bits, Sparsity
 from kick.report import tables
 from kick.report.figures import Drawn
-from kick.report.means import seed_spread
 from kick.report.pairs import changed_answers
 from kick.report.results import Results
 from kick.report.template import inline, render, script
@@ -33,7 +32,7 @@ def page(results: Results, drawn: list[Drawn]) -> str:
         comparisons=_comparisons(results),
         flips=(flips := _flips(results)),
         flips_shown=max((len(place.shown) for place in flips.values()), default=0),
-        seeds=seed_spread(results),
+        seeds=tables.seed_spread(results),
         **script("report.js"),
         unseen=tables.unseen_by_perplexity(results),
         perplexity_margin=tables.PERPLEXITY_MARGIN,
@@ -172,11 +171,15 @@ class _Row:
     estimate: Any
     pair: Any
     adjusted: float
+    holds: bool  # the verdict, among all of them
     by_point: str
 
 
 def _comparisons(results: Results) -> list[_Row]:
-    """Every setting on every suite's primary metric, with p-values adjusted over all of them (Holm)."""
+    """Every setting on every suite's primary metric, with p-values adjusted over all of them (Holm).
+
+    A verdict holds if the p-value of its own line, a loss of 5 %, is below 0.05 after that as well.
+    """
     found = []
     for result in results.compressed:
         for suite in results.suites:
@@ -184,9 +187,13 @@ def _comparisons(results: Results) -> list[_Row]:
             if estimate is not None and pair is not None and pair.verdict is not None:
                 found.append((result.name, suite, estimate, pair))
     adjusted = statistics.holm([pair.p_value for *_, pair in found])
+    lines = [
+        statistics.verdict_p(pair.retained, pair.interval) if pair.verdict != "no signal" else math.nan
+        for *_, pair in found
+    ]
     return [
-        _Row(setting, suite, estimate, pair, p, _by_point(pair.retained))
-        for (setting, suite, estimate, pair), p in zip(found, adjusted, strict=True)
+        _Row(setting, suite, estimate, pair, p, line < 1 - statistics.CONFIDENCE, _by_point(pair.retained))
+        for (setting, suite, estimate, pair), p, line in zip(found, adjusted, statistics.holm(lines), strict=True)
     ]
 
 

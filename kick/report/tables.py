@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
+
 from kick.report.results import Results, SettingResult
 from kick.settings import DENSE
 
@@ -215,3 +217,32 @@ def _cell(value: Any) -> Any:
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return ""
     return f"{value:.6g}" if isinstance(value, float) else value
+
+
+def seed_spread(results: Results) -> list[dict[str, Any]]:
+    """For what was run with several seeds: mean and standard deviation between them, beside the interval within one."""
+    groups: dict[str, list[str]] = {}
+    for result in results.compressed:
+        name = result.name.removesuffix(f"#{result.setting.seed}")
+        if name != result.name:
+            groups.setdefault(name, []).append(result.name)
+    rows = []
+    for name, members in groups.items():
+        for suite in results.suites:
+            found = [own for member in members if (own := results.estimate(member, suite)) is not None and own.n]
+            if len(found) < 2:
+                continue
+            scores = np.array([own.score for own in found])
+            rows.append(
+                {
+                    "setting": name,
+                    "suite": suite,
+                    "seeds": len(found),
+                    "mean": float(scores.mean()),
+                    "deviation": float(scores.std(ddof=1)),
+                    "lowest": float(scores.min()),
+                    "highest": float(scores.max()),
+                    "half_width": float(np.mean([(own.interval.high - own.interval.low) / 2 for own in found])),
+                }
+            )
+    return rows

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kick import statistics
-from kick.statistics import Interval
+from kick.statistics import TOLERANCE, Interval, sign_flip, verdict_p
 
 MATCHING, NOT, UNDECIDED, NO_SIGNAL = "matching", "not matching", "undecided", "no signal"
 
@@ -46,6 +46,26 @@ def test_sign_flip_agrees_with_scipys_permutation_test():
     assert statistics.sign_flip(differences) == pytest.approx(theirs, abs=0.01)
     assert statistics.sign_flip(np.zeros(5)) == 1.0
     assert 0 < statistics.sign_flip(np.full(30, 1.0)) < 0.001  # never exactly 0
+
+
+def test_what_no_resample_reaches_is_rarer_than_one_in_all_of_them():
+    """40 losses of about the same size: every sign would have to be the same, 2 arrangements of 2^40."""
+    differences = np.linspace(0.9, 1.1, 40)
+    exact = 2 / 2**40
+    assert exact < sign_flip(differences, resamples=1000) < 1e-7
+    assert sign_flip(np.ones(5)) == pytest.approx(2 / 2**5, rel=0.1)  # many resamples are as extreme: they are counted
+    heavy = np.array([100.0, *np.full(20, 0.01)])  # where one value decides, the bound says nothing
+    assert sign_flip(heavy) == pytest.approx(1 / 10_001)
+
+
+def test_the_p_value_of_a_verdict_agrees_with_the_interval():
+    line = 1 - TOLERANCE
+    assert verdict_p(0.5, Interval(0.3, line)) == pytest.approx(0.05)
+    assert verdict_p(0.99, Interval(line, 1.02)) == pytest.approx(0.05)
+    assert verdict_p(0.5, Interval(0.4, 0.6)) < 1e-10
+    assert verdict_p(0.94, Interval(0.9, 0.98)) > 0.5
+    assert np.isnan(verdict_p(0.5, Interval(float("nan"), float("nan"))))
+    assert verdict_p(1.0, Interval(1.0, 1.0)) == 0.0
 
 
 def test_the_bootstrap_of_a_mean_is_scipys():
