@@ -20,6 +20,7 @@ HOSTILE = [
 DENSE = [1] * 60 + [0] * 40
 SMALL = [0] + [1] * 59 + [1] + [0] * 39
 LARGE = [1] * 20 + [0] * 80
+TRUNCATED = range(97, 100)
 
 
 def write_run(root, settings, suites, failing=()):
@@ -86,9 +87,10 @@ def samples(setting, suite):
             scores |= {"compression": 9.0 - correct, "copied_4grams": 0.2 * correct, "repetition": 0.3 - 0.2 * correct}
             yield Sample(f"s{index}", "short", "A story.", output="A summary.", scores=scores)
         else:
+            correct = correct or (setting == "dense" and index == 98)  # and it was cut: nothing changed there
             scores = {"contains": float(correct), "exact_match": float(correct), "f1": float(correct)}
             yield Sample(
-                f"q{index:03d}", "topic", f"{hostile} Why?", output=hostile, scores=scores, truncated=index >= 97
+                f"q{index:03d}", "topic", f"{hostile} Why?", output=hostile, scores=scores, truncated=index in TRUNCATED
             )
 
 

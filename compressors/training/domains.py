@@ -108,7 +108,7 @@ class Domains:
                 floor=self.params.floor,
                 cap=self.params.cap,
             )
-        return {"domain_loss": losses, "domain_weight": self.mixture.weights}
+        return {"domain_loss": losses, "domain_reference": self.reference, "domain_weight": self.mixture.weights}
 
     def _reference(self, source: Any, parameters: int) -> dict[str, float]:
         given = self.params.reference

@@ -88,11 +88,15 @@ def changed_answers(first: list[Sample], second: list[Sample], value: str) -> li
     changed = []
     for sample in first:
         again = other.get(sample.id)
-        if again is None or value not in sample.scores or value not in again.scores or sample.error or again.error:
+        if again is None or not all(_counts(own, value) for own in (sample, again)):
             continue
         if difference := again.scores[value] - sample.scores[value]:
             changed.append((difference, sample, again))
     return [(sample, again) for _, sample, again in sorted(changed, key=lambda item: item[0])]
+
+
+def _counts(sample: Sample, value: str) -> bool:
+    return value in sample.scores and sample.error is None and not sample.truncated
 
 
 def in_words(found: list[Pair], first: str, second: str, most: int) -> str:

@@ -39,16 +39,18 @@ function filterable(table) {
   const input = document.createElement("input");
   const count = document.createElement("output");
   input.type = "search";
-  input.placeholder = "wanda not matching";
+  input.title = 'Words in any column; in quotes: what a column begins with';
+  input.placeholder = 'wanda "not matching"';
   label.append("Show rows with ", input);
   box.append(label, " ", count);
   table.parentElement.before(box);
   input.addEventListener("input", () => {
-    const words = input.value.toLowerCase().split(/\s+/).filter(Boolean);
+    const words = input.value.toLowerCase().match(/"[^"]*"?|\S+/g) || [];
     const rows = Array.from(table.tBodies[0].rows);
     rows.forEach(row => {
-      const text = row.textContent.toLowerCase();
-      row.hidden = !words.every(word => text.includes(word));
+      const cells = Array.from(row.cells).filter(cell => cell.dataset.filter !== "no").map(cell => cell.textContent.trim().toLowerCase());
+      row.hidden = !words.every(word => cells.some(cell =>  // in quotes: what a cell begins with
+        word.startsWith('"') ? cell.startsWith(word.replaceAll('"', "")) : cell.includes(word)));
     });
     count.textContent = words.length ? `${rows.filter(row => !row.hidden).length} of ${rows.length}` : "";
   });

@@ -366,7 +366,7 @@ def test_shearing_gives_the_target_and_tells_all_on_the_way(tokenizer, domains, 
         rows = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
         assert len(rows) == steps
         assert (folder / "training.png").stat().st_size > 10_000
-        assert set(rows[9]["domain_loss"]) == {"easy", "hard"}
+        assert set(rows[9]["domain_loss"]) == set(rows[9]["domain_reference"]) == {"easy", "hard"}
     assert "lambda_head" in json.loads((tmp_path / "work/kept/pruning/history.jsonl").read_text().splitlines()[0])
 
 

@@ -73,12 +73,14 @@ def test_tables_sort_by_a_click_and_by_the_keyboard(page):
 
 def test_tables_filter_by_words(page):
     box = page.locator(".filter", has=page.locator("input")).last
-    box.locator("input").fill("WANDA not matching")
+    box.locator("input").fill('WANDA "not matching"')
     rows = column(page, "#verdict-table", "verdict")
     assert rows
     assert set(rows) == {"not matching"}
     assert all("wanda" in name for name in column(page, "#verdict-table", "setting"))
     assert box.locator("output").inner_text() == f"{len(rows)} of 8"
+    box.locator("input").fill('"matching')
+    assert set(column(page, "#verdict-table", "verdict")) == {"matching"}
     box.locator("input").fill("")
     assert len(column(page, "#verdict-table", "setting")) == 8
 
@@ -153,6 +155,11 @@ def test_it_prints(browser, report, tmp_path):
     page.goto(report.as_uri())
     page.emulate_media(media="print")
     assert page.locator("nav").is_hidden()
+    page.set_viewport_size({"width": 700, "height": 990})  # what a sheet of A4 has between its margins, about
+    cut = page.evaluate(
+        "Array.from(document.querySelectorAll('.scroll')).filter(e => e.scrollWidth > e.clientWidth + 1).length"
+    )
+    assert cut == 0
     page.pdf(path=tmp_path / "report.pdf")
     assert Path(tmp_path / "report.pdf").read_bytes().startswith(b"%PDF")
     context.close()

@@ -110,4 +110,6 @@ def _descriptions(results: Results, suite: str, metrics: list[Metric]) -> tuple[
         axes.set_xticks(range(len(shown)), [result.name for result in shown], rotation=90, fontsize=6.5)
         axes.tick_params(axis="x", labelbottom=True)
     figure.tight_layout()
-    return figure, f"What the answers to {suite} are like; dashed: the dense model's. Bars: 95 % intervals.{left_out}"
+    n = max(results.get(DENSE, suite).estimates[metric.name, OVERALL].n for metric in metrics)
+    caption = f"What the answers to {suite} are like (n = {n}); dashed: the dense model's. Bars: 95 % intervals."
+    return figure, caption + left_out

@@ -91,10 +91,15 @@ def _score_against(axis: Axis, results: Results, suite: str) -> tuple[Figure, st
     label_points(axes, names, size=8)
     title(axes, f"{suite}: {metric.name.replace('_', ' ')} against {axis}")
     families = _families(results, axis, suite)
+    seeds = any(
+        result.family in families and result.name.endswith(f"#{result.setting.seed}") and not result.stands_alone
+        for result in results.compressed
+    )
     legend(axes, len(families))
     label_lines(axes, lines)
     caption = (
         f"n = {dense.n}. Bands and bars: 95 % intervals; grey: the dense model's own."
+        + (" Of several seeds: their mean, each run, and a band from the lowest to the highest." if seeds else "")
         + ("" if metric.descriptive else " Dashed: where 5 % of the dense score is lost.")
         + (
             " Patterns stand side by side at their sparsity."

@@ -81,6 +81,7 @@ def _map(results: Results, suite: str, keys: Sequence[Key], what: str, without: 
             if without
             else ""
         )
+        + (f"The {len(rows)} largest of {len(keys)} are shown. " if len(rows) < len(keys) else "")
         + f"Groups are small: single cells are uncertain, rows and columns say more.{left_out}"
     )
     return figure, caption

@@ -28,6 +28,7 @@ from kick.report.figures.style import (
 )
 from kick.report.results import Results, SettingResult
 from kick.report.tables import PERPLEXITY_MARGIN
+from kick.settings import DENSE
 from kick.statistics import Interval
 
 
@@ -87,6 +88,12 @@ def _draw(axes: Axes, results: Results, points: Sequence[_Point], open_markers: 
         hint(axes, point.x, point.y, f"{point.result.name}: {mean}; {point.words}")
 
 
+def _asked(results: Results) -> str:
+    """The suites that means are over, with the questions of each."""
+    found = {suite: results.estimate(DENSE, suite) for suite in results.task_suites}
+    return ", ".join(f"{suite} (n = {own.n})" for suite, own in found.items() if own is not None)
+
+
 def _name(axes: Axes, points: Sequence[_Point]) -> None:
     """Levels beside the points, while there are few enough to be read."""
     if len(points) <= 2 * MOST_SETTINGS:
@@ -137,7 +144,7 @@ def _size_against_retained(results: Results) -> tuple[Figure, str]:
         "Filled: bytes on disk, where a zero or a quantised weight takes the room of any other. Open: packed, as codes "
         "with their scales (kick export) or, of pruned layers, as non-zero weights and a bit mask (a format that "
         "nothing here stores or runs). The grey steps: no other packed model is both smaller and better. "
-        f"Mean over {', '.join(results.task_suites)}; bars: 95 % intervals."
+        f"Mean over {_asked(results)}; bars: 95 % intervals."
     )
     return figure, caption
 
@@ -175,7 +182,7 @@ def _cost(results: Results) -> tuple[Figure, str]:
     machine = results.run.get("hardware", {}).get("processor", "this machine")
     return figure, (
         f"Minutes from the dense model to the checkpoint on {machine}, calibration and training together. "
-        f"Mean over {', '.join(results.task_suites)}; bars: 95 % intervals."
+        f"Mean over {_asked(results)}; bars: 95 % intervals."
     )
 
 
@@ -199,7 +206,7 @@ def _speed_against_retained(results: Results, suite: str) -> tuple[Figure, str]:
     _name(axes, points)
     caption = (
         "Tokens a second over the dense model's, measured in turns on this hardware. Zeros and quantised weights in "
-        f"dense storage run as dense ones do. Mean over {', '.join(results.task_suites)}; bars: 95 % intervals."
+        f"dense storage run as dense ones do. Mean over {_asked(results)}; bars: 95 % intervals."
     )
     return figure, caption
 
@@ -220,13 +227,14 @@ def _perplexity_against_capability(results: Results, suite: str) -> tuple[Figure
     largest = max([1.0, *reached])
     axes.axvspan(1.0, 1 + PERPLEXITY_MARGIN, color="0.25", alpha=0.08, linewidth=0)
     axes.set_xscale("log")
-    axes.set_xlim(left=0.9, right=1.25 * max(largest, 1 + 2 * PERPLEXITY_MARGIN))
+    smallest = min([0.95, *(point.x for point in points), *(p.wide.low for p in points if p.wide and p.wide.low > 0)])
+    axes.set_xlim(left=0.95 * smallest, right=1.25 * max(largest, 1 + 2 * PERPLEXITY_MARGIN))
     name_ticks(axes.xaxis, "g")
     _finish(axes, "perplexity over the dense model's", "Perplexity against capability")
     _name(axes, points)
     caption = (
         f"Each setting's perplexity ({suite}, logarithmic) beside the mean share of the dense score that is left over "
-        f"{', '.join(results.task_suites)}; bars: 95 % intervals. Grey: perplexity rises by at most "
+        f"{_asked(results)}; bars: 95 % intervals. Grey: perplexity rises by at most "
         f"{PERPLEXITY_MARGIN:.0%}; what lies below the dashed line there looks fine by perplexity and is not."
     )
     return figure, caption

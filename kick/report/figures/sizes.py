@@ -71,7 +71,8 @@ def _draw(runs: Sequence[Results], suite: str) -> tuple[Figure, str]:
     legend(axes, len(runs))
     label_points(axes, names, size=6.5)
     better = "above" if metric.higher_is_better else "below"
+    n = max(found.n for results in runs if (found := results.estimate(DENSE, suite)) is not None)
     return figure, (
-        f"Filled and joined: dense models. Open: compressed ones, at their packed bytes. What lies {better} "
+        f"n = {n}. Filled and joined: dense models. Open: compressed ones, at their packed bytes. What lies {better} "
         "the line is worth more than a dense model of its bytes. Bars: 95 % intervals."
     )

@@ -4,6 +4,7 @@ Colours are Okabe and Ito's, which people with colour blindness tell apart, and 
 its own, so that figures survive print without colour. SVG keeps text as text.
 """
 
+import io
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from matplotlib.transforms import BboxBase
 
-from kick.files import safe_name, write_text
+from kick.files import safe_name, write_bytes, write_text
 from kick.report.results import Results, SettingResult
 from kick.statistics import TOLERANCE, Interval
 from kick.suite import Metric
@@ -84,16 +85,21 @@ def save(folder: Path, planned: Planned) -> Drawn:
     """SVG with values on hover, PNG and PDF."""
     figure, caption = planned.draw()
     name = safe_name(planned.name).replace(":", "-")  # not every system has colons in the names of files
-    svg = folder / f"{name}.svg"
     figure.draw_without_rendering()
     box = figure.get_tightbbox().padded(0.1)  # laid out once for all three
     _keep_places_of_legends(figure)
-    figure.savefig(svg, metadata={"Date": None, "Creator": "kick"}, bbox_inches=box)
-    write_text(svg, _hints(figure).into(svg.read_text(encoding="utf-8"), box))
+
+    def drawn(format: str, **metadata: str | None) -> bytes:
+        target = io.BytesIO()
+        figure.savefig(target, format=format, metadata=metadata, bbox_inches=box)
+        return target.getvalue()
+
+    svg = folder / f"{name}.svg"
+    write_text(svg, _hints(figure).into(drawn("svg", Date=None, Creator="kick").decode("utf-8"), box))
     for patch in _hints(figure).unseen:
         patch.set_visible(False)
-    figure.savefig(folder / f"{name}.png", metadata={"Software": "kick"}, bbox_inches=box)
-    figure.savefig(folder / f"{name}.pdf", metadata={"Creator": "kick", "CreationDate": None}, bbox_inches=box)
+    write_bytes(folder / f"{name}.png", drawn("png", Software="kick"))
+    write_bytes(folder / f"{name}.pdf", drawn("pdf", Creator="kick", CreationDate=None))
     plt.close(figure)
     return Drawn(name, planned.title, caption, svg, box.width)
 

@@ -112,6 +112,11 @@ def _multipliers(axes: Axes, rows: Rows) -> None:
 
 def _domain_losses(axes: Axes, rows: Rows) -> None:
     _by_domain(axes, rows, "domain_loss", "held-out loss (nats per token)")
+    references: dict[str, float] = next((row["domain_reference"] for row in rows if "domain_reference" in row), {})
+    for nth, value in enumerate(references.values()):
+        axes.axhline(value, color=COLOURS[nth % len(COLOURS)], linestyle=(0, (1, 2)), lw=0.9, zorder=1)
+    if references:
+        axes.set_ylabel("held-out loss (nats per token); dotted: reference", fontsize=8)
 
 
 def _domain_weights(axes: Axes, rows: Rows) -> None:
