@@ -54,6 +54,10 @@ class CheckpointError(KickError):
     """A checkpoint that is incomplete or not what its record says."""
 
 
+class TrackerError(KickError):
+    """An experiment tracker that did not take what it was given."""
+
+
 def unknown_name(kind: str, name: str, known: Iterable[str], hint: str = "") -> UnknownNameError:
     """An error for `name` that lists what is known, the nearest first in the message."""
     known = sorted(known)

@@ -28,6 +28,7 @@ def write_leaderboard(runs: Sequence[Path], out: Path) -> list[dict[str, Any]]:
     """The site into `out`; its rows, the best first. Raises RunError for runs that cannot be compared."""
     found = [read_results(run) for run in runs]
     check_comparable(found)
+    compare_across_tokenizers(found)
     check_writable(out)
     shared = shared_suites(found)
     for results in found:  # a mean over other suites is another measure
@@ -71,6 +72,7 @@ def check_comparable(found: Sequence[Results]) -> None:
     """Raise RunError where runs of one name of suite, or one model and setting, say different things."""
     first = found[0]
     seen: dict[tuple[str, str], Results] = {}
+    models: dict[str, Results] = {}
     for results in found:
         if results.run["dtype"] != first.run["dtype"]:
             raise RunError(
@@ -79,6 +81,12 @@ def check_comparable(found: Sequence[Results]) -> None:
             )
         for result in results.settings:
             key = results.run["model"]["name"], result.name
+            other = models.setdefault(key[0], results)
+            if other.run["model"]["fingerprint"] != results.run["model"]["fingerprint"]:
+                raise RunError(
+                    f"'{key[0]}' is one model in {other.path} and another in {results.path}: their weights differ.",
+                    "Give the model of one of them another path or name, or leave out a run.",
+                )
             if key in seen and result.name != DENSE:
                 raise RunError(
                     f"{key[1]} of {key[0]} is in {seen[key].path} and in {results.path}.", "Name one of them."
@@ -94,6 +102,34 @@ def check_comparable(found: Sequence[Results]) -> None:
                         f"one and {asked[0][1][name]!r} in the other.",
                         "Give one of the two suites a label, or leave out a run.",
                     )
+
+
+def compare_across_tokenizers(found: Sequence[Results]) -> None:
+    """Where texts are cut into other tokens, what is counted by tokens says nothing: let the suite's metric be another.
+
+    Raises RunError for a suite that has no other.
+    """
+    for suite in dict.fromkeys(suite for results in found for suite in results.suites):
+        own = [results for results in found if suite in results.suites]
+        if own[0].metric(suite).per != "tokens" or own[0].metric(suite).descriptive:
+            continue
+        counts = [_tokens(results, suite) for results in own]
+        if not any(counts[0].get(id, n) != n for tokens in counts[1:] for id, n in tokens.items()):
+            continue
+        metric = next((metric for metric in own[0].suites[suite].metrics if metric.per != "tokens"), None)
+        if metric is None:
+            raise RunError(
+                f"'{suite}' counts by tokens, and {own[0].path} and others have different tokenizers.",
+                "Leave out a run, or the suite.",
+            )
+        for results in own:
+            results.use_metric(suite, metric)
+
+
+def _tokens(results: Results, suite: str) -> dict[str, float]:
+    """For each question, how many tokens it has for the dense model."""
+    score = results.get(DENSE, suite).scores.get(results.primary(suite))
+    return dict(zip(score.ids, score.per.tolist(), strict=True)) if score else {}
 
 
 def _asked(results: Results, suite: str) -> dict[str, Any]:

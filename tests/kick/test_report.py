@@ -14,9 +14,10 @@ from written_run import SETTINGS, write_run
 
 from kick import cli
 from kick.errors import RunError
+from kick.files import sha256_of
 from kick.report import read_results, tables, write_report
 from kick.report.figures.style import Drawn
-from kick.report.leaderboard import check_comparable
+from kick.report.leaderboard import check_comparable, write_leaderboard
 from kick.report.results import SettingResult
 from kick.report.template import identifier, inline
 from kick.settings import Setting, Stage
@@ -304,6 +305,27 @@ def test_runs_become_one_site(tmp_path):
         assert (out / unquote(target)).is_file(), target
 
 
+def test_models_with_other_tokens_are_compared_by_bytes(tmp_path):
+    roots = [write_run(tmp_path / name, [SETTINGS[0], SETTINGS[2]], ["perplexity"]) for name in ("one", "other")]
+    run = json.loads((roots[1] / "run.json").read_text())
+    (roots[1] / "run.json").write_text(json.dumps(run | {"model": {**run["model"], "name": "another"}}))
+    write_leaderboard(roots, tmp_path / "same")
+    assert json.loads((tmp_path / "same/leaderboard.json").read_text())[0]["perplexity"] > 2
+    for folder in (roots[1] / "evaluations").glob("*/perplexity"):
+        lines = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+        for line in lines:
+            line["scores"]["tokens"] = 2.0  # the same text in twice as many tokens
+        (folder / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        scored = {"key": "k", "status": "complete", "samples_sha256": sha256_of(folder / "samples.jsonl")}
+        (folder / "scores.json").write_text(json.dumps(scored))
+    write_leaderboard(roots, tmp_path / "site")
+    rows = json.loads((tmp_path / "site/leaderboard.json").read_text())
+    bits = sum(2.0 + 0.01 * index for index in range(100)) / 0.693 / 400
+    dense = {row["model"]: row["perplexity"] for row in rows if row["setting"] == "dense"}
+    assert dense == {"<b>model</b>": pytest.approx(bits), "another": pytest.approx(bits)}
+    assert "bits per byte" in (tmp_path / "site/index.html").read_text().replace("_", " ")
+
+
 def test_what_other_judges_say_or_none_is_not_compared(tmp_path):
     """A suite that can be judged: in one run it was, in another by somebody else, in the third by nobody."""
     found = [read_results(write_run(tmp_path / name, SETTINGS[:2], ["factoid_qa"])) for name in ("a", "b", "c")]
@@ -363,6 +385,10 @@ def test_chains_with_other_later_stages_are_other_lines():
             "params is",
         ),
         ({"suites": {"factoid_qa": {"source": "x", "params": {}, "questions": 100, "data": "e"}}}, "data is 'e'"),
+        (
+            {"model": {"name": "<b>model</b>", "kind": "directory", "note": "", "fingerprint": "e" * 64}},
+            "'<b>model</b>' is one model in",
+        ),
         ({}, "magnitude@0.2 of <b>model</b> is in"),
     ],
 )
@@ -405,7 +431,7 @@ def test_mlflow_gets_every_setting(run, tmp_path, monkeypatch):
 
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     mlflow.set_tracking_uri((tmp_path / "tracked").as_uri())
-    assert log_to("mlflow", read_results(run)) == 5
+    assert log_to("mlflow", read_results(run), run) == 5
     rows = mlflow.search_runs(search_all_experiments=True, output_format="list")
     by_name = {row.data.params["setting"]: row.data.metrics for row in rows}
     assert by_name["magnitude@0.5"]["factoid_qa/contains"] == pytest.approx(20 / 97)
@@ -418,5 +444,5 @@ def test_wandb_gets_every_setting(run, tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "offline")
-    assert log_to("wandb", read_results(run)) == 5
+    assert log_to("wandb", read_results(run), run) == 5
     assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == 5
