@@ -1,16 +1,34 @@
-"""What an endpoint of the OpenAI protocol says when it refuses."""
+"""Endpoints of the OpenAI protocol: URLs that may stand in a record, and what one says when it refuses."""
 
 import json
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
-import openai
+from kick.errors import ConfigError
+
+if TYPE_CHECKING:
+    import openai
 
 
-def said(error: openai.OpenAIError) -> str:
+def refuse_credentials(whose: str, url: str, key_env: str, query: Iterable[str] = ()) -> None:
+    """Raise ConfigError for a URL, or names of its query, that hold a key: it would stand in the record."""
+    parts = urlsplit(url)
+    if parts.username or parts.password or parts.query or any("key" in name.lower() for name in query):
+        raise ConfigError(
+            f"{whose} URL holds a credential, which would stand in the record.",
+            f"The key is read from the environment variable {key_env}.",
+        )
+
+
+def said(error: "openai.OpenAIError") -> str:
     """The error on one line, with the endpoint's own words.
 
     The client repeats them only from the protocol's form of an error; FastAPI, under which many models are served, has
     one of its own.
     """
+    import openai
+
     text = str(error)
     if isinstance(error, openai.APIStatusError) and text == f"Error code: {error.status_code}":
         text += f" - {_words(error.body)}"

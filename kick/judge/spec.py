@@ -2,10 +2,10 @@
 
 import os
 from typing import Any, Literal
-from urllib.parse import urlsplit
 
 from pydantic import Field
 
+from kick.endpoint import refuse_credentials
 from kick.errors import ConfigError
 from kick.spec import Spec
 
@@ -33,17 +33,14 @@ class JudgeSpec(Spec):
     budget_usd: float | None = Field(default=None, gt=0)
     budget_tokens: int | None = Field(default=None, gt=0)
     repeats: int = Field(default=0, ge=0, description="questions of each suite asked twice, for the calibration table")
-    verdicts: str | None = Field(default=None, description="a .jsonl file of reference verdicts: suite, id, answer")
+    verdicts: str | None = Field(
+        default=None, description="a .jsonl file of reference verdicts: setting, suite, id, answer"
+    )
     suites: dict[str, dict[str, Any]] = Field(default_factory=dict, description="what each suite is judged by")
 
     def check(self) -> None:
         """Raise ConfigError for a budget that cannot be kept, and for a key in the URL."""
-        parts = urlsplit(self.base_url)
-        if parts.username or parts.password or parts.query or any("key" in name.lower() for name in self.query):
-            raise ConfigError(
-                "the judge's URL holds a credential, which would stand in the record.",
-                f"The key is read from the environment variable {self.key_env}.",
-            )
+        refuse_credentials("the judge's", self.base_url, self.key_env, self.query)
         if self.budget_usd is not None and (self.price_in is None or self.price_out is None):
             raise ConfigError(
                 f"a budget of {self.budget_usd:g} USD for '{self.model}' without its prices.",

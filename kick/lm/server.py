@@ -16,7 +16,7 @@ import openai
 from pydantic import Field
 from transformers import AutoConfig
 
-from kick.endpoint import said
+from kick.endpoint import refuse_credentials, said
 from kick.errors import ConfigError, KickError, NotGivenError
 from kick.lm.base import Scored, TokenLM, context_length, room_of_engine
 from kick.lm.generation import Decoding, row_seeds, stop_tokens
@@ -63,6 +63,7 @@ class ServerLM(TokenLM):
 
     @classmethod
     def check(cls, params: Any, settings: Iterable[str]) -> dict[str, str]:
+        refuse_credentials("lm 'server': the endpoint's", params.base_url, params.key_env)
         missing = [setting for setting in settings if setting not in params.models]
         if missing:
             raise ConfigError(
@@ -195,7 +196,10 @@ class ServerLM(TokenLM):
                 f"Is '{self._model}' served there? prompt: text is for endpoints that take no token ids.",
             ) from error
         if not getattr(reply, "choices", None):
-            raise KickError(f"the endpoint {self.params.base_url} answered with something that is no completion.")
+            raise KickError(
+                f"the endpoint {self.params.base_url} answered with something that is no completion.",
+                "Is its path right? Most end in /v1.",
+            )
         return reply
 
     def _without_key(self, text: str) -> str:

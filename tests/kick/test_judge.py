@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import threading
 import time
 from collections import Counter
 
@@ -409,6 +410,49 @@ def test_the_highlights_go_to_the_judge_and_never_to_the_model(run):
     for sample in samples:
         assert highlights[sample["id"]] not in sample["prompt"]
         assert any(highlights[sample["id"]] in prompt for prompt in server.asked)
+
+
+def test_ctrl_c_keeps_what_is_paid_for(monkeypatch):
+    """Two questions are under way when it comes: both replies are kept, and no further question is asked."""
+    from kick.judge import run as judging
+
+    begun, go_on = threading.Barrier(3), threading.Event()
+
+    class Slow:
+        asked, stopped = [], False
+
+        def ask(self, question):
+            self.asked.append(question)
+            begun.wait(10)
+            go_on.wait(10)
+            return f"reply to {question}"
+
+        def stop(self):
+            self.stopped = True
+
+    original = judging.wait
+    calls = []
+
+    def interrupted(*args, **options):
+        calls.append(None)
+        if len(calls) == 1:
+            begun.wait(10)
+            go_on.set()
+            raise KeyboardInterrupt
+        return original(*args, **options)
+
+    monkeypatch.setattr(judging, "wait", interrupted)
+    judge, found = Slow(), []
+    questions = [judging.Asked("s", "suite", number, f"key {number}") for number in range(5)]
+
+    def take():
+        found.extend((asked.key, verdict) for asked, verdict in judging.ask_all(judge, questions, 2))
+
+    with pytest.raises(KeyboardInterrupt):
+        take()
+    assert sorted(found) == [("key 0", "reply to 0"), ("key 1", "reply to 1")]
+    assert sorted(judge.asked) == [0, 1]
+    assert judge.stopped
 
 
 def test_an_estimate_asks_nothing(run, capsys):

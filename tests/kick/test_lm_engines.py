@@ -150,6 +150,10 @@ def test_every_setting_needs_a_served_model(tiny_model, tmp_path, capsys):
     (tmp_path / "sweep.yaml").write_text(json.dumps(sweep))
     assert cli.main(["sweep", str(tmp_path / "sweep.yaml"), "--out", str(tmp_path / "run")]) == 2
     assert "no served model is named for the setting 'magnitude@0.5'" in capsys.readouterr().err
+    sweep["lm"]["params"]["base_url"] = "http://me:secret@localhost:1/v1"
+    (tmp_path / "sweep.yaml").write_text(json.dumps(sweep))
+    assert cli.main(["sweep", str(tmp_path / "sweep.yaml"), "--out", str(tmp_path / "run")]) == 2
+    assert "the endpoint's URL holds a credential" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
