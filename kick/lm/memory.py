@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from kick.cgroup import grants
 from kick.lm.lanes import lane_count
 
 CACHE_SHARE = 0.15
@@ -84,15 +85,20 @@ def most_cached_tokens(device: torch.device, bytes_per_token: int) -> int:
 def total_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    installed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min([installed, *(grant.limit for grant in grants())])
 
 
 def free_bytes(device: torch.device) -> int:
     """What is not in use now; on a CPU what the system calls available, page cache included."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
+    return max(0, min([_available(), *(grant.limit - grant.used for grant in grants())]))
+
+
+def _available() -> int:
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
             return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):  # not Linux
-        return total_bytes(device) // 2
+        return total_bytes(torch.device("cpu")) // 2
