@@ -23,6 +23,7 @@ class Divergence(Suite):
     name = "divergence"
     description = "KL to the dense model's next-token distribution, and top-1 agreement, on running text"
     needs_dense = True
+    scores_text = True
     metrics = (
         Metric("top1_agreement", value="agree", per="tokens", unit="share of tokens", descriptive=True),
         Metric("kl", value="kl", per="tokens", unit="nats a token", higher_is_better=False, descriptive=True),

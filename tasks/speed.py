@@ -17,7 +17,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from kick.errors import KickError
+from kick.errors import ConfigError, KickError
 from kick.lm import generate
 from kick.rows import read_texts
 from kick.suite import DataSource, Example, Metric, Sample, Suite
@@ -69,6 +69,7 @@ class Speed(Suite):
                 yield self._footprint(lm, example)
                 continue
             prompts = _prompts(example.content["batch"], self.params.prompt_tokens, example.content["repeat"])
+            self._check_room(lm, prompts)
             if example.group not in warm:
                 for model in (lm, dense):
                     self._work(model, example, prompts)
@@ -77,6 +78,16 @@ class Speed(Suite):
             times = [self._work(model, example, prompts) for model in order]
             seconds, dense_seconds = times if order[0] is lm else reversed(times)
             yield self._sample(lm, example, prompts, seconds, dense_seconds)
+
+    def _check_room(self, lm: Any, prompts: list[str]) -> None:
+        """What does not fit would be cut, and tokens counted that were never read."""
+        longest = max(len(lm.tok_encode(prompt)) for prompt in prompts)
+        if longest + self.params.new_tokens > lm.max_length:
+            raise ConfigError(
+                f"speed: a prompt of {longest} tokens and {self.params.new_tokens} new ones do not fit the model's "
+                f"context of {lm.max_length}.",
+                "Ask for fewer prompt_tokens.",
+            )
 
     def _work(self, lm: Any, example: Example, prompts: list[str]) -> float:
         new = self.params.new_tokens if example.content["kind"] == "generation" else 1
@@ -128,5 +139,6 @@ def _prompts(batch: int, tokens: int, repeat: int) -> list[str]:
     """Texts of about `tokens` tokens that differ from their first word on, so that no prefix is shared."""
     text = " ".join(read_texts(sources.EMBEDDED / "perplexity" / "text.jsonl"))
     size = tokens * _CHARACTERS_PER_TOKEN
+    text *= 1 + 2 * size // len(text)
     starts = [(size * (repeat * batch + row) * 7) % (len(text) - size) for row in range(batch)]
     return [f"{row + 1}. {text[start : start + size]}" for row, start in enumerate(starts)]

@@ -192,6 +192,15 @@ def room_of_engine(context: int) -> int:
     return context - 2
 
 
+def _appended(tokenizer: Any) -> int:
+    """How many special tokens a tokenizer puts after a text."""
+    plain, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+    if not plain:  # it knows no "a"
+        return 0
+    start = next((place for place in range(len(whole)) if whole[place : place + len(plain)] == plain), len(whole))
+    return max(0, len(whole) - start - len(plain))
+
+
 class Encoder:
     """Text to token ids, remembered: a prompt is met once an option, a question once a setting."""
 
@@ -204,9 +213,13 @@ class Encoder:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         identity = backend.to_str() if backend is not None else f"tokenizer {next(self._numbers)} of this process"
         self._key = hashlib.sha256(f"{tokenizer.bos_token} {identity}".encode()).hexdigest()
+        self._at_end = _appended(tokenizer)
 
     def __call__(self, texts: Sequence[tuple[str, bool | None]]) -> list[list[int]]:
-        """Token ids of each (text, with special tokens?); None: as the tokenizer does, unless the text begins so."""
+        """Token ids of each (text, with special tokens?); None: as the tokenizer begins a text, unless this one does.
+
+        What a tokenizer puts at the end of a text would stand between a context and what follows it, and is left out.
+        """
         bos = self.tokenizer.bos_token
         asked = [(t, False if special is None and bos and t.startswith(bos) else special) for t, special in texts]
         known = {key: ids for key in asked if (ids := self._recall(key)) is not None}
@@ -214,8 +227,10 @@ class Encoder:
             new = list(dict.fromkeys(key for key in asked if key[1] is special and key not in known))
             if new:
                 options = {} if special is None else {"add_special_tokens": special}
-                ids = self.tokenizer([text for text, _ in new], verbose=False, **options)["input_ids"]
-                known |= {key: np.array(own, dtype=np.int32) for key, own in zip(new, ids, strict=True)}
+                found = self.tokenizer([text for text, _ in new], verbose=False, **options)["input_ids"]
+                if special is not False and self._at_end:
+                    found = [own[: -self._at_end] for own in found]
+                known |= {key: np.array(own, dtype=np.int32) for key, own in zip(new, found, strict=True)}
                 self._remember({key: known[key] for key in new})
         return [known[key].tolist() for key in asked]
 

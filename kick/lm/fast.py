@@ -247,8 +247,10 @@ class FastLM(TokenLM):
         tokens = [self.prefix_token_id, *self.tok_encode(text, add_special_tokens=False)]
         if len(tokens) - 1 > self.max_length:
             raise KickError(f"a text of {len(tokens) - 1} tokens in a context of {self.max_length}.", "Cut it smaller.")
-        logits = self.model(input_ids=torch.tensor([tokens[:-1]], device=self.device), use_cache=False).logits[0]
-        return logits.float().log_softmax(dim=-1)
+        inputs = {"input_ids": torch.tensor([tokens[:-1]], device=self.device), "use_cache": False}
+        columns = torch.arange(len(tokens) - 1, device=self.device)
+        found = self.runner.at(inputs, torch.zeros_like(columns), columns)
+        return self.runner.exact_logits(found).float().log_softmax(dim=-1)
 
     # Generation
 

@@ -1,11 +1,11 @@
 """Forward passes of one model: packed rows after a kept prefix, in pieces that fit, and logits where they count.
 
-What "the head gets" is what logits are made of: hidden states where the model's head is one linear, which then runs on
-a few positions at a time; the logits themselves where a model scales or caps them besides.
+What "the head gets" is what logits are made of: hidden states where the model's head is one linear, with or without a
+scale or a cap behind it, which then runs on a few positions at a time; else the logits themselves.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from kick.lm.packing import Packed
 
 _QUERIES_AT_ONCE = 256  # of a packed row: more see more keys that few of them need, fewer fill the units worse
 _LOGITS_AT_ONCE = 128  # positions whose logits are in memory at a time
+_WORDS_AT_ONCE = 16_384  # of the vocabulary, whose rows of the head are in memory in float32 at a time
 _LIKELIEST = 16  # tokens of a position whose logits are computed exactly in half precision
 
 
@@ -28,7 +29,8 @@ class Runner:
         self.device = model.device
         attention.use(model)
         self._prefixes: list[tuple[list[int], int, DynamicCache]] = []  # each continues the one before
-        self.plain_head = self._has_plain_head()
+        self._behind_head = self._find_behind_head()
+        self.plain_head = self._behind_head is not None
 
     def forget(self) -> None:
         """Free the kept prefixes, and what a failed attempt left behind."""
@@ -96,19 +98,31 @@ class Runner:
         In half precision a logit of 20 is rounded to a sixteenth or an eighth, by which options would tie or change
         places: those of the likeliest tokens and of targets [p] are computed again in float32.
         """
-        if not self.plain_head:
+        if self._behind_head is None:
             return found if found.dtype == torch.float64 else found.float()
         head = self.model.get_output_embeddings()
         logits = head(found)
         if logits.dtype in (torch.float32, torch.float64):
-            return logits
+            return self._behind_head(logits)
         ids = logits.topk(min(_LIKELIEST, logits.shape[1]), dim=1).indices
         if targets is not None:
             ids = torch.cat([ids, targets[:, None]], dim=1)
         exact = torch.einsum("pd,pkd->pk", found.float(), head.weight[ids].float())  # [p, k]
         if head.bias is not None:
             exact += head.bias[ids].float()
-        return logits.float().scatter(1, ids, exact)
+        return self._behind_head(logits.float().scatter(1, ids, exact))
+
+    def exact_logits(self, found: Tensor) -> Tensor:
+        """As `logits`, of the whole vocabulary computed in float32: for what compares whole distributions."""
+        if self._behind_head is None or found.dtype in (torch.float32, torch.float64):
+            return self.logits(found)
+        head = self.model.get_output_embeddings()
+        biases = [None] * len(head.weight) if head.bias is None else head.bias.split(_WORDS_AT_ONCE)
+        parts = [
+            torch.nn.functional.linear(found.float(), own.float(), bias if bias is None else bias.float())
+            for own, bias in zip(head.weight.split(_WORDS_AT_ONCE), biases, strict=False)
+        ]
+        return self._behind_head(torch.cat(parts, dim=1))
 
     def score(self, found: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """From what the head gets at p places: log-likelihood of targets [p], whether each is the likeliest [p]."""
@@ -122,18 +136,34 @@ class Runner:
         return getattr(self.model, self.model.base_model_prefix)
 
     @torch.inference_mode()
-    def _has_plain_head(self) -> bool:
-        """Whether logits are one linear of what the model gives without its head: some scale or cap them besides."""
+    def _find_behind_head(self) -> Callable[[Tensor], Tensor] | None:
+        """What becomes of the product of what the body gives and the head: itself, scaled, or capped.
+
+        None where it is something else: then logits are the model's business.
+        """
         head = self.model.get_output_embeddings()
         if type(head) is not torch.nn.Linear or head._forward_hooks:
-            return False
+            return None
         vocabulary = self.model.get_input_embeddings().weight.shape[0]
         inputs = {"input_ids": torch.arange(8, device=self.device)[None] % vocabulary, "use_cache": False}
         try:
             own = head(self._body(**inputs).last_hidden_state)
         except (TypeError, RuntimeError, AttributeError):
-            return False
-        return torch.equal(own, self.model(**inputs).logits)
+            return None
+        logits = self.model(**inputs).logits
+        return next((way for way in _ways_behind_head(self.model.config) if torch.equal(way(own), logits)), None)
+
+
+def _ways_behind_head(config: Any) -> Iterator[Callable[[Tensor], Tensor]]:
+    """As the models of transformers have it that name such a number in their configuration."""
+    config = config.get_text_config()
+    yield lambda logits: logits
+    if cap := getattr(config, "final_logit_softcapping", None):  # Gemma
+        yield lambda logits: torch.tanh(logits / cap) * cap
+    if divisor := getattr(config, "logits_scaling", None):  # Granite
+        yield lambda logits: logits / divisor
+    if factor := getattr(config, "logit_scale", None):  # Cohere
+        yield lambda logits: logits * factor
 
 
 def score_tokens(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -171,7 +171,10 @@ def _visible_devices(first: int, count: int) -> str:
     here = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
     wanted = range(first, first + count)
     if here and wanted[-1] >= len(here):
-        raise KickError(f"cuda:{first} and {count - 1} after it are asked for; {len(here)} GPUs are visible.")
+        raise KickError(
+            f"cuda:{first} and {count - 1} after it are asked for; {len(here)} GPUs are visible.",
+            "Ask for a smaller tensor_parallel_size, or see to CUDA_VISIBLE_DEVICES.",
+        )
     return ",".join(here[index] if here else str(index) for index in wanted)
 
 

@@ -214,11 +214,12 @@ def test_a_text_is_tokenised_once_for_all_models(tokenizer, monkeypatch):
         texts.extend([text] if isinstance(text, str) else text)
         return original(self, text, *arguments, **options)
 
+    lms = [FastLM(make_tiny_llama(), tokenizer) for _ in range(2)]
     monkeypatch.setattr(type(tokenizer), "__call__", spy)
     pairs = [("A question met once", f" option {number}") for number in range(3)]
-    first = loglikelihoods(FastLM(make_tiny_llama(), tokenizer), pairs)
+    first = loglikelihoods(lms[0], pairs)
     assert sorted(texts) == sorted(["A question met once", *("A question met once" + option for _, option in pairs)])
-    assert loglikelihoods(FastLM(make_tiny_llama(), tokenizer), pairs) == first
+    assert loglikelihoods(lms[1], pairs) == first
     assert len(texts) == 4
 
 
@@ -343,6 +344,26 @@ def test_a_tokenizer_that_adds_a_token_in_front_scores_like_hflm(tokenizer):
     tokens = adding("Tides rise.")["input_ids"]
     expected = one_by_one(lm.model, tokens[:1], tokens[1:])[0]
     assert rolling_loglikelihoods(lm, ["Tides rise."]) == [pytest.approx(expected, abs=1e-4)]
+
+
+def test_what_a_tokenizer_puts_at_the_end_stands_in_no_context(tokenizer):
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
+
+    def adding(template):
+        inner = type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str())
+        ends = [("<s>", tokenizer.bos_token_id), ("</s>", tokenizer.eos_token_id)]
+        inner.post_processor = TemplateProcessing(single=template, special_tokens=ends)
+        return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+
+    ending, plain = adding("<s> $A </s>"), adding("<s> $A")
+    assert ending("Rain")["input_ids"][-1] == tokenizer.eos_token_id
+    lm, expected = FastLM(make_tiny_llama(), ending), FastLM(make_tiny_llama(), plain)
+    assert lm.tok_encode("Rain") == expected.tok_encode("Rain")
+    pairs = [("The sea is", " wide"), ("The sea is", " deep"), ("", "Rain"), ("A ", "b")]
+    assert loglikelihoods(lm, pairs) == loglikelihoods(expected, pairs)
+    assert len({value for value, _ in loglikelihoods(lm, pairs)}) == 4
+    assert generate(lm, ["Tides rise"], ["."], 12) == generate(expected, ["Tides rise"], ["."], 12)
 
 
 @pytest.mark.real_model

@@ -10,18 +10,56 @@ from kick.lm.base import context_length
 from kick.lm.fast import FastLM
 
 
-def test_a_model_that_caps_its_logits_scores_like_one_by_one(tokenizer):
-    from transformers import Gemma2Config, Gemma2ForCausalLM
+def with_head(kind):
+    """Tiny models whose logits are no plain product, and what becomes of the product."""
+    import transformers as t
 
     torch.manual_seed(0)
-    config = Gemma2Config(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=8, vocab_size=600, final_logit_softcapping=1.0, layer_types=["full_attention"] * 2,
-        initializer_range=0.2, attn_implementation="eager",
-    )  # fmt: skip
-    lm = FastLM(Gemma2ForCausalLM(config).eval(), tokenizer)
-    assert not lm.runner.plain_head
+    shape = {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": 600, "initializer_range": 0.2,
+    }  # fmt: skip
+    if kind == "gemma2":
+        own = {"head_dim": 8, "final_logit_softcapping": 1.0, "layer_types": ["full_attention"] * 2}
+        config = t.Gemma2Config(**shape, **own, attn_implementation="eager")
+        return t.Gemma2ForCausalLM(config).eval(), torch.tanh
+    if kind == "granite":
+        return t.GraniteForCausalLM(t.GraniteConfig(**shape, logits_scaling=4.0)).eval(), lambda logits: logits / 4
+    return t.CohereForCausalLM(t.CohereConfig(**shape, logit_scale=0.25)).eval(), lambda logits: logits / 4
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "granite", "cohere"])
+def test_a_head_that_scales_or_caps_runs_where_logits_count(kind, tokenizer):
+    model, behind = with_head(kind)
+    lm = FastLM(model, tokenizer)
+    assert lm.runner.plain_head
     pairs = [([11, 12, 13], [4, 5]), ([11, 12], [13, 6]), ([20], [21])]
+    for (value, _), pair in zip(ask(lm, pairs), pairs, strict=True):
+        assert value == pytest.approx(one_by_one(lm.model, *pair)[0], abs=1e-4)
+
+    half = FastLM(model.to(torch.bfloat16), tokenizer)
+    found = torch.randn(5, 32).bfloat16()
+    exact = behind(found.float() @ model.get_output_embeddings().weight.float().T)
+    targets = torch.tensor([3, 599, 0, 17, 256])
+    at_targets = half.runner.logits(found, targets).gather(1, targets[:, None])
+    assert torch.allclose(at_targets, exact.gather(1, targets[:, None]), atol=1e-6)
+    assert torch.allclose(half.runner.exact_logits(found), exact, atol=1e-6)
+
+
+def test_a_head_that_is_something_else_is_left_to_the_model(tokenizer):
+    from transformers import LlamaForCausalLM
+
+    class Bent(LlamaForCausalLM):
+        def forward(self, *args, **kwargs):
+            found = super().forward(*args, **kwargs)
+            found.logits = found.logits.sinh()
+            return found
+
+    model = make_tiny_llama()
+    model.__class__ = Bent
+    lm = FastLM(model, tokenizer)
+    assert not lm.runner.plain_head
+    pairs = [([11, 12, 13], [4, 5]), ([20], [21])]
     for (value, _), pair in zip(ask(lm, pairs), pairs, strict=True):
         assert value == pytest.approx(one_by_one(lm.model, *pair)[0], abs=1e-4)
 

@@ -8,10 +8,11 @@ import pytest
 import torch
 from conftest import make_tiny_llama
 from kick_tasks.divergence import Divergence
+from kick_tasks.speed import Speed, _prompts
 from test_suites import ScriptedLM
 
 from kick import cli
-from kick.errors import KickError
+from kick.errors import ConfigError, KickError
 from kick.lm.fast import FastLM
 from kick.suite import DataSource, Example
 
@@ -55,6 +56,35 @@ def test_the_same_windows_as_perplexity():
     texts = [example.content["text"] for example in Divergence().examples(source)]
     assert len(texts) > 50
     assert all(len(text.encode()) <= 1024 + 40 for text in texts)
+
+
+def test_divergence_in_half_precision_is_of_exact_logits(tokenizer):
+    dense, other = (FastLM(make_tiny_llama().to(torch.bfloat16), tokenizer) for _ in range(2))
+    with torch.no_grad():
+        other.model.model.layers[0].mlp.down_proj.weight.mul_(0.5)
+    text = "The harbour was quiet in the morning."
+    (sample,) = Divergence().answer_beside(other, dense, [Example("w", "text", {"text": text})])
+    tokens = torch.tensor([[0, *tokenizer(text, add_special_tokens=False)["input_ids"]][:-1]])
+    p, q = (
+        (lm.model.model(tokens).last_hidden_state[0].float() @ lm.model.lm_head.weight.float().T).log_softmax(-1)
+        for lm in (dense, other)
+    )
+    assert sample.scores["kl"] == pytest.approx(float((p.exp() * (p - q)).sum()), rel=1e-4)
+
+
+def test_speed_refuses_what_would_be_cut(tokenizer):
+    lm = FastLM(make_tiny_llama(max_position_embeddings=128), tokenizer)
+    speed = Speed(Speed.Params(repeats=2, batch=2, prompt_tokens=1000, new_tokens=8))
+    asked = [example for example in speed.examples(DataSource.parse("embedded")) if example.group != "footprint"]
+    with pytest.raises(ConfigError, match=r"and 8 new ones do not fit the model's context of 128"):
+        next(speed.answer_beside(lm, lm, asked))
+
+
+@pytest.mark.parametrize("tokens", [8, 256, 15_000, 19_000, 30_000])
+def test_prompts_of_any_length_begin_at_different_places(tokens):
+    prompts = [prompt for repeat in range(3) for prompt in _prompts(2, tokens, repeat)]
+    assert {len(prompt) for prompt in prompts} == {4 * tokens + len("1. ")}
+    assert len({prompt[3:40] for prompt in prompts}) == 6
 
 
 def test_in_a_sweep_divergence_and_speed_describe_and_give_no_verdict(tmp_path, tiny_model):
