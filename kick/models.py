@@ -6,6 +6,8 @@ user named is what is loaded: a name that is none of these is an error with the 
 
 import hashlib
 import importlib.util
+import math
+import re
 from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -24,6 +26,7 @@ PICKLES = ("*.bin", "*.pt", "*.pth")
 _WEIGHT_FILES = ["*.safetensors", "*.safetensors.index.json"]
 _TEXT_FILES = ["*.json", "*.txt", "*.jinja", "*.model"]
 _TOP: dict[str, Any] = {"ignore_patterns": ["consolidated*", "*/*"]}  # what else repositories hold beside the model
+_OTHER = "Is its config.json its own?"
 _READS = "kick reads *.safetensors. Convert it first."
 
 
@@ -208,16 +211,33 @@ def default_dtype(device: str) -> str:
 
 def choose(device: str, dtype: str) -> tuple[str, str]:
     """(device, dtype) with `auto` decided. Raises ConfigError for a device that cannot be used."""
+    device = choose_device(device)
+    return device, choose_dtype(dtype, device)
+
+
+def choose_device(device: str) -> str:
     device = default_device() if device == "auto" else device
     check_device(device)
-    return device, default_dtype(device) if dtype == "auto" else dtype
+    return device
+
+
+def choose_dtype(dtype: str, device: str) -> str:
+    return default_dtype(device) if dtype == "auto" else dtype
+
+
+def is_usable(device: str) -> bool:
+    try:
+        check_device(device)
+    except ConfigError:
+        return False
+    return True
 
 
 def check_device(device: str) -> None:
     import torch
 
     try:
-        if torch.empty(1, device=device).device.type not in ("cpu", "cuda", "mps"):
+        if torch.empty(1, device=device).device.type not in ("cpu", "cuda"):
             raise RuntimeError("nothing can be computed there.")
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(
@@ -249,7 +269,7 @@ def load_model(path: Path, dtype: str, device: str) -> "torch.nn.Module":
     if path.is_file():
         where = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name, **_dequantized()}
     if path.is_dir():
-        check_config(read_json(path / "config.json"), path)
+        check_configuration(path)
     table = shapes.read_table(path) if path.is_dir() else {}
     try:
         model, found = AutoModelForCausalLM.from_pretrained(
@@ -266,14 +286,34 @@ def load_model(path: Path, dtype: str, device: str) -> "torch.nn.Module":
     if path.is_file():
         _forget_quantization(model)
     if odd := {name for name, *_ in found["mismatched_keys"]} - table.keys():
-        raise ModelError(f"the tensor '{min(odd)}' of {path.name} has another shape than its configuration says.")
+        raise ModelError(
+            f"the tensor '{min(odd)}' of {path.name} has another shape than its configuration says.", _OTHER
+        )
     if missing := found["missing_keys"] - table.keys():
         raise ModelError(f"{path.name} holds no tensor '{min(missing)}'.", "It is not whole.")
+    if lost := [name for name in sorted(found["unexpected_keys"]) if _belongs(model, name)]:
+        raise ModelError(
+            f"{path.name} holds '{lost[0]}' ({len(lost)} such tensors), which its configuration has no place for.",
+            f"Without them it would be another model. {_OTHER}",
+        )
     shapes.resize(model, shapes.read_tensors(path, table))
     model = model.to(device).eval()
     if path.is_dir():
         adapters.attach(model, adapters.load(path))
     return model
+
+
+def _belongs(model: "torch.nn.Module", name: str) -> bool:
+    """Whether a tensor that was left over is a parameter of a layer, or of a block, that `model` has.
+
+    Old checkpoints hold buffers besides, such as the causal mask `attn.bias` of GPT-J.
+    """
+    owner, _, last = name.rpartition(".")
+    block = re.match(r".*?\.\d+(?=\.)", name)
+    modules = dict(model.named_modules())
+    if last not in ("weight", "bias"):
+        return False
+    return hasattr(modules[owner], "weight") if owner in modules else block is not None and block[0] in modules
 
 
 def load_skeleton(path: Path, dtype: str) -> "torch.nn.Module":
@@ -284,7 +324,7 @@ def load_skeleton(path: Path, dtype: str) -> "torch.nn.Module":
 
     folder, options = (path.parent, {"gguf_file": path.name}) if path.is_file() else (path, {})
     if path.is_dir():
-        check_config(read_json(path / "config.json"), path)
+        check_configuration(path)
     try:
         config = AutoConfig.from_pretrained(folder, **options, trust_remote_code=False)
         with init_empty_weights():
@@ -302,6 +342,15 @@ def load_skeleton(path: Path, dtype: str) -> "torch.nn.Module":
 
 def is_skeleton(model: "torch.nn.Module") -> bool:
     return next(model.parameters()).device.type == "meta"
+
+
+def check_configuration(path: Path) -> None:
+    """Raise ModelError unless the directory `path` holds a configuration that may be loaded."""
+    try:
+        config = read_json(path / "config.json")
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path / 'config.json'} cannot be read: {_first_line(error)}", "It is no JSON.") from error
+    check_config(config, path)
 
 
 def check_config(config: dict[str, Any], path: Path) -> None:
@@ -337,20 +386,23 @@ def _first_line(error: BaseException) -> str:
 def count_parameters(path: Path) -> int:
     """Parameters of the model at `path`, from the headers of its weight files, or its configuration where there are
     none: no weight is read."""
-    if path.is_file():
-        from gguf import GGUFReader
-
-        return sum(int(tensor.n_elements) for tensor in GGUFReader(path).tensors)
-    from safetensors import safe_open
-
-    if not _holds_weights(path):
+    if path.is_dir() and not _holds_weights(path):
         return sum(parameter.numel() for parameter in load_skeleton(path, "float32").parameters())
-    total = 0
-    for file in path.glob("*.safetensors"):
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    return sum(_count_parameters(file) for file in files)
+
+
+def _count_parameters(file: Path) -> int:
+    from gguf import GGUFReader
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        if file.suffix == ".gguf":
+            return sum(int(tensor.n_elements) for tensor in GGUFReader(file).tensors)
         with safe_open(file, framework="pt") as tensors:
-            for key in tensors.keys():  # noqa: SIM118 (not a dict)
-                count = 1
-                for size in tensors.get_slice(key).get_shape():
-                    count *= size
-                total += count
-    return total
+            return sum(math.prod(tensors.get_slice(key).get_shape()) for key in tensors.keys())  # noqa: SIM118 (no dict)
+    except (SafetensorError, ValueError, OSError, IndexError) as error:
+        raise ModelError(
+            f"{file} cannot be read: {_first_line(error)}",
+            "It is damaged or not whole; a small text file in its place is a pointer of git LFS: git lfs pull.",
+        ) from error

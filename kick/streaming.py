@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from kick import adapters, heap
 from kick.blocks import largest_block_list
 from kick.errors import ModelError
+from kick.models import check_configuration
 
 INDEX = "model.safetensors.index.json"
 
@@ -94,6 +95,7 @@ def open_streamed(path: Path, dtype: str, scratch: Path) -> nn.Module:
     if not path.is_dir():
         raise ModelError(f"{path.name} cannot be streamed.", "Streaming reads a directory with safetensors.")
     heap.give_back()
+    check_configuration(path)
     config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     kind = getattr(torch, dtype)
     with init_empty_weights(include_buffers=False):

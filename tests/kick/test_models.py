@@ -8,9 +8,11 @@ import pytest
 import torch
 from conftest import make_tiny_llama
 from hub_server import HubServer
+from safetensors.torch import load_file, save_file
 
-from kick import models
+from kick import cli, models
 from kick.errors import ConfigError, ModelError
+from kick.streaming import open_streamed
 
 
 def test_a_directory_is_loaded_as_it_is(tiny_model):
@@ -91,11 +93,54 @@ def test_the_fingerprint_is_of_the_content(tmp_path, tiny_model):
     assert models.fingerprint(copy) != models.fingerprint(tiny_model)
 
 
+@pytest.mark.parametrize(
+    ("added", "refused"),
+    [
+        ("model.layers.0.self_attn.q_proj.bias", True),
+        ("model.layers.1.self_attn.q_norm.weight", True),
+        ("lm_head.bias", True),
+        ("model.layers.2.mlp.up_proj.weight", False),  # of a block beyond the last: a part to predict further tokens
+        ("vision_tower.patch.weight", False),
+        ("model.layers.0.self_attn.bias", False),  # a causal mask, as GPT-J's old checkpoints hold it
+        ("model.layers.0.self_attn.masked_bias", False),
+    ],
+)
+def test_tensors_of_the_model_that_have_no_place_are_missed(added, refused, tiny_model, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    weights = load_file(folder / "model.safetensors")
+    save_file({**weights, added: torch.zeros(32)}, folder / "model.safetensors", {"format": "pt"})
+    if not refused:
+        assert torch.equal(models.load_model(folder, "float32", "cpu").model.norm.weight, weights["model.norm.weight"])
+        return
+    with pytest.raises(ModelError, match=rf"holds '{added}' \(1 such tensors\), which its configuration has no place"):
+        models.load_model(folder, "float32", "cpu")
+
+
+def test_damaged_files_are_one_clear_error(tiny_model, tmp_path, capsys):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(ModelError, match=r"model\.safetensors cannot be read.*\n.*git lfs pull"):
+        models.count_parameters(folder)
+    asked = ["--suite", "perplexity", "--data", "embedded", "--out", str(tmp_path / "run")]
+    assert cli.main(["evaluate", str(folder), *asked]) == 2
+    assert "git lfs pull" in capsys.readouterr().err
+    (folder / "config.json").write_text("{")
+    with pytest.raises(ModelError, match=r"config\.json cannot be read"):
+        models.load_model(folder, "float32", "cpu")
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ModelError, match=r"model\.gguf cannot be read"):
+        models.count_parameters(tmp_path / "model.gguf")
+
+
 def test_precision_and_device():
     assert models.default_dtype("cpu") == "float32"
     assert models.default_dtype("cuda") == "bfloat16"
     with pytest.raises(ConfigError, match="device 'gpu'"):
         models.check_device("gpu")
+    assert models.is_usable("cpu")
+    assert not models.is_usable("meta")
 
 
 @pytest.mark.real_model
@@ -224,3 +269,5 @@ def test_a_plan_runs_no_code_that_a_configuration_names(tiny_model, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({**config, "attn_implementation": "who/kernel"}))
     with pytest.raises(ModelError, match="names code to fetch"):
         models.load_skeleton(tmp_path, "float32")
+    with pytest.raises(ModelError, match="names code to fetch"):
+        open_streamed(tmp_path, "float32", tmp_path / "scratch")
