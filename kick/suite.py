@@ -19,6 +19,8 @@ from kick.judge.questions import Judgment, Question
 from kick.settings import digest
 
 OVERALL = "overall"
+NOT_A_NUMBER = "a log-likelihood is not a number"
+"""The error of a sample whose options cannot be ranked: the first of them would look like the answer."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,7 @@ class Suite(ABC):
     most_at_once: ClassVar[int | None] = None  # for long answers: a batch is what a crash can lose
     needs_dense: ClassVar[bool] = False
     times_itself: ClassVar[bool] = False  # other work beside it would be measured too
+    scores_text: ClassVar[bool] = False  # its questions are running text (`text`), which nothing may be calibrated on
     argument: ClassVar[str] = ""
     description: ClassVar[str] = ""
 

@@ -23,9 +23,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from kick.errors import ConfigError, DataError, unknown_name
 from kick.judge.questions import Judgment
+from kick.lm.generation import Decoding
 from kick.rows import read_jsonl
 from kick.settings import digest
-from kick.suite import DataSource, Example, Metric, Sample, Score, Suite
+from kick.suite import NOT_A_NUMBER, DataSource, Example, Metric, Sample, Score, Suite
 
 FEWSHOT_SEED = 1234  # lm-eval's own
 _SPLITS = ("train", "validation", "test")
@@ -96,9 +97,15 @@ class LMEval(Suite):
             ) from error
         for name, task in tasks.items():
             if task.OUTPUT_TYPE not in ("loglikelihood", "loglikelihood_rolling", "multiple_choice", "generate_until"):
-                raise ConfigError(f"'{name}' asks for {task.OUTPUT_TYPE}, which kick does not answer.")
+                raise ConfigError(
+                    f"'{name}' asks for {task.OUTPUT_TYPE}, which kick does not answer.",
+                    "Stock lm-eval does: lm_eval run --model kick.",
+                )
             if (task.config.repeats or 1) > 1:
-                raise ConfigError(f"'{name}' wants {task.config.repeats} answers a question; kick asks for one.")
+                raise ConfigError(
+                    f"'{name}' wants {task.config.repeats} answers a question; kick asks for one.",
+                    "Give a task of your own with repeats: 1.",
+                )
             if self.params.shots is not None:
                 task.set_config("num_fewshot", self.params.shots)
             task.set_fewshot_seed(FEWSHOT_SEED)
@@ -182,7 +189,7 @@ class LMEval(Suite):
         if ranked:
             scores["chance"] = 1.0 / len(task.doc_to_choice(instances[0].doc))
         tokens = len(lm.tok_encode(instances[0].args[0]))
-        room = instances[0].args[1].get("max_gen_toks", 256) if generated else 0
+        room = Decoding.of(dict(instances[0].args[1])).most if generated else 0
         return Sample(
             id=example.id,
             group=example.group,
@@ -194,6 +201,7 @@ class LMEval(Suite):
             shots=task.config.num_fewshot or 0,
             n_prompt_tokens=tokens,
             n_output_tokens=len(lm.tok_encode(instances[0].resps[0], add_special_tokens=False)) if generated else 0,
+            error=None if generated or not any(map(_is_not_a_number, instances)) else NOT_A_NUMBER,
         )
 
     # Scores
@@ -243,6 +251,12 @@ def _is_truncated(lm: Any, instances: list[Any], room: int) -> bool:
     if instances[0].request_type == "generate_until":
         return len(lm.tok_encode(instances[0].args[0])) + room > lm.max_length
     return any(len(lm.tok_encode(i.args[0] + i.args[1])) > lm.max_length + 1 for i in instances)
+
+
+def _is_not_a_number(instance: Any) -> bool:
+    """Whether the log-likelihood that was found, of a pair or of a text, is one that compares with nothing."""
+    value = instance.resps[0]
+    return math.isnan(value[0] if isinstance(value, tuple | list) else value)
 
 
 Kind = Literal["mean", "perplexity", "weighted_perplexity", "bits_per_byte"]

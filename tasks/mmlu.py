@@ -4,9 +4,12 @@
 
 Hendrycks et al., arXiv 2009.03300; the second of LLM-KICK's settings. `format=letters` shows the options and ranks the
 letters A to D; `format=cloze` shows only the question and ranks the texts of the options, by likelihood for each
-character of text. Small models are at chance on letters while the texts still carry signal.
+character. Small models are at chance on letters while the texts still carry signal. `format=generated` shows the
+options and reads the letter in what the model writes, as LLM-KICK did and as endpoints without likelihoods need it.
 """
 
+import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from itertools import groupby
@@ -16,8 +19,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from kick.errors import DataError
-from kick.lm import loglikelihoods
-from kick.suite import OVERALL, DataSource, Example, Metric, Sample, Suite
+from kick.lm import generate, loglikelihoods
+from kick.suite import NOT_A_NUMBER, OVERALL, DataSource, Example, Metric, Sample, Suite
 
 from . import sources
 from .mmlu_subjects import CATEGORY
@@ -29,17 +32,23 @@ LETTERS = "ABCD"
 
 class MMLU(Suite):
     name = "mmlu"
-    description = "four-option questions over 57 subjects, ranked by likelihood (letters or answer texts)"
-    metrics = (Metric("accuracy", value="correct", chance=0.25, unit="share of questions"),)
+    description = (
+        "four-option questions over 57 subjects, ranked by likelihood (letters or texts) or by letters written"
+    )
+    metrics = (
+        Metric("accuracy", value="correct", chance=0.25, unit="share of questions"),
+        Metric("no_letter", value="no_letter", unit="share of answers", higher_is_better=False, descriptive=True),
+    )
 
     class Params(BaseModel):
         model_config = ConfigDict(frozen=True, extra="forbid")
 
         shots: int = Field(default=5, ge=0, le=5, description="solved questions of the same subject in front")
-        format: Literal["letters", "cloze"] = "letters"
+        format: Literal["letters", "cloze", "generated"] = "letters"
         normalization: Literal["characters", "none"] = Field(
             default="characters", description="cloze: divide an option's log-likelihood by its characters, or not"
         )
+        max_new_tokens: int = Field(default=16, ge=1, description="generated: the longest answer")
         subjects: tuple[str, ...] | None = Field(default=None, description="only these subjects")
         chat_template: ChatTemplate = "off"
 
@@ -81,6 +90,9 @@ class MMLU(Suite):
     def answer(self, lm: Any, examples: Sequence[Example]) -> Iterator[Sample]:
         chat = uses_chat(lm, self.params.chat_template)
         prompts = [self._fitted(lm, chat, example) for example in examples]
+        if self.params.format == "generated":
+            yield from self._generated(lm, chat, examples, prompts)
+            return
         space = "" if chat else " "  # a turn of a conversation does not begin with a space
         pairs = [
             (prompt.text, f"{space}{option}")
@@ -94,6 +106,29 @@ class MMLU(Suite):
                 for index, option in enumerate(self._options(example))
             ]
             yield self.sample(example, prompt, choices)
+
+    def _generated(
+        self, lm: Any, chat: bool, examples: Sequence[Example], prompts: Sequence[Prompt]
+    ) -> Iterator[Sample]:
+        """An answer in which no letter can be read is wrong, and counted."""
+        texts = [prompt.text for prompt in prompts]
+        outputs = generate(lm, texts, [] if chat else ["\n"], self.params.max_new_tokens)
+        for example, prompt, output in zip(examples, prompts, outputs, strict=True):
+            letter = read_letter(output)
+            yield Sample(
+                id=example.id,
+                group=example.group,
+                prompt=prompt.text,
+                output=output,
+                scores={
+                    "correct": float(letter == LETTERS[example.content["answer"]]),
+                    "no_letter": float(letter is None),
+                },
+                truncated=prompt.truncated,
+                shots=prompt.shots,
+                n_prompt_tokens=prompt.tokens,
+                n_output_tokens=len(lm.tok_encode(output, add_special_tokens=False)),
+            )
 
     def record(self, lm: Any) -> dict[str, Any]:
         return {"chat_template": uses_chat(lm, self.params.chat_template)}
@@ -113,6 +148,7 @@ class MMLU(Suite):
             truncated=prompt.truncated,
             shots=prompt.shots,
             n_prompt_tokens=prompt.tokens,
+            error=NOT_A_NUMBER if any(map(math.isnan, ranks)) else None,
         )
 
     def length(self, example: Example) -> int:
@@ -122,15 +158,18 @@ class MMLU(Suite):
         return [OVERALL, CATEGORY[sample.group], sample.group]
 
     def _options(self, example: Example) -> list[str]:
-        return list(LETTERS) if self.params.format == "letters" else example.content["choices"]
+        return example.content["choices"] if self.params.format == "cloze" else list(LETTERS)
 
     def _fitted(self, lm: Any, chat: bool, example: Example) -> Prompt:
+        if self.params.format == "generated":
+            room = self.params.max_new_tokens
+            return fit(lm, self.prompt(lm, chat, example), len(example.content["shots"]), room)
         room = max(len(lm.tok_encode(f" {option}", add_special_tokens=False)) for option in self._options(example))
         return fit(lm, self.prompt(lm, chat, example), len(example.content["shots"]), room)
 
     def prompt(self, lm: Any, chat: bool, example: Example) -> Callable[[int], str]:
         """The prompt with so many shots; without a chat template no LM is needed."""
-        letters = self.params.format == "letters"
+        letters = self.params.format != "cloze"
         subject = example.content["subject"].replace("_", " ")
         kind = "multiple choice questions" if letters else "questions"
         header = f"The following are {kind} (with answers) about {subject}.\n\n"
@@ -146,6 +185,22 @@ class MMLU(Suite):
 
         shots = [(ask(row), answer(row)) for row in example.content["shots"]]
         return lambda count: few_shot(lm, chat, header, shots[:count], ask(example.content))
+
+
+_BEGINS = re.compile(r"\W*(?:([A-D])(?:[.):,]|\s*$)|([B-D])\s)")  # "A " may be an article
+_NAMES = re.compile(r"(?i:answer(?:\s+is)?)\W*([A-D])\b")
+
+
+def read_letter(text: str) -> str | None:
+    """The option that an answer names: the letter that it begins with, or that follows "answer" or "answer is".
+
+    >>> [read_letter(t) for t in (" B", "(c) no", "C. Paris", "The answer is (D).", "A river", "D or E", "Paris", "")]
+    ['B', None, 'C', 'D', None, 'D', None, None]
+    """
+    if found := _BEGINS.match(text):
+        return found[1] or found[2]
+    found = _NAMES.search(text)
+    return found[1] if found else None
 
 
 def _folder(source: DataSource) -> Path:

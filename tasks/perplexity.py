@@ -5,7 +5,8 @@
 The text is cut at white space into windows of about `window_bytes`; every token of a window is predicted from the
 window's beginning on. Windows are the same bytes for every model, so that bits per byte compares models with different
 tokenizers, and windows pair between settings. Perplexity is exp(total negative log-likelihood / total tokens).
-Papers cut by tokens (2,048) instead: with the same context length the two differ by little, but they are not the same.
+A window of more tokens than the model's context is cut again, alike for all settings of a model. Papers cut by tokens
+(2,048) instead: with the same context length the two differ by little, but they are not the same.
 """
 
 import math
@@ -35,6 +36,7 @@ C4_DOCUMENTS = 1100
 class Perplexity(Suite):
     name = "perplexity"
     description = "perplexity and bits per byte on running text"
+    scores_text = True
     metrics = (
         Metric("perplexity", value="nll", per="tokens", transform="exp", higher_is_better=False),
         Metric("bits_per_byte", value="bits", per="bytes", higher_is_better=False, unit="bits/byte"),

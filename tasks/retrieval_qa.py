@@ -212,7 +212,7 @@ def _read(row: dict[str, Any], number: int, dataset: Dataset, where: str) -> dic
     kind = _from_triviaqa if dataset == "triviaqa" else _from_nq
     try:
         return _checked((_from_contexts if "ctxs" in row else kind)(row, number), where)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(f"{where} is not in a schema of {dataset}: {error!r}.", "See docs/data.md.") from error
 
 

@@ -149,6 +149,43 @@ filter_list:
     assert [sample.output for sample in samples] == ["1", "it is 2", "four", "4"]
 
 
+def test_room_for_an_answer_is_what_the_task_generates_under_whatever_name(tmp_path):
+    (tmp_path / "sums").mkdir()
+    (tmp_path / "sums/test.jsonl").write_text(json.dumps({"q": "one two three four five six", "a": "7"}) + "\n")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/sums.yaml").write_text("""
+task: my_sums
+dataset_path: me/sums
+test_split: test
+output_type: generate_until
+doc_to_text: "{{q}}"
+doc_to_target: "{{a}}"
+generation_kwargs: {until: ["\\n"], max_new_tokens: 4}
+metric_list:
+  - {metric: exact_match, aggregation: mean, higher_is_better: true}
+""")
+    suite = LMEval(LMEval.Params(task="my_sums", include_path=str(tmp_path / "mine")))
+    examples = suite.examples(DataSource.parse(str(tmp_path)))
+    for context, cut in ((10, False), (9, True)):
+        (sample,) = suite.answer(ScriptedLM(lambda prompt: "7", max_length=context), examples)
+        assert sample.truncated is cut
+
+
+def test_options_that_cannot_be_ranked_are_no_answer(local):
+    suite = LMEval(LMEval.Params(task="arc_easy"))
+    examples = suite.examples(DataSource.parse(str(local)))[:2]
+    samples = list(suite.answer(ScriptedLM(likelihood=lambda context, continuation: float("nan")), examples))
+    assert [sample.error for sample in samples] == ["a log-likelihood is not a number"] * 2
+
+
+def test_a_task_twice_is_refused(local, tmp_path, tiny_model, capsys):
+    (tmp_path / "sweep.yaml").write_text(
+        f"model: {tiny_model}\ndata: {local}\nsuites: [{{suite: 'lm_eval:arc_easy', params: {{task: sciq}}}}]\n"
+    )
+    assert cli.main(["sweep", str(tmp_path / "sweep.yaml"), "--out", str(tmp_path / "run")]) == 2
+    assert "'task' stands in its name and in its params" in capsys.readouterr().err
+
+
 def test_in_a_run_with_the_task_in_the_suites_name(local, tmp_path, tiny_model, capsys):
     names = "lm_eval:arc_easy,lm_eval:lambada_openai"
     arguments = ["evaluate", str(tiny_model), "--suite", names, "--data", str(local), "--out", str(tmp_path / "run")]

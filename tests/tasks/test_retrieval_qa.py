@@ -113,6 +113,9 @@ def test_rows_that_are_wrong_are_named(tmp_path):
     path.write_text(json.dumps({**ROWS[0], "answer": None}) + "\n")
     with pytest.raises(DataError, match=r"line 1 of .*rows.jsonl is not in a schema of triviaqa"):
         suite(RetrievalQA, file="rows.jsonl").examples(source)
+    path.write_text(json.dumps({"question": "How many?", "answer": [7]}) + "\n")
+    with pytest.raises(DataError, match=r"line 1 of .*rows.jsonl is not in a schema of nq_open"):
+        suite(RetrievalQA, dataset="nq_open", file="rows.jsonl", evidence="none").examples(source)
     path.write_text(json.dumps({"question": "Who?", "answer": ["Me"]}) + "\n")
     with pytest.raises(DataError, match="come without evidence"):
         suite(RetrievalQA, dataset="nq_open", file="rows.jsonl").examples(source)

@@ -3,10 +3,11 @@
 import csv
 import json
 import math
+from dataclasses import replace
 
 import pytest
 from kick_tasks.factoid_qa import FactoidQA
-from kick_tasks.mmlu import MMLU
+from kick_tasks.mmlu import MMLU, read_letter
 from kick_tasks.mmlu_subjects import CATEGORY
 from kick_tasks.perplexity import Perplexity, cut
 
@@ -229,6 +230,50 @@ def test_cloze_ranks_texts_by_likelihood_per_character():
     assert (sample.output, sample.scores) == ("four", {"correct": 1.0})
     (raw,) = suite(MMLU, shots=1, format="cloze", normalization="none").answer(lm, [mmlu_example()])
     assert (raw.output, raw.scores) == ("3", {"correct": 0.0})
+
+
+def test_a_letter_that_is_written_is_read_and_anything_else_is_wrong():
+    answers = iter([" B", "The answer is B.", " C. 5", " four"])
+    lm = ScriptedLM(lambda prompt: next(answers))
+    examples = [replace(mmlu_example(), id=f"elementary_mathematics-{n}") for n in range(4)]
+    samples = list(suite(MMLU, shots=1, format="generated").answer(lm, examples))
+    assert lm.prompts[0].endswith("Answer: A\n\n2+2?\nA. 3\nB. four\nC. 5\nD. 22\nAnswer:")
+    assert lm.options["until"] == ["\n"]
+    scores = {s.metric.name: s.point for s in suite(MMLU).score(samples) if s.group == "overall"}
+    assert scores == {"accuracy": 0.5, "no_letter": 0.25}
+    ranked = list(suite(MMLU, shots=1).answer(ScriptedLM(), [mmlu_example()]))
+    assert {s.metric.name for s in suite(MMLU).score(ranked)} == {"accuracy"}
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        (" B", "B"),
+        ("(D)", "D"),
+        ("C. Paris", "C"),
+        ("A: the first", "A"),
+        ("B because", "B"),
+        ("The answer is (D).", "D"),
+        ("Answer: A", "A"),
+        ("A river runs. The answer is C", "C"),
+        ("A river", None),
+        ("Bees", None),
+        ("b", None),
+        ("E", None),
+        ("", None),
+    ],
+)
+def test_reading_letters(text, letter):
+    assert read_letter(text) == letter
+
+
+@pytest.mark.parametrize("form", ["letters", "cloze"])
+def test_options_that_cannot_be_ranked_are_no_answer(form):
+    lm = ScriptedLM(likelihood=lambda context, continuation: float("nan"))
+    (sample,) = suite(MMLU, shots=1, format=form).answer(lm, [mmlu_example()])
+    assert sample.error == "a log-likelihood is not a number"
+    score = suite(MMLU).score([sample])[0]
+    assert (score.n, score.failed) == (0, 1)
 
 
 def test_scores_by_subject_category_and_overall():

@@ -1,18 +1,8 @@
-"""Conformance kits: is a plugin fit to be compared with the others?
-
-    from kick.testing import check_compressor
-    check_compressor(MyCompressor)                      # raises ConformanceError naming every check that fails
-
-Or one test for each check:
-
-    @pytest.mark.parametrize("check", compressor_checks(MyCompressor), ids=lambda check: check.name)
-    def test_conformance(check):
-        check.run()
-"""
+"""Is a compressor fit to be compared with the others? Its checks, on tiny models with random weights."""
 
 import copy
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from kick.blocks import find_decoder
-from kick.calibration import Calibration, CalibrationSpec
+from kick.calibration import Calibration
 from kick.compressor import Compressor, LayerwiseCompressor
-from kick.errors import KickError, LevelError
+from kick.errors import LevelError
 from kick.levels import Bits, Joint, Knob, Level, Pattern, Sparsity, parse_level
+from kick.testing.check import Check, ConformanceError, run_all
+from kick.testing.tiny import tiny_calibration, tiny_model, tiny_tokenizer
 
 _EXAMPLES = {
     Knob.SPARSITY: ("0.3", "0.75"),
@@ -34,19 +26,6 @@ _EXAMPLES = {
     Knob.JOINT: ("0.5+4bit", "2:4+4bit"),
 }
 ARCHITECTURES = ("llama", "gpt2")
-_VOCABULARY = 257  # the bytes, and one token that ends a text
-
-
-class ConformanceError(KickError):
-    """A plugin that does not keep the contract."""
-
-
-@dataclass(frozen=True)
-class Check:
-    """One thing that must hold. `run` raises ConformanceError if it does not."""
-
-    name: str
-    run: Callable[[], None]
 
 
 def check_compressor(
@@ -60,14 +39,7 @@ def check_compressor(
     params: for all checks; what trains gets its text here, and few steps. levels: those to try, instead of examples for
     each kind of level; a compressor with target shapes must give some. architectures: of the tiny models.
     """
-    failed = []
-    for check in compressor_checks(kind, params, levels, architectures):
-        try:
-            check.run()
-        except ConformanceError as error:
-            failed.append(f"{check.name}: {error.message}")
-    if failed:
-        raise ConformanceError(f"{kind.__name__} fails {len(failed)} checks.", "\n".join(failed))
+    run_all(kind.__name__, compressor_checks(kind, params, levels, architectures))
 
 
 def compressor_checks(
@@ -125,44 +97,6 @@ class _Subject:
         for level in levels:
             for architecture in self.architectures:
                 yield level, architecture, *self.compress(level, architecture)
-
-
-def tiny_model(architecture: str = "llama") -> nn.Module:
-    """A random model with two blocks; its embeddings and head are tied. gpt2 stores its weights [in, out]."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    settings: dict[str, Any] = {
-        "llama": {
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "initializer_range": 0.2,
-        },
-        "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "initializer_range": 0.2},
-    }[architecture]
-    config = AutoConfig.for_model(architecture, vocab_size=_VOCABULARY, tie_word_embeddings=True, **settings)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return AutoModelForCausalLM.from_config(config).eval()
-
-
-def tiny_tokenizer() -> Any:
-    """A token for each byte, and one that ends a text."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = {letter: index for index, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    inner = Tokenizer(models.BPE(vocab={**vocabulary, "</s>": len(vocabulary)}, merges=[]))
-    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>", pad_token="</s>")
-
-
-def tiny_calibration() -> Calibration:
-    generator = torch.Generator().manual_seed(1)
-    tokens = torch.randint(2, _VOCABULARY, (8, 24), generator=generator)
-    return Calibration(tokens, "tiny", CalibrationSpec(samples=8, sequence_length=24))
 
 
 def _linears(model: nn.Module) -> dict[str, Tensor]:
