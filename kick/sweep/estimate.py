@@ -5,7 +5,7 @@ from typing import Any
 
 from kick.compressor import Cost
 from kick.meter import product_speed, slow_precision
-from kick.models import bytes_to_fetch
+from kick.models import bytes_to_fetch, is_usable
 from kick.progress import duration
 from kick.sweep.costs import training_costs, worker_bytes
 from kick.sweep.executors import find_executor
@@ -70,7 +70,9 @@ def describe(plan: Plan, out: Path, fresh: bool = False) -> tuple[str, dict[str,
     if (to_fetch := document["bytes_to_fetch"]) != 0:
         size = "weights (the hub does not say how large)" if to_fetch is None else f"{to_fetch / 1e9:.1f} GB of weights"
         lines.append(f"first {size} would be fetched from the Hugging Face hub")
-    if slow := slow_precision(plan.device, plan.dtype):
+    if not is_usable(plan.device):
+        lines.append(f"there is no {plan.device} on this machine: times are those of an A100")
+    elif slow := slow_precision(plan.device, plan.dtype):
         lines.append(slow)
     for name, cost in training.items():
         lines.append(
@@ -86,7 +88,7 @@ def describe(plan: Plan, out: Path, fresh: bool = False) -> tuple[str, dict[str,
 
 def _training(plan: Plan, costs: dict[str, Cost]) -> dict[str, dict[str, Any]]:
     """Their time here and on an A100."""
-    speed = product_speed(plan.device, "float32" if plan.device == "cpu" else "bfloat16") if costs else 1.0
+    speed = _speed(plan, "float32" if plan.device == "cpu" else "bfloat16") if costs else 1.0
     return {
         name: {
             "tokens": cost.tokens,
@@ -96,6 +98,11 @@ def _training(plan: Plan, costs: dict[str, Cost]) -> dict[str, dict[str, Any]]:
         }
         for name, cost in costs.items()
     }
+
+
+def _speed(plan: Plan, dtype: str) -> float:
+    """Of plain products, in operations a second: measured, or an A100's where the device is on other machines only."""
+    return product_speed(plan.device, dtype) if is_usable(plan.device) else _A100
 
 
 def _judge(plan: Plan, missing: set[str], settings: int) -> dict[str, Any] | None:
@@ -131,11 +138,11 @@ def _seconds(plan: Plan, store: Store, missing: dict[str, list[str]], parameters
             if suite.name in rates:
                 total += rates[suite.name] * len(suite.examples)
                 continue
-            speed = speed or product_speed(plan.device, plan.dtype)
+            speed = speed or _speed(plan, plan.dtype)
             tokens = sum(map(suite.suite.length, suite.examples)) / _CHARACTERS_PER_TOKEN
             total += _OVERHEAD * tokens * 2 * parameters / speed
     calibrated = 2 * plan.config.calibration.samples * plan.config.calibration.sequence_length
     if missing:
-        speed = speed or product_speed(plan.device, plan.dtype)
+        speed = speed or _speed(plan, plan.dtype)
         total += len(missing) * (calibrated * 2 * parameters / speed + 2 * parameters * 4 / 1e9)
     return total

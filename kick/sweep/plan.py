@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from kick import __version__, meter, models, plugins
 from kick import checkpoint as checkpoints
-from kick.calibration import Calibration, CalibrationSpec, draw
+from kick.calibration import Calibration, CalibrationSpec, draw, precision_of
 from kick.compress import Recipe, needs_calibration, prepare
 from kick.config import SuiteSpec, SweepConfig, parse_part
 from kick.errors import ConfigError, DataError
@@ -26,6 +26,7 @@ from kick.settings import Setting, digest
 from kick.spec import distinct, explain
 from kick.suite import DataSource, Example, Suite, data_fingerprint, subset
 from kick.sweep.executors import find_executor
+from kick.sweep.overlap import shared_passage
 
 WORKER_BYTES = 1.0e9
 """Memory of a process without a model: libraries and questions."""
@@ -71,6 +72,13 @@ class Plan:
     def dense_bytes(self) -> int:
         """Of the dense weights in the run's precision."""
         return self.parameters * getattr(torch, self.dtype).itemsize
+
+    @property
+    def decided(self) -> SweepConfig:
+        """The sweep file with what it leaves to the machine decided: other machines must not decide otherwise."""
+        own = self.config.calibration
+        own = own.model_copy(update={"precision": precision_of(own, self.dtype, self.device)})
+        return self.config.model_copy(update={"device": self.device, "dtype": self.dtype, "calibration": own})
 
     def calibration_of(self, setting: Setting) -> Calibration | None:
         """None where nothing needs it."""
@@ -143,7 +151,8 @@ def make_plan(config: SweepConfig, as_is: bool = False, weights: bool = True) ->
     as_is: a model that is a kick checkpoint keeps its setting, instead of being the dense model of a new sweep.
     weights: False for a plan to look at only, for which those of `config.model` are not fetched from the hub.
     """
-    find_executor(config.executor).check(config.executor)
+    executor = find_executor(config.executor)
+    executor.check(config.executor)
     settings = config.all_settings()
     inputs = {setting.name: [step.compressor.inputs() for step in prepare(setting)] for setting in settings}
     if config.judge is not None:  # what would stop the judge at the end is said at the beginning
@@ -165,13 +174,15 @@ def make_plan(config: SweepConfig, as_is: bool = False, weights: bool = True) ->
             )
     names = [setting.name for setting in settings]
     engines = [find_lm(spec.name).check(params_of(spec), names) for spec in lms(config)]
-    device, dtype = models.choose(config.device, config.dtype)
+    device = executor.device(config.executor, config.device)
+    dtype = models.choose_dtype(config.dtype, device)
     path = models.fetch(source, weights=weights)
     calibrations = {}
     if given is None:
         wanted = [s.calibration or config.calibration for s in settings if needs_calibration(prepare(s))]
         tokenizer = models.load_tokenizer(path) if wanted else None
         calibrations = {spec: draw(spec, tokenizer, dtype, device) for spec in distinct(wanted)}
+        _check_apart(calibrations, suites, tokenizer)
     return Plan(
         config,
         source,
@@ -186,6 +197,19 @@ def make_plan(config: SweepConfig, as_is: bool = False, weights: bool = True) ->
         engines,
         given,
     )
+
+
+def _check_apart(calibrations: dict[CalibrationSpec, Calibration], suites: list[PlannedSuite], tokenizer: Any) -> None:
+    """Raise ConfigError where text that is calibrated on is scored as well."""
+    scored = {planned.name: planned.examples for planned in suites if planned.suite.scores_text}
+    for spec, drawn in calibrations.items():
+        texts = tokenizer.batch_decode(drawn.tokens) if scored else []
+        for name, examples in scored.items():
+            if passage := shared_passage(texts, (example.content["text"] for example in examples)):
+                raise ConfigError(
+                    f"the calibration text '{spec.source}' holds a passage that '{name}' scores: '{passage[:60]}...'.",
+                    "Calibrate on other text: what a compressor was fitted to is no test of it.",
+                )
 
 
 def lms(config: SweepConfig) -> list[LMSpec]:
@@ -208,6 +232,8 @@ def _check_judged(config: SweepConfig) -> None:
 def make_suite(spec: SuiteSpec) -> Suite:
     """The suite of `spec`, its parameters checked."""
     kind, argument = plugins.suite_of(spec.suite)
+    if twice := sorted(argument.keys() & spec.params.keys()):
+        raise ConfigError(f"suite '{spec.name}': '{twice[0]}' stands in its name and in its params.", "Say it once.")
     try:
         return kind(kind.Params(**argument, **spec.params))
     except ValidationError as error:

@@ -45,7 +45,7 @@ def run(plan: Plan, store: Store, progress: Progress, debug: bool = False) -> Su
             units.update({suite.name: len(suite.examples) for suite in suites})
         clock = Clock(progress, units)
         spec = plan.config.executor
-        config = plan.config.model_dump(mode="json")
+        config = plan.decided.model_dump(mode="json")
         job = Job(str(store.root.resolve()), config, plugins.files(), plan.identity, spec.timeout, debug)
         kind = find_executor(spec)
         _check_room(plan, store, kind.works_here(plan))

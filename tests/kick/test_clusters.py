@@ -1,14 +1,16 @@
 """The same works on a Ray cluster and as Slurm jobs: what comes out is what one process gives."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from kick import cli
-from kick.config import load
+from kick.config import load, parse
 from kick.errors import ConfigError
 from kick.progress import Silent
 from kick.sweep.plan import make_plan
@@ -49,6 +51,42 @@ def carry_out(config, out, executor):
     from kick.report.results import read_results
 
     return summary, tables.scores_csv(read_results(out)).encode()
+
+
+@pytest.mark.parametrize(
+    ("executor", "asked", "device"),
+    [
+        ("{name: slurm}", "cuda", "cuda"),
+        ("{name: slurm, params: {gpus_per_node: 1}}", "auto", "cuda"),
+        ("{name: slurm, params: {gpus_per_node: 0}}", "auto", "cpu"),
+        ("{name: ray, params: {num_gpus: 1}}", "auto", "cuda"),
+        ("{name: ray, params: {num_gpus: 1}}", "cpu", "cpu"),
+    ],
+)
+def test_a_sweep_is_planned_for_what_its_works_are_given(config, executor, asked, device):
+    plan = make_plan(load(config, [f"executor={executor}", f"device={asked}"]))
+    assert (plan.device, plan.dtype) == (device, "float32" if device == "cpu" else "bfloat16")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_gpus_that_are_elsewhere(config, tmp_path, capsys):
+    asked = ["sweep", str(config), "--out", str(tmp_path / "run"), "--dry-run", "--set", "device=cuda"]
+    assert cli.main([*asked, "--executor", "slurm"]) == 0
+    assert "there is no cuda on this machine: times are those of an A100" in capsys.readouterr().out
+    assert cli.main(asked) == 2
+    assert "device 'cuda' cannot be used" in capsys.readouterr().err
+
+
+def test_another_kind_of_machine_comes_to_the_same_plan(config, monkeypatch):
+    plans = load(config, ["settings=[wanda@0.5, {compressor: wanda, levels: [0.3], seeds: [1]}]"])
+    able = {"amx_bf16": True}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
+    plan = make_plan(plans)
+    sent = plan.decided.model_dump(mode="json")
+    able["amx_bf16"] = False
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
+    assert make_plan(plans).identity != plan.identity
+    assert make_plan(parse(sent, "the job")).identity == plan.identity
 
 
 # Ray
@@ -114,7 +152,7 @@ def test_results_come_back_as_bytes_where_the_run_directory_is_not_seen(config, 
             came = carry_out_here(job.to_json(), work.to_json(), "a mark")
             assert came.fatal is None
             assert {Path(name).parts[0] for name in came.files} == {"evaluations"}
-            came.take(store.root)
+            assert came.take(store) is None
     from kick.report import tables
     from kick.report.results import read_results
 
@@ -127,7 +165,32 @@ def test_what_comes_back_stays_in_the_run_directory(tmp_path):
 
     for name in ("../outside", "run.json", "evaluations/../run.json"):
         with pytest.raises(RunError, match="came back under the name"):
-            Came({name: b"x"}).take(tmp_path)
+            Came({name: b"x"}).take(Store(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_weights_than_those_that_answered_before_are_not_taken(tmp_path):
+    from kick.sweep.executors.elsewhere import Came
+
+    def came(weights, text):
+        record = json.dumps({"weights_fingerprint": weights}).encode()
+        return Came({"evaluations/s/kick.json": record, "evaluations/s/mmlu/samples.jsonl": text})
+
+    store = Store(tmp_path)
+    assert came("a", b"first").take(store) is None
+    assert came("a", b"second").take(store) is None
+    assert "its weights came out different" in came("b", b"third").take(store)
+    assert (tmp_path / "evaluations/s/mmlu/samples.jsonl").read_bytes() == b"second"
+
+
+def test_how_far_lms_are_apart_comes_back_too(tmp_path):
+    from kick.sweep.executors.elsewhere import Came
+
+    (tmp_path / "run.json").write_text("{}")
+    store = Store(tmp_path)
+    assert Came({}, parity=[{"lm": "server", "largest": 0.1}]).take(store) is None
+    assert Came({}, parity=[{"lm": "server", "largest": 0.2}]).take(store) is None
+    assert store.parity() == [{"lm": "server", "largest": 0.1}]
 
 
 def test_a_process_that_would_do_something_else_is_refused(config, tmp_path):

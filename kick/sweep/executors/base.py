@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
+from kick import models
 from kick.errors import ConfigError
 from kick.sweep.clock import Watch
 from kick.sweep.executors.spec import ExecutorSpec
@@ -56,6 +57,12 @@ class Executor(ABC):
         """Raise ConfigError for parameters that can be seen to be wrong before anything is begun."""
         if spec.params:
             raise ConfigError(f"the executor '{spec.name}' takes no params.", "Those of ray and slurm do.")
+
+    @classmethod
+    def device(cls, spec: ExecutorSpec, asked: str) -> str:
+        """What works compute on, `auto` decided. Raises ConfigError for a device that cannot be used."""
+        del spec
+        return models.choose_device(asked)
 
     @classmethod
     def works_here(cls, plan: Plan) -> int:

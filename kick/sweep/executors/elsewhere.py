@@ -4,6 +4,7 @@ Where the run directory is seen from there, results are in it when the work ends
 bytes. It is seen if it holds the mark that the starting process left in it.
 """
 
+import json
 import secrets
 import sys
 import tempfile
@@ -11,8 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from kick import models
+from kick.checkpoint import RECORD
 from kick.errors import KickError, RunError
-from kick.files import write_bytes
+from kick.files import read_json, write_bytes
 from kick.settings import digest
 from kick.sweep.clock import Watch
 from kick.sweep.executors.base import Job
@@ -56,22 +59,37 @@ def leave_mark(root: Path) -> str:
 
 
 class Came(NamedTuple):
-    """What comes back of a work. files: none where they are in the run directory already. fatal: message and hint."""
+    """What comes back of a work. files: none where they are in the run directory already. fatal: message and hint.
+
+    parity: how far the LMs of the run are apart, where that was looked at.
+    """
 
     files: dict[str, bytes]
     fatal: tuple[str, str] | None = None
+    parity: list[dict[str, Any]] | None = None
 
-    def take(self, root: Path) -> None:
-        """Write the files into the run directory `root`. Raises RunError for what concerns the whole sweep."""
+    def take(self, store: Store) -> str | None:
+        """Write the files into the run directory; gives the reason where they do not belong to what is there.
+
+        Raises RunError for what concerns the whole sweep.
+        """
         if self.fatal is not None:
             raise RunError(*self.fatal)
-        inside = root.resolve()
-        for name in sorted(self.files, key=lambda name: name.endswith("scores.json")):  # what says "complete" last
-            path = (inside / name).resolve()
+        inside = store.root.resolve()
+        paths = {name: (inside / name).resolve() for name in self.files}
+        for name, path in paths.items():
             if not path.is_relative_to(inside / "evaluations"):
                 raise RunError(f"a result came back under the name {name}.", "Is the cluster running the same kick?")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_bytes(path, self.files[name])
+            if path.name == RECORD and path.is_file():
+                before, after = read_json(path), json.loads(self.files[name])
+                if before["weights_fingerprint"] != after["weights_fingerprint"]:
+                    return "its weights came out different from those that earlier answers belong to: another machine?"
+        for name in sorted(self.files, key=lambda name: name.endswith("scores.json")):  # what says "complete" last
+            paths[name].parent.mkdir(parents=True, exist_ok=True)
+            write_bytes(paths[name], self.files[name])
+        if self.parity is not None and store.parity() is None:
+            store.keep_parity(self.parity)
+        return None
 
 
 def carry_out_here(job: dict[str, Any], work: dict[str, Any], mark: str) -> Came:
@@ -83,12 +101,12 @@ def carry_out_here(job: dict[str, Any], work: dict[str, Any], mark: str) -> Came
             if (root / MARK).read_text(encoding="utf-8") == mark:  # else nobody waits for this any more
                 _site(given, root).carry_out(asked, Notes())
             return Came({})
-        return Came(_carry_out_apart(given, asked))
+        return _carry_out_apart(given, asked)
     except KickError as error:  # what one evaluation can do wrong is recorded: this concerns all of them
         return Came({}, (error.message, error.hint))
 
 
-def _carry_out_apart(job: Job, work: Work) -> dict[str, bytes]:
+def _carry_out_apart(job: Job, work: Work) -> Came:
     """Do a work in a folder of its own; gives the files of its results."""
     with tempfile.TemporaryDirectory(prefix="kick-") as folder:  # weights too: they stay here
         own = Path(folder)
@@ -96,7 +114,20 @@ def _carry_out_apart(job: Job, work: Work) -> dict[str, bytes]:
         if work.owed:
             _site(job, own).carry_out(work, Notes())
         results = Store(own).setting_path(work.setting)
-        return {str(path.relative_to(own)): path.read_bytes() for path in results.rglob("*") if path.is_file()}
+        files = {str(path.relative_to(own)): path.read_bytes() for path in results.rglob("*") if path.is_file()}
+        return Came(files, parity=Store(own).parity())
+
+
+def device_elsewhere(asked: str, gpus: Any) -> str:
+    """`auto` decided by the GPUs that a work is given, or as this machine where that is not said.
+
+    Any other is taken at its word: this machine, which may have no GPU, is not where it is used.
+    """
+    if asked != "auto":
+        return asked
+    if gpus is None:
+        return models.default_device()
+    return "cuda" if gpus else "cpu"
 
 
 def count(watch: Watch, plan: Plan, work: Work) -> None:

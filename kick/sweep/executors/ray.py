@@ -15,7 +15,7 @@ from kick.extras import import_extra
 from kick.spec import Spec, explain
 from kick.sweep.clock import Watch
 from kick.sweep.executors.base import Ended, Executor, Job
-from kick.sweep.executors.elsewhere import carry_out_here, count, leave_mark
+from kick.sweep.executors.elsewhere import carry_out_here, count, device_elsewhere, leave_mark
 from kick.sweep.executors.spec import ExecutorSpec
 from kick.sweep.plan import Plan
 from kick.sweep.store import Store
@@ -67,6 +67,10 @@ class Ray(Executor):
     def check(cls, spec: ExecutorSpec) -> None:
         parse(spec)
 
+    @classmethod
+    def device(cls, spec: ExecutorSpec, asked: str) -> str:
+        return device_elsewhere(asked, parse(spec).num_gpus)
+
     def _note_what_is_missing(self, there: dict[str, float], wanted: dict[str, float]) -> None:
         """Ray waits without a word for nodes that may never join."""
         for name, amount in wanted.items():
@@ -92,8 +96,7 @@ class Ray(Executor):
         except self._ray.exceptions.RayError as error:  # the worker, or its node, is gone
             return Ended(work, " ".join(str(error).split())[-300:])
         self.apart = self.apart or bool(came.files)
-        came.take(self.store.root)
-        return Ended(work)
+        return Ended(work, came.take(self.store))
 
     def close(self) -> None:
         for reference in self._works:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TextIO
 
 from kick import config as configs
-from kick import plugins
+from kick import models, plugins
 from kick.errors import RunError
 from kick.sweep.clock import Watch
 from kick.sweep.executors.base import Job
@@ -31,6 +31,7 @@ class Site:
         for path in job.plugins:
             plugins.load_file(Path(path))
         plan = make_plan(configs.parse(job.config, "the job"))
+        models.check_device(plan.device)
         if shown := differences(job.identity, plan.identity):
             raise RunError(
                 f"a worker on {socket.gethostname()} would do something else than this sweep: {shown}.",

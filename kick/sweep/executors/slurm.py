@@ -14,7 +14,7 @@ from kick.errors import ConfigError
 from kick.extras import import_extra
 from kick.sweep.clock import Watch
 from kick.sweep.executors.base import Ended, Executor, Job
-from kick.sweep.executors.elsewhere import carry_out_here, count, leave_mark
+from kick.sweep.executors.elsewhere import carry_out_here, count, device_elsewhere, leave_mark
 from kick.sweep.executors.spec import ExecutorSpec
 from kick.sweep.plan import Plan
 from kick.sweep.store import Store
@@ -49,6 +49,11 @@ class Slurm(Executor):
     def check(cls, spec: ExecutorSpec) -> None:
         """They are submitit's, which looks at them when it is made."""
 
+    @classmethod
+    def device(cls, spec: ExecutorSpec, asked: str) -> str:
+        gpus = [spec.params.get(key) for key in ("gpus_per_node", "slurm_gpus_per_node", "slurm_gpus_per_task")]
+        return device_elsewhere(asked, next((own for own in gpus if own is not None), None))
+
     def submit(self, work: Work) -> None:
         job = self._executor.submit(carry_out_here, self.job.to_json(), work.to_json(), self._mark)
         self._jobs.append((job, work, self.watch()))
@@ -67,8 +72,7 @@ class Slurm(Executor):
         count(watch, self.plan, work)
         if error := job.exception():  # the job was killed, or its node is gone
             return Ended(work, f"job {job.job_id} {job.state}: {' '.join(str(error).split())[-300:]}")
-        job.result().take(self.store.root)
-        return Ended(work)
+        return Ended(work, job.result().take(self.store))
 
     def close(self) -> None:
         for job, _, _ in self._jobs:
