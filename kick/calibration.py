@@ -7,6 +7,7 @@ between them. Every document gives one segment before any gives a second, so tha
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,6 +15,7 @@ import numpy as np
 from pydantic import Field
 
 from kick.errors import DataError
+from kick.meter import processor
 from kick.rows import read_texts
 from kick.spec import Spec
 
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 
 
 _EMBEDDED = Path(__file__).parent / "data" / "calibration.jsonl"
+_HOW_ELSE = "One of several configurations is named after a colon. Without a network, give local files or 'embedded'."
 
 
 class CalibrationSpec(Spec):
@@ -38,7 +41,7 @@ class CalibrationSpec(Spec):
     precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto",
         description="in which the blocks run while statistics are gathered; auto: the model's own, or bfloat16 on a "
-        "CPU with bfloat16 units. Statistics and solvers are in float32 or better.",
+        "CPU that is faster in it. Statistics and solvers are in float32 or better.",
     )
 
 
@@ -85,18 +88,24 @@ def draw(spec: CalibrationSpec, tokenizer: Any, dtype: str = "float32", device: 
         )
     tokens = np.array(stream[:wanted], dtype=np.int64).reshape(spec.samples, spec.sequence_length)
     fingerprint = hashlib.sha256(tokens.tobytes()).hexdigest()[:16]
-    precision = _fast_precision(dtype, device) if spec.precision == "auto" else spec.precision
-    return Calibration(torch.from_numpy(tokens), fingerprint, spec, precision)
+    return Calibration(torch.from_numpy(tokens), fingerprint, spec, precision_of(spec, dtype, device))
 
 
-def _fast_precision(dtype: str, device: str) -> str:
-    """bfloat16 on a CPU that multiplies it in hardware, else `dtype`."""
+def precision_of(spec: CalibrationSpec, dtype: str, device: str) -> str:
+    """What `spec` asks for; for auto bfloat16 on a CPU that multiplies it faster, else `dtype`.
+
+    From what the CPU is: a run and whoever resumes it must decide alike, which a measurement may not.
+    Intel's AVX-512 multiplies no more bfloat16 than float32 in a cycle (measured: half), AMD's twice as much.
+    """
     import torch
 
+    if spec.precision != "auto":
+        return spec.precision
     if device != "cpu" or not hasattr(torch.cpu, "get_capabilities"):
         return dtype
     able = torch.cpu.get_capabilities()
-    return "bfloat16" if able.get("avx512_bf16") or able.get("amx_bf16") else dtype
+    gains = able.get("amx_bf16") or (able.get("avx512_bf16") and not processor().startswith("Intel"))
+    return "bfloat16" if gains else dtype
 
 
 def _segments(documents: list[str], spec: CalibrationSpec, tokenizer: Any) -> Iterator[list[int]]:
@@ -144,7 +153,7 @@ def text_files(source: str) -> list[Path]:
     if not path.is_dir():
         raise DataError(
             f"no text source '{source}'.",
-            "Expected 'embedded', a text or .jsonl file, a folder, or a hub id (owner/name).",
+            "Expected 'embedded', a text or .jsonl file, a folder, or a hub id (owner/name[:CONFIGURATION]).",
         )
     inside = sorted(p for p in path.rglob("*") if p.is_file() and is_text(p))
     if not inside:
@@ -162,16 +171,24 @@ def is_text(path: Path) -> bool:
     return path.name.removesuffix(".gz").endswith((".txt", ".raw", ".jsonl", ".json"))
 
 
-def _read_hub(source: str, text_field: str) -> list[str]:
-    """Documents of a hub dataset's train split, streamed: enough for any calibration, without the whole download."""
+_CONFIGURATIONS = {"allenai/c4": "en", "Salesforce/wikitext": "wikitext-2-raw-v1"}  # where none is the default
+
+
+def open_hub(source: str) -> Any:
+    """The train split of a hub dataset, `owner/name` or `owner/name:CONFIGURATION`, streamed. Raises DataError."""
     from datasets import load_dataset
 
+    name, _, configuration = source.partition(":")
     try:
-        config = "en" if source == "allenai/c4" else None
-        rows = load_dataset(source, config, split="train", streaming=True)
-        return [row[text_field] for _, row in zip(range(10_000), rows, strict=False)]
+        return load_dataset(name, configuration or _CONFIGURATIONS.get(name), split="train", streaming=True)
     except Exception as error:  # datasets raises many kinds; each means that the text cannot be had
-        raise DataError(
-            f"the calibration dataset '{source}' cannot be read from the hub: {error}",
-            "Without a network, give a local file or 'embedded'.",
-        ) from error
+        raise DataError(f"the dataset '{source}' cannot be read from the hub: {error}", _HOW_ELSE) from error
+
+
+def _read_hub(source: str, text_field: str) -> list[str]:
+    """Documents of a hub dataset: enough for any calibration, without the whole download."""
+    rows = open_hub(source)
+    try:
+        return [row[text_field] for row in islice(rows, 10_000)]
+    except Exception as error:  # a stream is read only now, and a field may be missing
+        raise DataError(f"the dataset '{source}' cannot be read from the hub: {error!r}", _HOW_ELSE) from error

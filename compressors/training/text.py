@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
-from kick.calibration import begin_of_text, end_of_text, is_hub, is_text, text_files
+from kick.calibration import begin_of_text, end_of_text, is_hub, is_text, open_hub, text_files
 from kick.errors import ConfigError, DataError, unknown_name
 from kick.files import sha256_of
 from kick.rows import read_texts
@@ -72,15 +72,10 @@ def open_documents(source: str, field: str = "text") -> Any:
 
     Raises DataError if there is no such thing.
     """
-    from datasets import IterableDataset, load_dataset
+    from datasets import IterableDataset
 
     if source != "embedded" and not Path(source).expanduser().exists() and is_hub(source):
-        try:
-            rows = load_dataset(source, "en" if source == "allenai/c4" else None, split="train", streaming=True)
-        except Exception as error:  # datasets raises many kinds; each means that the text cannot be had
-            raise DataError(
-                f"the dataset '{source}' cannot be read from the hub: {error}", "Without a network, give local files."
-            ) from error
+        rows = open_hub(source)
         return rows.select_columns([field]).rename_columns({field: "text"} if field != "text" else {})
     return IterableDataset.from_generator(_read, gen_kwargs={"files": text_files(source), "field": field})
 

@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 
+from kick import calibration
 from kick.calibration import CalibrationSpec, draw, read_documents
 from kick.errors import DataError
 
@@ -43,6 +44,24 @@ def test_one_long_document_does_not_crowd_out_short_ones(tokenizer, tmp_path):
     assert all(f"number {place}" in text for place in range(6))
 
 
+@pytest.mark.parametrize(
+    ("processor", "able", "chosen"),
+    [
+        ("Intel(R) Xeon(R) Processor", {"avx512_bf16": True, "amx_bf16": True}, "bfloat16"),
+        ("Intel(R) Xeon(R) Processor", {"avx512_bf16": True, "amx_bf16": False}, "float32"),
+        ("AMD EPYC 9575F 64-Core Processor", {"avx512_bf16": True}, "bfloat16"),
+        ("AMD EPYC 7763 64-Core Processor", {}, "float32"),
+    ],
+)
+def test_blocks_run_in_bfloat16_where_the_processor_gains_by_it(processor, able, chosen, tokenizer, monkeypatch):
+    monkeypatch.setattr(calibration, "processor", lambda: processor)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
+    spec = CalibrationSpec(samples=1, sequence_length=32)
+    assert draw(spec, tokenizer).precision == chosen
+    assert draw(spec, tokenizer, "float16", "cuda").precision == "float16"
+    assert draw(spec.model_copy(update={"precision": "float16"}), tokenizer).precision == "float16"
+
+
 def test_too_few_tokens_says_how_many_there_are(tokenizer, tmp_path):
     path = tmp_path / "text.txt"
     path.write_text("a few words only")
@@ -63,6 +82,40 @@ def test_sources(tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"other": 1}\n')
     with pytest.raises(DataError, match="line 1"):
         read_documents(str(tmp_path / "bad.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("source", "asked"),
+    [
+        ("Salesforce/wikitext", ("Salesforce/wikitext", "wikitext-2-raw-v1")),
+        ("allenai/c4", ("allenai/c4", "en")),
+        ("allenai/c4:realnewslike", ("allenai/c4", "realnewslike")),
+        ("owner/name", ("owner/name", None)),
+    ],
+)
+def test_a_hub_dataset_is_asked_in_the_configuration_that_is_meant(source, asked, monkeypatch):
+    import datasets
+    from kick_compressors.training.text import open_documents
+
+    seen = []
+
+    def load_dataset(name, configuration, split, streaming):
+        seen.append((name, configuration))
+        assert (split, streaming) == ("train", True)
+        return datasets.IterableDataset.from_generator(lambda: iter([{"text": "one"}, {"text": "two"}]))
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert read_documents(source) == ["one", "two"]
+    assert [row["text"] for row in open_documents(source)] == ["one", "two"]
+    assert seen == [asked, asked]
+
+
+def test_a_hub_dataset_without_the_field_is_refused(monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: iter([{"content": "one"}]))
+    with pytest.raises(DataError, match=r"'owner/name' cannot be read from the hub: KeyError\('text'\)"):
+        read_documents("owner/name")
 
 
 def test_calibration_and_evaluation_text_do_not_overlap():

@@ -16,6 +16,7 @@ from kick import cli, meter
 from kick.config import load
 from kick.progress import Silent
 from kick.report import write_report
+from kick.sweep.overlap import shared_passage
 from kick.sweep.plan import make_plan
 from kick.sweep.run import run
 from kick.sweep.store import EvaluationStore, Store
@@ -271,7 +272,10 @@ CHANGES = {
     "unknown key": (("data:", "daat:"), "unknown key 'daat'"),
     "wrong type": (("batch_size: 4", "batch_size: four"), "lm.batch_size is 'four'"),
     "unknown parameter": (("format: cloze", "from: cloze"), "unknown key 'from'"),
-    "wrong parameter": (("format: cloze", "format: essay"), "'format': input should be 'letters' or 'cloze'"),
+    "wrong parameter": (
+        ("format: cloze", "format: essay"),
+        "'format': input should be 'letters', 'cloze' or 'generated'",
+    ),
     "missing data": (("data: embedded", "data: /nowhere/at/all"), "no data folder /nowhere/at/all"),
     "unknown lm": (("batch_size: 4", "name: slow"), "no lm named 'slow'"),
     "unknown calibration": (("samples: 2", "source: none.txt, samples: 2"), "no text source 'none.txt'"),
@@ -378,13 +382,59 @@ def test_half_precision_on_a_cpu_without_units_for_it_is_warned_of(config, tmp_p
     assert cli.main([*dry, "dtype=float32"]) == 0
     assert "slower" not in capsys.readouterr().out
     assert meter.slow_precision("cuda", "bfloat16") is None
+    monkeypatch.setattr(meter, "product_speed", lambda device, dtype: {"float32": 6e10, "bfloat16": 3.3e10}[dtype])
+    assert "1.8 times slower" in str(meter.slow_precision("cpu", "bfloat16"))
     monkeypatch.setattr(meter, "product_speed", lambda device, dtype: 6e10)
     assert meter.slow_precision("cpu", "bfloat16") is None
+
+
+def test_a_tracker_that_is_not_installed_is_missed_before_anything_is_run(config, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "mlflow", None)
+    assert cli.main(["sweep", str(config), "--out", str(tmp_path / "run"), "--log-to", "mlflow"]) == 2
+    assert "pip install 'llm-kick[mlflow]'" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_tracker_that_cannot_be_reached_costs_no_outcome(finished, config, monkeypatch, capsys):
+    class Unreachable:
+        @staticmethod
+        def set_experiment(name):
+            raise ConnectionError("no server at nowhere:5000\nand more")
+
+    monkeypatch.setitem(sys.modules, "mlflow", Unreachable)
+    assert cli.main(["sweep", str(config), "--out", str(finished), "--log-to", "mlflow"]) == 1
+    said = capsys.readouterr().out
+    assert "magnitude@0.5" in said
+    assert "mlflow did not take the results: no server at nowhere:5000\n" in said
 
 
 def test_dry_run_knows_what_is_there(finished, config, capsys):
     assert cli.main(["sweep", str(config), "--out", str(finished), "--dry-run"]) == 0
     assert "9 evaluations, 9 already there, 0 to do" in capsys.readouterr().out
+
+
+def test_text_that_is_scored_is_not_calibrated_on(config, tmp_path, capsys):
+    from importlib.resources import files
+
+    text = files("kick_tasks").joinpath("data/perplexity/text.jsonl")
+    changes = [
+        "settings=[wanda@0.5]",
+        "suites=[{suite: perplexity, params: {window_bytes: 2048}}]",
+        f"calibration={{source: '{text}', samples: 8, sequence_length: 256}}",
+    ]
+    asked = [part for change in changes for part in ("--set", change)]
+    assert cli.main(["sweep", str(config), "--out", str(tmp_path / "run"), *asked]) == 2
+    assert "holds a passage that 'perplexity' scores" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_passages_of_two_texts():
+    words = [f"word{number}" for number in range(200)]
+    calibration = " ".join(words)
+    assert shared_passage([calibration], ["other " * 40 + " ".join(words[50:113])]) is not None  # 63 in a row
+    assert shared_passage([calibration], [" ".join(words[50:81])]) is None  # 31
+    assert shared_passage([calibration], [" ".join(reversed(words))]) is None
+    assert shared_passage([], [calibration]) is None
 
 
 def test_interrupting_says_how_to_go_on(config, tmp_path, monkeypatch, capsys):
