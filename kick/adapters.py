@@ -7,7 +7,6 @@ Shapes: down (A) [rank, in], up (B) [out, rank].
 """
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,25 +25,38 @@ _HELD = "_kick_adapter"  # what a linear's adapter is called in memory
 _PREFIX = "base_model.model."  # how peft names the model inside its own
 
 
-@dataclass(frozen=True)
-class LowRank:
-    """y = W x + up (down x), with down [rank, in] and up [out, rank]."""
+class LowRank(nn.Module):
+    """y = W x + up (down x), with down [rank, in] and up [out, rank].
+
+    Buffers, so that they go with their model to another device or precision; not among its tensors on disk.
+    """
 
     down: Tensor
     up: Tensor
+
+    def __init__(self, down: Tensor, up: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("down", down, persistent=False)
+        self.register_buffer("up", up, persistent=False)
 
     @property
     def rank(self) -> int:
         return self.down.shape[0]
 
     @property
-    def parameters(self) -> int:
+    def size(self) -> int:
         return self.down.numel() + self.up.numel()
 
     @property
     def bits(self) -> int:
         """Bits that it takes as stored."""
         return 8 * (self.down.numel() * self.down.itemsize + self.up.numel() * self.up.itemsize)
+
+    def widened(self, out_features: int, in_features: int) -> "LowRank":
+        """For a linear that was filled up with zeros at the end of its inputs and outputs."""
+        pad = nn.functional.pad
+        down = pad(self.down, (0, in_features - self.down.shape[1]))
+        return LowRank(down, pad(self.up, (0, 0, 0, out_features - self.up.shape[0])))
 
 
 def attach(model: nn.Module, adapters: dict[str, LowRank]) -> None:
@@ -53,10 +65,14 @@ def attach(model: nn.Module, adapters: dict[str, LowRank]) -> None:
         try:
             linear = model.get_submodule(name)
         except AttributeError as error:
-            raise CheckpointError(f"an adapter is for '{name}', which the model does not have.") from error
+            raise CheckpointError(
+                f"an adapter is for '{name}', which the model does not have.", "It belongs to another."
+            ) from error
         if of(linear) is not None:
             raise CheckpointError(f"'{name}' has an adapter already.", "Merge it into the weights first.")
-        setattr(linear, _HELD, adapter)
+        weight = next(linear.parameters())
+        device = None if weight.is_meta else weight.device  # a block that is on disk comes to where its adapters are
+        setattr(linear, _HELD, adapter.to(device, weight.dtype))
         linear.register_forward_hook(_add)
 
 
@@ -77,7 +93,7 @@ def refuse_attached(model: nn.Module, what: str) -> None:
 
 
 def _add(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    inputs, adapter = args[0], of(module)  # the inputs' device and precision are where the model runs now
+    inputs, adapter = args[0], of(module)  # where blocks run in another precision, the inputs have it
     assert adapter is not None
     return output + (inputs @ adapter.down.T.to(inputs)) @ adapter.up.T.to(inputs)
 

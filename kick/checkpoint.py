@@ -123,7 +123,7 @@ def measure(model: nn.Module, decoder: Decoder | None = None, structure: Structu
         uncovered=list(decoder.uncovered),
         coverage=covered / (covered + missed) if covered else 0.0,
         parameters=sum(parameter.numel() for parameter in parameters.values())
-        + sum(adapter.parameters for adapter in structure.adapters.values()),
+        + sum(adapter.size for adapter in structure.adapters.values()),
         broken=sorted(broken),
     )
 
@@ -153,7 +153,7 @@ def count_weight(
     elif stored_bits is not None:
         counted |= {"stored_bits": stored_bits, "bits_per_weight": stored_bits}
     if adapter is not None:
-        counted |= {"adapter_rank": adapter.rank, "adapter_parameters": adapter.parameters}
+        counted |= {"adapter_rank": adapter.rank, "adapter_parameters": adapter.size}
         counted["bits_per_weight"] += adapter.bits / weight.numel()
     return counted
 
@@ -250,7 +250,9 @@ def read(path: Path) -> Checkpoint:
 def _check_record(path: Path, record: dict[str, Any]) -> None:
     """A record may come from anywhere: it must have our form, and name files inside its own directory only."""
     if record["format"] != FORMAT:
-        raise CheckpointError(f"{path / RECORD} has format {record['format']}; this kick reads {FORMAT}.")
+        raise CheckpointError(
+            f"{path / RECORD} has format {record['format']}; this kick reads {FORMAT}.", "Compress again."
+        )
     for stage in Setting(**record["setting"]).stages:
         level_of(stage.level)
     needed = {"setting_name", "source", "sparsity", "bytes", "bits_per_weight", "weights_fingerprint", "warnings"}

@@ -273,7 +273,9 @@ def _unit_sizes(layer: Any, shape: ModelShape) -> tuple[int, int]:
 
 def _per_dimension(model: Any) -> float:
     """Parameters that go with one dimension of the hidden state."""
-    inside = sum(p.numel() for layer in model.model.layers for linear in _linears(layer) for p in [linear.weight])
+    layers = model.model.layers
+    inside = sum(linear.weight.numel() for layer in layers for linear in _linears(layer))
+    inside += sum(linear.bias.numel() for layer in layers for linear in _outputs(layer) if linear.bias is not None)
     norms = sum(p.numel() for name, p in model.named_parameters() if "norm" in name)
     embeddings = {id(m.weight): m.weight.numel() for m in (model.get_input_embeddings(), model.get_output_embeddings())}
     return (inside + norms + sum(embeddings.values())) / model.config.hidden_size

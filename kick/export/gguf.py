@@ -14,6 +14,7 @@ from kick import __version__
 from kick.checkpoint import Checkpoint
 from kick.errors import CheckpointError
 from kick.export import check_plain
+from kick.files import safe_name
 from kick.models import load_model, load_tokenizer
 
 _QUANTIZED = {"float16": gguf.GGMLQuantizationType.F16, "q8_0": gguf.GGMLQuantizationType.Q8_0}
@@ -32,7 +33,12 @@ _OUTSIDE = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight
 
 
 def write(checkpoint: Checkpoint, out: Path, dtype: str) -> Path:
-    """One .gguf file at `out`. dtype: float16 (auto) or q8_0, for matrices; norms are float32."""
+    """One .gguf file: `out`, or in the directory `out`, by the setting's name.
+
+    dtype: float16 (auto) or q8_0, for matrices; norms are float32.
+    """
+    if out.suffix != ".gguf":
+        out = out / f"{safe_name(checkpoint.record['setting_name'])}.gguf"
     dtype = "float16" if dtype == "auto" else dtype
     if dtype not in _QUANTIZED:
         raise CheckpointError(f"GGUF export in '{dtype}'.", f"Expected {' or '.join(_QUANTIZED)}.")

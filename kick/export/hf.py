@@ -18,11 +18,13 @@ def write(checkpoint: Checkpoint, out: Path, dtype: str) -> Path:
     if dtype == "q8_0":
         raise CheckpointError("--dtype q8_0 with --format hf.", "It is one of GGUF's.")
     model: Any = load_model(checkpoint.path, checkpoint.record["dtype"] if dtype == "auto" else dtype, "cpu")
+    added = adapters.attached(model)
     if shapes.read_table(checkpoint.path):
         model = shapes.padded(model)
+        added = {name: own.widened(*model.get_submodule(name).weight.shape) for name, own in added.items()}
     with new_directory(out) as partial:
         model.save_pretrained(partial)
-        if added := adapters.load(checkpoint.path):
+        if added:
             adapters.save(partial, model, added)
         load_tokenizer(checkpoint.path).save_pretrained(partial)
     return out

@@ -34,6 +34,16 @@ def linears(model):
     ]
 
 
+def line(importance, weights, gradients):
+    """The score of one row or column."""
+    product = weights * gradients
+    return {
+        "vector": lambda: product.sum().abs(),
+        "element1": lambda: product.abs().sum(),
+        "l2": lambda: weights.square().sum(),
+    }[importance]()
+
+
 def loss_of(model, tokens=TOKENS):
     with torch.no_grad():
         return float(sum(cross_entropy(model(row[None]).logits, row[None]) for row in tokens) / len(tokens))
@@ -60,6 +70,31 @@ def test_an_mlp_channel_gives_the_same_sum_in_its_up_row_and_its_down_column(dou
         mlp = layer.mlp
         up, down = ((linear.weight * sums[linear][0]).detach() for linear in (mlp.up_proj, mlp.down_proj))
         torch.testing.assert_close(up.sum(dim=1), down.sum(dim=0), rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("importance", ["vector", "element1", "l2"])
+def test_a_unit_is_scored_by_the_rows_and_columns_that_are_its_own(double, importance):
+    """Head by head and row by row: heads of 8, query heads 0 to 2 read key head 0, 3 to 5 key head 1."""
+    sums = collect(double, linears(double), TOKENS, squares=False)
+    pruner = LLMPruner(LLMPruner.Params(importance=importance, aggregation="sum"), seed=0)
+    for layer in double.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        heads, channels = pruner.layer_scores(layer, ModelShape.of(double.config), sums, torch.Generator())
+        expected_heads, expected_channels = torch.zeros(2), torch.zeros(64)
+        for linear, per_head in ((attention.q_proj, 3), (attention.k_proj, 1), (attention.v_proj, 1)):
+            for row, (weights, gradients) in enumerate(zip(linear.weight, sums[linear][0], strict=True)):
+                expected_heads[row // 8 // per_head] += line(importance, weights, gradients).item()
+        o, down = attention.o_proj, mlp.down_proj
+        for column in range(48):
+            score = line(importance, o.weight[:, column], sums[o][0][:, column])
+            expected_heads[column // 8 // 3] += score.item()
+        for channel in range(64):
+            for linear in (mlp.gate_proj, mlp.up_proj):
+                expected_channels[channel] += line(importance, linear.weight[channel], sums[linear][0][channel]).item()
+            score = line(importance, down.weight[:, channel], sums[down][0][:, channel])
+            expected_channels[channel] += score.item()
+        torch.testing.assert_close(heads.float(), expected_heads, rtol=1e-4, atol=1e-8)
+        torch.testing.assert_close(channels.float(), expected_channels, rtol=1e-4, atol=1e-8)
 
 
 def test_a_key_head_gives_the_same_sum_in_v_and_in_o_and_in_q_and_k(double):
@@ -314,6 +349,33 @@ def test_rounding_and_ratios():
 def test_every_way_to_score_prunes(importance, aggregation):
     pruned, _ = prune(make_tiny_llama(), 0.25, importance=importance, aggregation=aggregation)
     assert bool(pruned(TOKENS).logits.isfinite().all())
+
+
+def test_channel_wise_is_the_model_without_its_least_dimensions():
+    """Beside the dense model in which these are zero everywhere: its norms divide by the mean over all 32."""
+    dense = make_tiny_llama()
+    pruned, _ = prune(
+        copy.deepcopy(dense), 0.25, structure="channel", ratio_of="layers", importance="l2", aggregation="sum"
+    )
+    with torch.no_grad():
+        squares = dense.model.embed_tokens.weight.square().sum(dim=0)
+        outputs = [linear for layer in dense.model.layers for linear in (layer.self_attn.o_proj, layer.mlp.down_proj)]
+        for linear in linears(dense):
+            squares += linear.weight.square().sum(dim=1 if linear in outputs else 0)
+        gone = squares.argsort()[:8]
+        dense.model.embed_tokens.weight[:, gone] = 0
+        for linear in outputs:
+            linear.weight[gone] = 0
+        for name, weight in dense.named_parameters():
+            if "norm" in name:
+                weight.mul_((24 / 32) ** 0.5)
+    torch.testing.assert_close(pruned(TOKENS).logits, dense(TOKENS).logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("biases", [{"attention_bias": True}, {"mlp_bias": True}, {}])
+def test_channel_wise_takes_away_as_many_parameters_as_it_announces(biases):
+    pruned, pruner = prune(make_tiny_llama(**biases), 0.25, structure="channel", ratio_of="layers")
+    assert sum(parameter.numel() for parameter in pruned.parameters()) == pruner.expected_parameters
 
 
 def test_channel_wise_is_the_model_with_hidden_dimensions_gone(tmp_path):

@@ -10,9 +10,12 @@ from kick_compressors.rounding import round_to_nearest
 from safetensors.torch import load_file
 from test_checkpoint import make
 
+from kick.adapters import LowRank, attach, attached
+from kick.checkpoint import read
 from kick.cli import main
 from kick.errors import CheckpointError
 from kick.export import find_format
+from kick.models import load_model
 from kick.packing import pack, pack_linear, unpack, unpack_linear
 
 
@@ -132,6 +135,39 @@ def test_plain_export_has_the_same_logits(tiny_model, tmp_path, tokens):
     assert not (out / "kick.json").exists()
 
 
+@pytest.mark.parametrize("tuned", [False, True])
+def test_narrow_layers_are_filled_up_with_zeros_for_others(tiny_model, tmp_path, tokens, tuned):
+    from peft import PeftModel
+
+    asked = ["llm_pruner.skip_first=1", "llm_pruner.skip_last=0", "tune.data=embedded", "tune.steps=3"]
+    asked += ["tune.merge=false", "tune.learning_rate=0.02", "tune.dropout=0", "calibration.samples=2"]
+    setting = "llm_pruner@0.2 > tune" if tuned else "llm_pruner@0.2"
+    params = [part for text in asked[: None if tuned else 2] + asked[-1:] for part in ("--param", text)]
+    made = tmp_path / "made"
+    assert main(["compress", str(tiny_model), setting, "--out", str(made), *params]) == 0
+    assert (made / "shapes.json").is_file()
+    out = find_format("hf")(read(made), tmp_path / "plain", "auto")
+    plain = load(out)
+    narrow = load_model(made, "float32", "cpu")
+    assert plain.model.layers[1].mlp.up_proj.weight.shape == (64, 32)
+    assert narrow.model.layers[1].mlp.up_proj.weight.shape[0] < 64
+    if tuned:
+        without = logits(plain, tokens)
+        plain = PeftModel.from_pretrained(plain, out / "adapter").eval()
+        assert not torch.allclose(logits(plain, tokens), without, atol=1e-3)
+    assert torch.allclose(logits(plain, tokens), logits(narrow, tokens), atol=1e-5)
+
+
+def test_adapters_go_where_their_model_goes(tiny_model):
+    model = load_model(tiny_model, "float32", "cpu")
+    name = "model.layers.0.mlp.up_proj"
+    attach(model, {name: LowRank(torch.ones(2, 32), torch.ones(64, 2))})
+    model.to(torch.bfloat16)
+    held = attached(model)[name]
+    assert (held.down.dtype, held.up.dtype, held.bits) == (torch.bfloat16, torch.bfloat16, 16 * 2 * 96)
+    assert not any("adapter" in key for key in model.state_dict())
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 0.01), ("q8_0", 0.1)])
 def test_gguf_read_by_transformers(tiny_model, tmp_path, tokens, dtype, tolerance, tokenizer):
     made = make(tiny_model, tmp_path / "made", "magnitude", "0.5")
@@ -145,6 +181,15 @@ def test_gguf_read_by_transformers(tiny_model, tmp_path, tokens, dtype, toleranc
     assert read("The tide turned at noon.")["input_ids"] == tokenizer("The tide turned at noon.")["input_ids"]
     assert out.stat().st_size > 10_000
     assert [path.name for path in tmp_path.glob(".*")] == []
+
+
+def test_gguf_into_a_directory_is_named_after_the_setting(tiny_model, tmp_path):
+    make(tiny_model, tmp_path / "made", "magnitude", "0.5")
+    out = tmp_path / "exported"
+    out.mkdir()
+    assert main(["export", str(tmp_path / "made"), "--format", "gguf", "--out", str(out)]) == 0
+    assert [path.name for path in out.iterdir()] == ["magnitude@0.5.gguf"]
+    assert main(["export", str(tmp_path / "made"), "--format", "gguf", "--out", str(out)]) == 2
 
 
 def test_gguf_says_what_each_token_is(tmp_path, tokenizer):
