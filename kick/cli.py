@@ -118,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--limit", type=_positive, metavar="N", help="at most N questions of each suite")
     evaluate.add_argument("--data", default="hub", metavar="DIR", help="a folder, 'embedded' or 'hub' (default)")
     evaluate.add_argument("--lm", default="fast", metavar="NAME", help="which LM answers (default: fast)")
-    evaluate.add_argument("--batch-size", type=_positive, default=64, metavar="N", help="questions asked in one go")
+    evaluate.add_argument("--batch-size", type=_positive, default=128, metavar="N", help="questions asked in one go")
     evaluate.add_argument(
         "--param", action="append", default=[], metavar="K=V", help="a parameter of the suite, SUITE.K=V, or lm.K=V"
     )
@@ -168,7 +168,7 @@ def _parser() -> argparse.ArgumentParser:
     export = command("export", "write a checkpoint in another format: plain Hugging Face, packed GPTQ, GGUF")
     export.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
     export.add_argument("--format", required=True, metavar="hf|gptq|gguf")
-    export.add_argument("--out", type=Path, required=True, metavar="DIR", help="a directory; for gguf a .gguf file")
+    export.add_argument("--out", type=Path, required=True, metavar="DIR", help="a directory, or a .gguf file")
     export.add_argument(
         "--dtype",
         choices=["auto", "float32", "bfloat16", "float16", "q8_0"],
@@ -205,10 +205,9 @@ def _precision(parser: argparse.ArgumentParser) -> None:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a positive whole number")
+    return int(text)
 
 
 def quieten_libraries() -> None:

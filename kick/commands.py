@@ -3,7 +3,7 @@
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from kick.calibration import CalibrationSpec
 from kick.compress import Recipe, prepare
 from kick.compress import compress as make_checkpoint
 from kick.config import SuiteSpec, SweepConfig
-from kick.errors import CheckpointError, ConfigError, KickError, RunError, unknown_name
+from kick.errors import CheckpointError, ConfigError, KickError, RunError, TrackerError, unknown_name
 from kick.export import find_format
 from kick.files import check_writable, safe_name, to_json
 from kick.judge.spec import JudgeSpec
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 
 def sweep(options: Namespace) -> int:
+    _check_tracker(options)
     config = configs.load(options.config, options.overrides)
     if options.data:
         config = config.model_copy(update={"data": options.data})
@@ -144,7 +145,11 @@ def _run(plan: "Plan", out: Path, options: Namespace) -> tuple[int, str, dict[st
     from kick.report import tables, write_report
 
     results = write_report(out)
-    _log(options, results)
+    tracker_error = None
+    try:
+        _log(options, results, out)
+    except TrackerError as error:
+        tracker_error = str(error)
     document = {
         "run": str(out),
         "report": str(out / "report.html"),
@@ -154,6 +159,7 @@ def _run(plan: "Plan", out: Path, options: Namespace) -> tuple[int, str, dict[st
         "failed": summary.failed,
         "unjudged": unjudged,
         "judge_error": judge_error,
+        "tracker_error": tracker_error,
         "leaderboard": tables.leaderboard(results),
     }
     text = tables.leaderboard_markdown(results) + f"\nReport: {out / 'report.html'}"
@@ -165,7 +171,9 @@ def _run(plan: "Plan", out: Path, options: Namespace) -> tuple[int, str, dict[st
         text += f"\n{unjudged} questions have no answer of the judge; the same command asks them again."
     if judge_error:
         text += f"\nThe judge could not grade: {judge_error}"
-    return (1 if summary.failed or unjudged or judge_error else 0), text, document
+    if tracker_error:
+        text += f"\n{tracker_error}"
+    return (1 if summary.failed or unjudged or judge_error or tracker_error else 0), text, document
 
 
 def compress(options: Namespace) -> int:
@@ -175,8 +183,8 @@ def compress(options: Namespace) -> int:
     check_writable(options.out)
     if options.out.exists() and any(options.out.iterdir()):
         raise ConfigError(f"{options.out} is not empty.", "Choose another --out.")
-    device, dtype = models.choose(options.device, options.dtype)
-    device = distributed.own_device(device)
+    asked = models.default_device() if options.device == "auto" else options.device
+    device, dtype = models.choose(distributed.own_device(asked), options.dtype)
     distributed.begin(device)
     path = models.fetch(source)
     recipe = Recipe(source, models.fingerprint(path), setting, calibration, dtype, device, options.stream)
@@ -268,7 +276,7 @@ def _judge_spec(options: Namespace) -> JudgeSpec:
             given["price_in"], given["price_out"] = map(float, options.price.split(","))
         except ValueError as error:
             raise ConfigError(f"--price {options.price} is not two numbers.", "For example --price 2.5,10.") from error
-    return configs.parse_part(JudgeSpec, {**given, "suites": suites}, "--param")
+    return configs.parse_part(JudgeSpec, {**given, "suites": suites}, "the judge's options")
 
 
 def _judge(run: Path, spec: JudgeSpec) -> Any:
@@ -292,17 +300,25 @@ def report(options: Namespace) -> int:
         from kick.report.lm_eval import write_lm_eval
 
         write_lm_eval(results, options.lm_eval)
-    _log(options, results)
     out = options.out or options.run
+    _log(options, results, out)
     document = {"report": str(out / "report.html"), "leaderboard": tables.leaderboard(results)}
     return _print(options, tables.leaderboard_markdown(results) + f"\nReport: {out / 'report.html'}", document)
 
 
-def _log(options: Namespace, results: Any) -> None:
+def _check_tracker(options: Namespace) -> None:
+    """What would fail after hours is said at once."""
+    if getattr(options, "log_to", None):
+        from kick.report.trackers import check
+
+        check(options.log_to)
+
+
+def _log(options: Namespace, results: Any, report: Path) -> None:
     if getattr(options, "log_to", None):
         from kick.report.trackers import log_to
 
-        log_to(options.log_to, results)
+        log_to(options.log_to, results, report)
 
 
 def _list_figures(options: Namespace) -> int:
@@ -335,7 +351,7 @@ def export(options: Namespace) -> int:
     found = checkpoints.read(options.checkpoint)
     if problems := checkpoints.verify(found):
         raise CheckpointError(f"{found.path} is not what its record says: {problems[0]}.", "Compress again.")
-    check_writable(options.out.parent if options.format == "gguf" else options.out)
+    check_writable(options.out.parent if options.out.suffix == ".gguf" else options.out)
     if options.out.exists() and (options.out.is_file() or any(options.out.iterdir())):
         raise ConfigError(f"{options.out} is there already.", "Choose another --out.")
     written = write(found, options.out, options.dtype)
@@ -351,7 +367,11 @@ def doctor(options: Namespace) -> int:
     from kick.doctor import check_lm, examine
 
     if options.lm is None:
-        return _print(options, *examine())
+        if options.model is not None:
+            raise ConfigError(f"doctor {options.model} without --lm.", "Which LM is to be compared with fast on it?")
+        text, document = examine()
+        _print(options, text, document)
+        return 1 if document["broken"] else 0
     if options.model is None:
         raise ConfigError("--lm without a model.", "For example kick doctor --lm vllm smollm2-135m.")
     params, other = _lm_params(options.param)
@@ -510,7 +530,7 @@ def _lm_params(given: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
             _, _, name = key.partition(".")
             owner, dot, inner = name.partition(".")  # lm.models.dense=NAME
             if dot:
-                params.setdefault(owner, {})[inner] = value
+                _put(params, (owner, inner), value, f"--param {key}")
             else:
                 params[name] = value
         else:
@@ -527,9 +547,9 @@ def _compress_params(given: Iterable[str], compressors: list[str]) -> tuple[dict
         if name and owner == "calibration":
             calibration[name] = value
         elif name and owner in own:
-            _put(own[owner], name, value)
+            _put(own[owner], name.split("."), value, f"--param {key}")
         elif len(own) == 1:
-            _put(own[compressors[0]], key, value)
+            _put(own[compressors[0]], key.split("."), value, f"--param {key}")
         else:
             raise ConfigError(
                 f"--param {key}: whose parameter is it?", f"Put a name in front: {', '.join(own)} or calibration."
@@ -537,13 +557,13 @@ def _compress_params(given: Iterable[str], compressors: list[str]) -> tuple[dict
     return own, configs.parse_part(CalibrationSpec, calibration, "--param calibration")
 
 
-def _put(params: dict[str, Any], key: str, value: Any) -> None:
-    """Set `key`, whose dots lead into parameters that have parts: `pruning.steps`."""
-    *parents, last = key.split(".")
+def _put(params: dict[str, Any], names: Sequence[str], value: Any, given: str) -> None:
+    """Set a parameter that may be a part of others: `pruning`, `steps`."""
+    *parents, last = names
     for part in parents:
         params = params.setdefault(part, {})
         if not isinstance(params, dict):
-            raise ConfigError(f"--param {key}: '{part}' was given a value before.", "Give it whole, or in parts.")
+            raise ConfigError(f"{given}: '{part}' was given a value before.", "Give it whole, or in parts.")
     params[last] = value
 
 

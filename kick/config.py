@@ -163,7 +163,7 @@ class SuiteSpec(Spec):
 class SweepConfig(Spec):
     """A whole sweep file. `dense` is always run, whether `settings` names it or not."""
 
-    model: str | tuple[str, ...] = Field(
+    model: str | Annotated[tuple[str, ...], Field(min_length=1)] = Field(
         description="a hub id, a directory, a .gguf file or a packaged model; of several, each gets a run of its own"
     )
     settings: tuple[Grid, ...] = ()
@@ -243,12 +243,14 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+_OURS = ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 _Loader.yaml_implicit_resolvers = {
-    first: [
-        (tag, regexp) for tag, regexp in resolvers if tag not in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
-    ]
+    first: [(tag, regexp) for tag, regexp in resolvers if tag not in _OURS]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
 _Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]+$"), list("-+0123456789"))
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
@@ -261,7 +263,7 @@ def read_yaml(text: str, where: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"{where} is not YAML: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{where} is not YAML: {' '.join(str(error).split())}", "Mend that line.") from error
 
 
 def load(path: Path, overrides: list[str] = []) -> SweepConfig:  # noqa: B006 (never changed)

@@ -118,6 +118,10 @@ def test_report_of_something_else(tmp_path, capsys):
         assert cli.main(["report", str(folder)]) == 2
         assert "is not a run" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+    (tmp_path / "run.json").write_text("{")
+    for command in (["report"], ["judge", "--judge", "m", "--base-url", "http://127.0.0.1:9/v1"]):
+        assert cli.main([command[0], str(tmp_path), *command[1:]]) == 2
+        assert "run.json is damaged" in capsys.readouterr().err
 
 
 def test_a_plugin_that_cannot_be_loaded_is_listed_as_such(capsys, monkeypatch):
@@ -130,6 +134,34 @@ def test_a_plugin_that_cannot_be_loaded_is_listed_as_such(capsys, monkeypatch):
     text = capsys.readouterr().out
     assert "wanda" in text
     assert "cannot be loaded" in text
+    assert cli.main(["doctor"]) == 1
+    assert "NOT LOADED: broken" in capsys.readouterr().out
+
+
+def test_doctor_is_not_given_a_model_for_nothing(capsys):
+    assert cli.main(["doctor", "smollm2-135m"]) == 2
+    assert "doctor smollm2-135m without --lm" in capsys.readouterr().err
+
+
+def test_a_number_that_is_none(capsys):
+    for text in ("abc", "0", "-3", "2.5"):
+        with pytest.raises(SystemExit, match="2"):
+            cli.main(["evaluate", "m", "--suite", "mmlu", "--out", "o", f"--limit={text}"])
+        assert f"'{text}' is not a positive whole number" in capsys.readouterr().err
+
+
+def test_a_part_of_what_was_given_whole(tiny_model, tmp_path, capsys):
+    asked = ["--suite", "perplexity", "--data", "embedded", "--lm", "server", "--param", "lm.models=x"]
+    asked += ["--param", "lm.models.dense=y", "--out", str(tmp_path / "run")]
+    assert cli.main(["evaluate", str(tiny_model), *asked]) == 2
+    assert "--param lm.models.dense: 'models' was given a value before" in capsys.readouterr().err
+
+
+def test_on_and_off_reach_a_suite(tiny_model, tmp_path):
+    asked = ["--suite", "factoid_qa", "--data", "embedded", "--limit", "2", "--param", "max_new_tokens=2"]
+    out = tmp_path / "run"
+    assert cli.main(["evaluate", str(tiny_model), *asked, "--param", "chat_template=off", "--out", str(out)]) == 0
+    assert json.loads((out / "run.json").read_text())["suites"]["factoid_qa"]["params"]["chat_template"] == "off"
 
 
 def test_debug_shows_the_traceback(tmp_path):

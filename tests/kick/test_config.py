@@ -1,5 +1,4 @@
 import json
-import re
 
 import pytest
 from conftest import REPOSITORY
@@ -43,6 +42,17 @@ lm: {batch_size: 4}
 def test_a_pattern_without_quotes_is_not_a_base_sixty_number(tmp_path):
     config = load(write(tmp_path, MINIMAL + "settings: [{compressor: wanda, levels: [2:4, 1:2]}]\n"))
     assert [setting.level for setting in config.all_settings()[1:]] == ["2:4", "1:2"]
+
+
+def test_no_model_is_none(tmp_path):
+    with pytest.raises(ConfigError, match=r"model is \[\]"):
+        load(write(tmp_path, "model: []\nsuites: [perplexity]\n"))
+
+
+def test_on_and_off_are_words():
+    assert read_yaml("{a: on, b: off, c: yes, d: no, e: true, f: False, g: 'true'}", "here") == {
+        "a": "on", "b": "off", "c": "yes", "d": "no", "e": True, "f": False, "g": "true",
+    }  # fmt: skip
 
 
 def test_dense_is_always_run_and_only_once(tmp_path):
@@ -205,7 +215,29 @@ def test_the_template_names_every_key():
     from kick.config import Grid, LMSpec, SuiteSpec, SweepConfig
     from kick.sweep.executors.spec import ExecutorSpec
 
-    text = (REPOSITORY / "configs/template.yaml").read_text(encoding="utf-8")
-    for spec in (SweepConfig, Grid, SuiteSpec, CalibrationSpec, LMSpec, ExecutorSpec):
-        for key in spec.model_fields:
-            assert re.search(rf"\b{key}: ", text) or re.search(rf"\b{key}:\s", text), f"{spec.__name__}.{key}"
+    template = read_yaml((REPOSITORY / "configs/template.yaml").read_text(encoding="utf-8"), "template.yaml")
+
+    def keys(part):
+        return {key for entry in template[part] if isinstance(entry, dict) for key in entry}
+
+    assert template.keys() == SweepConfig.model_fields.keys()
+    assert keys("settings") == Grid.model_fields.keys()
+    assert keys("suites") == SuiteSpec.model_fields.keys()
+    for part, spec in (("calibration", CalibrationSpec), ("lm", LMSpec), ("executor", ExecutorSpec)):
+        assert template[part].keys() == spec.model_fields.keys(), part
+
+
+def test_a_suite_may_have_rows_of_its_own(tmp_path, tiny_model):
+    from kick.sweep.plan import make_plan
+
+    (tmp_path / "wiki.test.raw").write_text("It rained in the night. " * 40)
+    text = f"""
+model: {tiny_model}
+data: embedded
+suites:
+  - {{suite: perplexity, label: a}}
+  - {{suite: perplexity, label: b, data: {tmp_path}}}
+"""
+    a, b = make_plan(load(write(tmp_path, text))).suites
+    assert (a.source, b.source) == ("embedded", str(tmp_path))
+    assert b.examples[0].content["text"].startswith("It rained in the night.")
