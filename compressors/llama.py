@@ -49,7 +49,10 @@ class ModelShape:
                 getattr(config, "head_dim", None) or config.hidden_size // heads,
             )
         except AttributeError as error:
-            raise LevelError(f"a {config.model_type} model is not built like Llama: {error}.") from error
+            raise LevelError(
+                f"a {config.model_type} model is not built like Llama: {error}.",
+                "Methods that work linear by linear take it: wanda, sparsegpt, ast.",
+            ) from error
 
     @property
     def queries_per_key(self) -> int:

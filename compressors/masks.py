@@ -24,7 +24,10 @@ def keep_largest(score: Tensor, level: Level, dim: Literal["row", "matrix"]) -> 
     Raises LevelError if M does not divide `in`, KickError if a score is NaN.
     """
     if torch.isnan(score).any():
-        raise KickError("a score is not a number: the weights or the activations are not finite.")
+        raise KickError(
+            "a score is not a number: the weights or the activations are not finite.",
+            "Is the model whole? In float16 activations overflow: try dtype bfloat16 or float32.",
+        )
     if isinstance(level, Pattern):
         return _keep_pattern(score, level)
     if not isinstance(level, Sparsity):

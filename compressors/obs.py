@@ -117,7 +117,10 @@ def solve(
     width = choose.width if choose else None
     group = columns if rounding is None or rounding.group_size == -1 else rounding.group_size
     if rounding and width and group % width:
-        raise KickError(f"groups of {group} columns hold no whole number of {width} neighbours.")
+        raise KickError(
+            f"groups of {group} columns hold no whole number of {width} neighbours.",
+            "Take a group_size that the pattern divides.",
+        )
     losses = torch.zeros(rows, device=weight.device)
     scales: list[Tensor] = []
     zeros: list[Tensor] = []

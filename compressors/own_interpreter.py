@@ -28,6 +28,7 @@ from kick.levels import Bits, Level
 from .formats import files, quantized
 from .formats.build import adopt, build
 
+_OTHER = "Take another version of it, or one of kick's own methods."
 _LAST_LINES = 6
 
 
@@ -115,6 +116,8 @@ class OwnInterpreter(Compressor):
     def _check_bits(self, level: Bits, found: dict[str, int], linears: int) -> None:
         """The library must have done what it was asked for: some fall back to leaving layers as they are."""
         if set(found.values()) - {level.width}:
-            raise KickError(f"{self.library} was asked for {level} bits and gave {sorted(set(found.values()))}.")
+            raise KickError(
+                f"{self.library} was asked for {level} bits and gave {sorted(set(found.values()))}.", _OTHER
+            )
         if len(found) < linears:
-            raise KickError(f"{self.library} quantised {len(found)} of {linears} linears and left the rest.")
+            raise KickError(f"{self.library} quantised {len(found)} of {linears} linears and left the rest.", _OTHER)

@@ -48,8 +48,10 @@ class Outcome:
             model = compressor.compress(model, step.level, calibration, progress=progress)
         except KickError:
             raise
-        except Exception as error:  # a plugin may raise anything; --debug shows where
-            raise KickError(f"{step.stage} failed: {type(error).__name__}: {error}") from error
+        except Exception as error:  # a plugin may raise anything
+            raise KickError(
+                f"{step.stage} failed: {type(error).__name__}: {error}", "--debug shows the whole error."
+            ) from error
         decoder = find_decoder(model)
         levels = _levels(compressor, step.level, decoder)
         patterns = {name: pattern for name, level in levels.items() if isinstance(pattern := _pruned(level), Pattern)}
@@ -212,4 +214,4 @@ def _excess(name: str, level: Level, before: checkpoints.Measured, layers: dict[
     return before.layers[name]["sparsity"] + dead
 
 
-_AT_FAULT = "The compressor is at fault."
+_AT_FAULT = "The compressor is at fault: kick.testing.check_compressor tries it on tiny models."

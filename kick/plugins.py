@@ -71,7 +71,7 @@ def find(group: str, name: str) -> Plugin:
     plugins = available(group)
     if name not in plugins:
         kind = _KIND[group]
-        raise unknown_name(kind, name, plugins, f"`kick list {kind}s` describes them.")
+        raise unknown_name(kind, name, plugins, f"`kick list {kind}s` describes them; --plugin FILE adds one.")
     return plugins[name]
 
 

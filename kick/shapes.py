@@ -54,7 +54,10 @@ def padded(model: Any) -> Any:
         given = model.state_dict()[name]
         missing = [size for long, short in zip(expected.shape, given.shape, strict=True) for size in (long - short, 0)]
         if min(missing, default=0) < 0:
-            raise ModelError(f"'{name}' is {list(given.shape)}, wider than the configuration's {list(expected.shape)}.")
+            raise ModelError(
+                f"'{name}' is {list(given.shape)}, wider than the configuration's {list(expected.shape)}.",
+                "Only layers that became narrower can be filled up.",
+            )
         state[name] = nn.functional.pad(given, missing[::-1])
     whole.load_state_dict(state)
     return whole

@@ -124,8 +124,10 @@ def test_the_documented_policies_are_valid():
 
 def test_the_documented_suite_works(tmp_path, monkeypatch, tiny_model, forget_plugins, capsys):
     monkeypatch.chdir(tmp_path)
-    (code,) = blocks("docs/add-a-suite.md", "python")
+    code, check = blocks("docs/add-a-suite.md", "python")
     (tmp_path / "opposites.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    exec(check, {})
     (line,) = blocks("docs/add-a-suite.md", "console")[0].strip().split("\n")
     assert run(line, ("/tmp", tmp_path), ("smollm2-135m", tiny_model)) == 0
     assert "opposites,accuracy,overall,6" in (tmp_path / "opposites" / "scores.csv").read_text()

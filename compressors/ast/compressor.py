@@ -109,7 +109,10 @@ class AST(Compressor):
             teacher = load_model(fetch(find_source(self.params.teacher)), "float32", device)
             ours: Any = model
             if teacher.config.vocab_size != ours.config.vocab_size:  # type: ignore[union-attr]
-                raise ConfigError(f"the teacher '{self.params.teacher}' has another vocabulary than the model.")
+                raise ConfigError(
+                    f"the teacher '{self.params.teacher}' has another vocabulary than the model.",
+                    "A teacher must speak in the same tokens.",
+                )
         else:
             zeros = sum(int((linear.weight == 0).sum()) for linear in linears)
             if zeros > STRAY_ZEROS * sum(linear.weight.numel() for linear in linears):

@@ -71,7 +71,9 @@ def _resize(foreign: Foreign, model: nn.Module, names: set[str]) -> None:
         try:
             find_decoder(model)
         except RuntimeError as error:
-            raise ModelError(f"{foreign.path}: its layers do not fit together: {error}") from error
+            raise ModelError(
+                f"{foreign.path}: its layers do not fit together: {error}", "Are all its files there?"
+            ) from error
 
 
 def adopt(compressor: Compressor, foreign: Foreign, model: Any) -> None:

@@ -37,7 +37,10 @@ def find_shape(text: str, source: ModelShape, keep_kv_heads: bool = False) -> Mo
     if numbers is None:
         other = find_shape_of(text)
         if other.head_dim != source.head_dim:
-            raise LevelError(f"'{text}' has heads of {other.head_dim}, the model of {source.head_dim}.")
+            raise LevelError(
+                f"'{text}' has heads of {other.head_dim}, the model of {source.head_dim}.",
+                "Whole heads are taken away: name a shape with heads of that size.",
+            )
         numbers = (other.layers, other.hidden, other.intermediate, other.heads)
         expected = source.kv_heads if keep_kv_heads else other.heads // source.queries_per_key
         if other.kv_heads != expected:
