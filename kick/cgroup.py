@@ -13,7 +13,7 @@ _UNLIMITED = 1 << 60  # version 1 writes a number near 2^63
 
 
 class Grant(NamedTuple):
-    """Bytes. used: without pages of files that the kernel takes back when memory is short."""
+    """Bytes. used: without pages of files, which the kernel takes back when memory is short."""
 
     limit: int
     used: int
@@ -22,21 +22,22 @@ class Grant(NamedTuple):
 def grants(mount: Path = _MOUNT, own: Path = _OWN) -> list[Grant]:
     """Of all control groups that limit this process; none where there are none, or on other systems than Linux."""
     try:
-        lines = own.read_text(encoding="ascii").splitlines()
+        lines = own.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return []
     found = []
     for line in lines:
         _, controllers, path = line.split(":", 2)
         if controllers == "":
-            found += list(_along(mount, path, "memory.max", "memory.current", "inactive_file"))
+            found += list(_along(mount, path, "memory.max", "memory.current", ("inactive_file", "active_file")))
         elif "memory" in controllers.split(","):
-            names = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
-            found += list(_along(mount / "memory", path, *names))
+            files = "total_inactive_file", "total_active_file"
+            names = "memory.limit_in_bytes", "memory.usage_in_bytes"
+            found += list(_along(mount / "memory", path, *names, files))
     return found
 
 
-def _along(root: Path, path: str, limit: str, usage: str, reclaimable: str) -> Iterator[Grant]:
+def _along(root: Path, path: str, limit: str, usage: str, reclaimable: tuple[str, str]) -> Iterator[Grant]:
     """From the group `path` up to `root`. In a container the path may name what is not seen: the root counts."""
     group = root / path.strip("/")
     while True:
@@ -56,9 +57,10 @@ def _number(file: Path) -> int | None:
     return int(text) if text.isdecimal() else None  # else `max`
 
 
-def _statistic(file: Path, name: str) -> int:
+def _statistic(file: Path, names: tuple[str, str]) -> int:
+    """The sum of what these rows say."""
     try:
         rows = dict(line.split() for line in file.read_text(encoding="ascii").splitlines())
     except (OSError, ValueError):
         return 0
-    return int(rows.get(name, 0))
+    return sum(int(rows.get(name, 0)) for name in names)

@@ -291,11 +291,8 @@ def load_model(path: Path, dtype: str, device: str) -> "torch.nn.Module":
         )
     if missing := found["missing_keys"] - table.keys():
         raise ModelError(f"{path.name} holds no tensor '{min(missing)}'.", "It is not whole.")
-    if lost := [name for name in sorted(found["unexpected_keys"]) if _belongs(model, name)]:
-        raise ModelError(
-            f"{path.name} holds '{lost[0]}' ({len(lost)} such tensors), which its configuration has no place for.",
-            f"Without them it would be another model. {_OTHER}",
-        )
+    if lost := [name for name in sorted(found["unexpected_keys"]) if belongs(model, name)]:
+        raise without_a_place(path, lost)
     shapes.resize(model, shapes.read_tensors(path, table))
     model = model.to(device).eval()
     if path.is_dir():
@@ -303,7 +300,15 @@ def load_model(path: Path, dtype: str, device: str) -> "torch.nn.Module":
     return model
 
 
-def _belongs(model: "torch.nn.Module", name: str) -> bool:
+def without_a_place(path: Path, names: list[str]) -> ModelError:
+    """The error for tensors that a model's files hold and its configuration has no place for."""
+    return ModelError(
+        f"{path.name} holds '{names[0]}' ({len(names)} such tensors), which its configuration has no place for.",
+        f"Without them it would be another model. {_OTHER}",
+    )
+
+
+def belongs(model: "torch.nn.Module", name: str) -> bool:
     """Whether a tensor that was left over is a parameter of a layer, or of a block, that `model` has.
 
     Old checkpoints hold buffers besides, such as the causal mask `attn.bias` of GPT-J.
@@ -349,7 +354,9 @@ def check_configuration(path: Path) -> None:
     try:
         config = read_json(path / "config.json")
     except (OSError, ValueError) as error:
-        raise ModelError(f"{path / 'config.json'} cannot be read: {_first_line(error)}", "It is no JSON.") from error
+        raise ModelError(f"{path / 'config.json'} cannot be read: {_first_line(error)}", "Is it whole?") from error
+    if not isinstance(config, dict):
+        raise ModelError(f"{path / 'config.json'} holds no configuration.", "Expected an object, {...}.")
     check_config(config, path)
 
 

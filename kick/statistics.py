@@ -141,7 +141,8 @@ def sign_flip(differences: np.ndarray, resamples: int = RESAMPLES, seed: int = 0
         extreme += int((np.abs(signs @ differences) >= observed * (1 - 1e-12)).sum())
     if extreme:
         return (extreme + 1) / (resamples + 1)
-    return min(1 / (resamples + 1), 2 * float(np.exp(-(observed**2) / (2 * (differences**2).sum()))))
+    bound = 2 * float(np.exp(-(observed**2) / (2 * (differences**2).sum())))
+    return min(1 / (resamples + 1), max(bound, np.finfo(float).tiny))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

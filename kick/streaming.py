@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from kick import adapters, heap
 from kick.blocks import largest_block_list
 from kick.errors import ModelError
-from kick.models import check_configuration
+from kick.models import belongs, check_configuration, without_a_place
 
 INDEX = "model.safetensors.index.json"
 
@@ -47,6 +47,8 @@ class _Storage:
                 f"{path} cannot be streamed: its files hold no tensor '{missing[0]}'.",
                 "Streaming reads files that name tensors as the model does. Try without it.",
             )
+        if lost := sorted(name for name in self.files.keys() - wanted if belongs(model, name)):
+            raise without_a_place(path, lost)
         if buffers := sorted(model.state_dict().keys() - wanted):
             raise ModelError(f"{path} cannot be streamed: it stores the buffer '{buffers[0]}'.", "Try without it.")
 

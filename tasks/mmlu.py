@@ -187,19 +187,18 @@ class MMLU(Suite):
         return lambda count: few_shot(lm, chat, header, shots[:count], ask(example.content))
 
 
-_BEGINS = re.compile(r"\W*(?:([A-D])(?:[.):,]|\s*$)|([B-D])\s)")  # "A " may be an article
-_NAMES = re.compile(r"(?i:answer(?:\s+is)?)\W*([A-D])\b")
+# "A" before a blank and a word may be an article
+_BEGINS = re.compile(r"\W*([A-D])(?:[^\w \t]|[ \t]*(?:[\n(]|$)|(?<=[B-D])[ \t])")
+_NAMES = re.compile(r"(?i:answer(?:\s+is)?)\W*([A-D])\b(?:(?<=[B-D])|(?![ \t]+[a-z]))")
 
 
 def read_letter(text: str) -> str | None:
     """The option that an answer names: the letter that it begins with, or that follows "answer" or "answer is".
 
-    >>> [read_letter(t) for t in (" B", "(c) no", "C. Paris", "The answer is (D).", "A river", "D or E", "Paris", "")]
-    ['B', None, 'C', 'D', None, 'D', None, None]
+    >>> [read_letter(text) for text in (" B", "(c) no", "C. Paris", "The answer is (D).", "A river", "D or E", "Paris")]
+    ['B', None, 'C', 'D', None, 'D', None]
     """
-    if found := _BEGINS.match(text):
-        return found[1] or found[2]
-    found = _NAMES.search(text)
+    found = _BEGINS.match(text) or _NAMES.search(text)
     return found[1] if found else None
 
 

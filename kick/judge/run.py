@@ -226,8 +226,6 @@ def ask_all(judge: Judge, questions: Sequence[Asked], concurrency: int) -> Itera
                 try:
                     done, _ = wait(under_way, return_when=FIRST_COMPLETED)
                 except KeyboardInterrupt as interrupt:
-                    if isinstance(ended, KeyboardInterrupt):
-                        raise  # once more: at once
                     ended = interrupt
                     judge.stop()
                     continue

@@ -117,12 +117,9 @@ class Runner:
         if self._behind_head is None or found.dtype in (torch.float32, torch.float64):
             return self.logits(found)
         head = self.model.get_output_embeddings()
-        biases = [None] * len(head.weight) if head.bias is None else head.bias.split(_WORDS_AT_ONCE)
-        parts = [
-            torch.nn.functional.linear(found.float(), own.float(), bias if bias is None else bias.float())
-            for own, bias in zip(head.weight.split(_WORDS_AT_ONCE), biases, strict=False)
-        ]
-        return self._behind_head(torch.cat(parts, dim=1))
+        parts = [found.float() @ rows.float().T for rows in head.weight.split(_WORDS_AT_ONCE)]
+        logits = torch.cat(parts, dim=1)
+        return self._behind_head(logits if head.bias is None else logits + head.bias.float())
 
     def score(self, found: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """From what the head gets at p places: log-likelihood of targets [p], whether each is the likeliest [p]."""

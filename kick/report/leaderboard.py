@@ -84,7 +84,8 @@ def check_comparable(found: Sequence[Results]) -> None:
             other = models.setdefault(key[0], results)
             if other.run["model"]["fingerprint"] != results.run["model"]["fingerprint"]:
                 raise RunError(
-                    f"'{key[0]}' is one model in {other.path} and another in {results.path}: their weights differ.",
+                    f"'{key[0]}' is one model in {other.path} and another in {results.path}: weights, configuration or "
+                    "tokenizer differ.",
                     "Give the model of one of them another path or name, or leave out a run.",
                 )
             if key in seen and result.name != DENSE:
@@ -113,10 +114,13 @@ def compare_across_tokenizers(found: Sequence[Results]) -> None:
         own = [results for results in found if suite in results.suites]
         if own[0].metric(suite).per != "tokens" or own[0].metric(suite).descriptive:
             continue
-        counts = [_tokens(results, suite) for results in own]
-        if not any(counts[0].get(id, n) != n for tokens in counts[1:] for id, n in tokens.items()):
+        seen: dict[str, float] = {}
+        if not any(seen.setdefault(id, n) != n for results in own for id, n in _tokens(results, suite).items()):
             continue
-        metric = next((metric for metric in own[0].suites[suite].metrics if metric.per != "tokens"), None)
+        others = (
+            metric for metric in own[0].suites[suite].metrics if metric.per != "tokens" and not metric.descriptive
+        )
+        metric = next(others, None)
         if metric is None:
             raise RunError(
                 f"'{suite}' counts by tokens, and {own[0].path} and others have different tokenizers.",

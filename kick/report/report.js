@@ -39,7 +39,7 @@ function filterable(table) {
   const input = document.createElement("input");
   const count = document.createElement("output");
   input.type = "search";
-  input.title = 'Words in any column; in quotes: what a column begins with';
+  input.title = 'Words in any column; in quotes: what a cell begins with';
   input.placeholder = 'wanda "not matching"';
   label.append("Show rows with ", input);
   box.append(label, " ", count);

@@ -210,7 +210,7 @@ class Results:
         ]
 
     def mean_retained(self, setting: str) -> tuple[float, Interval] | None:
-        """Mean over task suites of the share of the dense score that is left; None if one of them was not answered."""
+        """Mean over task suites of the share of the dense score that is left; None if one has hardly an answer."""
         return self._means[0].get(setting)
 
     @property

@@ -7,7 +7,7 @@ WINDOW = 32
 
 
 def shared_passage(calibration: Iterable[str], scored: Iterable[str]) -> str | None:
-    """A passage of `WINDOW` words that stands in both; any that is twice as long is found. None if there is none."""
+    """A passage of `WINDOW` words that stands in a text of both; any that is twice as long is found, else None."""
     windows = {
         hash(" ".join(words[start : start + WINDOW]))
         for words in map(str.split, calibration)

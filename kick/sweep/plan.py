@@ -201,11 +201,15 @@ def make_plan(config: SweepConfig, as_is: bool = False, weights: bool = True) ->
 
 def _check_apart(calibrations: dict[CalibrationSpec, Calibration], suites: list[PlannedSuite], tokenizer: Any) -> None:
     """Raise ConfigError where text that is calibrated on is scored as well."""
-    scored = {planned.name: planned.examples for planned in suites if planned.suite.scores_text}
+    scored = {  # windows of one text, which a passage may cross
+        planned.name: " ".join(example.content["text"] for example in planned.examples)
+        for planned in suites
+        if planned.suite.scores_text
+    }
     for spec, drawn in calibrations.items():
-        texts = tokenizer.batch_decode(drawn.tokens) if scored else []
-        for name, examples in scored.items():
-            if passage := shared_passage(texts, (example.content["text"] for example in examples)):
+        texts = tokenizer.batch_decode(drawn.tokens, clean_up_tokenization_spaces=False) if scored else []
+        for name, text in scored.items():
+            if passage := shared_passage(texts, [text]):
                 raise ConfigError(
                     f"the calibration text '{spec.source}' holds a passage that '{name}' scores: '{passage[:60]}...'.",
                     "Calibrate on other text: what a compressor was fitted to is no test of it.",

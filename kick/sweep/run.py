@@ -166,7 +166,7 @@ class _Scheduler:
         made = self.store.has_checkpoint(DENSE if setting.is_dense else setting.name)
         at_fault = unanswered[:1] if made else unanswered
         at_fault += [suite for suite in owed if (results[suite.name] or {}).get("out_of_memory")]
-        died = ended.died or "it had not enough memory"
+        died = ended.refused or ended.died or "it had not enough memory"
         again = [suite for suite in unanswered if suite not in at_fault]
         for suite in at_fault:
             self.deaths[setting.name, suite.name] += 1
@@ -179,7 +179,8 @@ class _Scheduler:
                     self.clock.again(suite.name, len(suite.examples))
             elif results[suite.name] is None:
                 times = f" ({tries} times)" if tries > 1 else ""
-                record_failure(self.plan, self.store, setting, suite, f"its process died{times}: {died}")
+                reason = f"{died}{times}" if ended.refused else f"its process died{times}: {died}"
+                record_failure(self.plan, self.store, setting, suite, reason)
         self._count(setting, [suite for suite in owed if suite not in again])
         if again:
             self.waiting.appendleft(self._work(setting, [suite for suite in owed if suite in again]))

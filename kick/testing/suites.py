@@ -55,7 +55,7 @@ class _Subject:
 
     @cached_property
     def examples(self) -> list[Example]:
-        found = self._try(self.new().examples, self.source)
+        found = self.attempt(self.new().examples, self.source)
         if not found:
             raise ConformanceError(f"there is no question in {self.source}.")
         return found[: self.questions]
@@ -63,14 +63,15 @@ class _Subject:
     def answer(self, lm: Any) -> list[Sample]:
         suite = self.new()
         if suite.needs_dense:
-            return self._try(lambda: list(suite.answer_beside(lm, lm, self.examples)))
-        return self._try(lambda: list(suite.answer(lm, self.examples)))
+            return self.attempt(lambda: list(suite.answer_beside(lm, lm, self.examples)))
+        return self.attempt(lambda: list(suite.answer(lm, self.examples)))
 
     @cached_property
     def samples(self) -> list[Sample]:
         return self.answer(tiny_lm())
 
-    def _try(self, work: Callable[..., Any], *arguments: Any) -> Any:
+    def attempt(self, work: Callable[..., Any], *arguments: Any) -> Any:
+        """What `work` gives; whatever it raises is a fault of the suite."""
         try:
             return work(*arguments)
         except KickError as error:
@@ -94,7 +95,7 @@ class Silent(FastLM):
 
 
 def _asks_the_same(subject: _Subject) -> None:
-    first, second = subject.new().examples(subject.source), subject.new().examples(subject.source)
+    first, second = (subject.attempt(subject.new().examples, subject.source) for _ in range(2))
     if first != second:
         raise ConformanceError("`examples` gives other questions, or another order, the second time.")
     ids = [example.id for example in first]
@@ -145,7 +146,8 @@ def _scores(subject: _Subject) -> None:
     scored = [sample for sample in subject.samples if sample.error is None]
     if not scored:
         raise ConformanceError(f"no question could be scored: {subject.samples[0].error}.")
-    found = [own for own in suite.score(subject.samples) if (own.metric.name, own.group) == (primary.name, OVERALL)]
+    scores = subject.attempt(suite.score, subject.samples)
+    found = [own for own in scores if (own.metric.name, own.group) == (primary.name, OVERALL)]
     if not any(own.n for own in found):
         names = " and ".join(name for name in (primary.value, primary.per) if name)
         raise ConformanceError(f"no sample counts for '{primary.name}', which adds up {names}.")
@@ -157,7 +159,7 @@ def _scores(subject: _Subject) -> None:
 
 def _round_trip(subject: _Subject) -> None:
     for sample in subject.samples:
-        again = Sample.from_json(json.loads(json.dumps(sample.to_json())))
+        again = subject.attempt(lambda own: Sample.from_json(json.loads(json.dumps(own.to_json()))), sample)
         if _comparable(again) != _comparable(sample):
             raise ConformanceError(f"'{sample.id}' comes back different from JSON.")
 

@@ -23,7 +23,7 @@ def own(tmp_path, *lines):
 
 def test_a_slurm_job_is_bound_by_the_group_above_it(tmp_path):
     mount = tmp_path / "mount"
-    group(mount / "slurm/job_7", max=64 * GB, current=10 * GB, stat=f"anon 5\ninactive_file {4 * GB}")
+    group(mount / "slurm/job_7", max=64 * GB, current=10 * GB, stat=f"anon 5\nactive_file {GB}\ninactive_file {3 * GB}")
     group(mount / "slurm/job_7/step_0", max="max", current=9 * GB)
     assert grants(mount, own(tmp_path, "0::/slurm/job_7/step_0")) == [Grant(64 * GB, 6 * GB)]
 

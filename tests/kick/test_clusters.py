@@ -183,6 +183,26 @@ def test_other_weights_than_those_that_answered_before_are_not_taken(tmp_path):
     assert (tmp_path / "evaluations/s/mmlu/samples.jsonl").read_bytes() == b"second"
 
 
+def test_a_refusal_is_not_told_as_a_death(config, tmp_path, monkeypatch):
+    from kick.sweep import run as running
+    from kick.sweep.executors.base import Ended
+    from kick.sweep.executors.inline import Inline
+
+    class Refusing(Inline):
+        def submit(self, work):
+            if work.setting == "magnitude@0.5":
+                self._ended = Ended(work, refused="other weights")
+            else:
+                super().submit(work)
+
+    monkeypatch.setattr(running, "find_executor", lambda spec: Refusing)
+    summary, _ = carry_out(config, tmp_path / "run", "{name: inline, retries: 1}")
+    assert summary.done == 4
+    assert summary.failed == {
+        f"magnitude@0.5 on {suite}": "other weights (2 times)" for suite in ("mmlu", "perplexity")
+    }
+
+
 def test_how_far_lms_are_apart_comes_back_too(tmp_path):
     from kick.sweep.executors.elsewhere import Came
 

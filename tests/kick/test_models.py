@@ -113,8 +113,12 @@ def test_tensors_of_the_model_that_have_no_place_are_missed(added, refused, tiny
     if not refused:
         assert torch.equal(models.load_model(folder, "float32", "cpu").model.norm.weight, weights["model.norm.weight"])
         return
-    with pytest.raises(ModelError, match=rf"holds '{added}' \(1 such tensors\), which its configuration has no place"):
-        models.load_model(folder, "float32", "cpu")
+    for load in (models.load_model, open_streamed):
+        where = "cpu" if load is models.load_model else tmp_path / "scratch"
+        with pytest.raises(
+            ModelError, match=rf"holds '{added}' \(1 such tensors\), which its configuration has no place"
+        ):
+            load(folder, "float32", where)
 
 
 def test_damaged_files_are_one_clear_error(tiny_model, tmp_path, capsys):
@@ -126,9 +130,10 @@ def test_damaged_files_are_one_clear_error(tiny_model, tmp_path, capsys):
     asked = ["--suite", "perplexity", "--data", "embedded", "--out", str(tmp_path / "run")]
     assert cli.main(["evaluate", str(folder), *asked]) == 2
     assert "git lfs pull" in capsys.readouterr().err
-    (folder / "config.json").write_text("{")
-    with pytest.raises(ModelError, match=r"config\.json cannot be read"):
-        models.load_model(folder, "float32", "cpu")
+    for text, says in (("{", r"config\.json cannot be read"), ("[]", r"config\.json holds no configuration")):
+        (folder / "config.json").write_text(text)
+        with pytest.raises(ModelError, match=says):
+            models.load_model(folder, "float32", "cpu")
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     with pytest.raises(ModelError, match=r"model\.gguf cannot be read"):
         models.count_parameters(tmp_path / "model.gguf")

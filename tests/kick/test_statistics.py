@@ -54,6 +54,7 @@ def test_what_no_resample_reaches_is_rarer_than_one_in_all_of_them():
     exact = 2 / 2**40
     assert exact < sign_flip(differences, resamples=1000) < 1e-7
     assert sign_flip(np.ones(5)) == pytest.approx(2 / 2**5, rel=0.1)  # many resamples are as extreme: they are counted
+    assert 0 < sign_flip(np.ones(5000), resamples=100) < 1e-300
     heavy = np.array([100.0, *np.full(20, 0.01)])  # where one value decides, the bound says nothing
     assert sign_flip(heavy) == pytest.approx(1 / 10_001)
 

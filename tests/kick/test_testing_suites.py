@@ -1,6 +1,7 @@
 """The conformance kit for suites: every built-in passes, and each planted fault is found by the check meant for it."""
 
 import itertools
+from dataclasses import replace
 from importlib.metadata import entry_points
 
 import pytest
@@ -96,6 +97,20 @@ class Failing(Opposites):
         raise RuntimeError("no such attribute")
 
 
+class NoDivisor(Opposites):
+    metrics = (Metric("accuracy", value="correct", per="words"),)
+
+
+class NoQuestions(Opposites):
+    def examples(self, source):
+        raise FileNotFoundError("rows.csv")
+
+
+class NotKept(Opposites):
+    def sample(self, example, output):
+        return replace(super().sample(example, output), choices=[{"text": {1, 2}}])
+
+
 class EmptyIsRight(Opposites):
     def sample(self, example, output):
         correct = float(example.content["answer"].startswith(output.strip()))
@@ -117,6 +132,9 @@ def test_the_suite_that_the_faults_are_planted_in_passes():
         (OtherName, "scores what its metrics add up", "no sample counts for 'accuracy', which adds up correct"),
         (NotANumber, "scores what its metrics add up", "no finite number"),
         (Failing, "answers every question in order", "RuntimeError: no such attribute"),
+        (NoDivisor, "scores what its metrics add up", "KeyError: 'words'"),
+        (NoQuestions, "asks the same every time", "FileNotFoundError: rows.csv"),
+        (NotKept, "has answers that can be kept", "set is not JSON serializable"),
         (EmptyIsRight, "gives nothing for an empty answer", "an empty answer to 'hot' scores accuracy above 0"),
     ],
 )

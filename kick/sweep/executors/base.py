@@ -15,10 +15,14 @@ from kick.sweep.work import Work
 
 
 class Ended(NamedTuple):
-    """A work that is over. died: how its process came to an end, where it did not get to the work's."""
+    """A work that is over.
+
+    died: how its process came to an end, where it did not get to the work's. refused: why what it found was not taken.
+    """
 
     work: Work
     died: str | None = None
+    refused: str | None = None
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,10 @@ class Came(NamedTuple):
             if path.name == RECORD and path.is_file():
                 before, after = read_json(path), json.loads(self.files[name])
                 if before["weights_fingerprint"] != after["weights_fingerprint"]:
-                    return "its weights came out different from those that earlier answers belong to: another machine?"
+                    return (
+                        "its weights came out different from those that earlier answers belong to: another kind of "
+                        f"machine? Delete {path.parent} to have the setting asked anew"
+                    )
         for name in sorted(self.files, key=lambda name: name.endswith("scores.json")):  # what says "complete" last
             paths[name].parent.mkdir(parents=True, exist_ok=True)
             write_bytes(paths[name], self.files[name])

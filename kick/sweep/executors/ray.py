@@ -96,7 +96,7 @@ class Ray(Executor):
         except self._ray.exceptions.RayError as error:  # the worker, or its node, is gone
             return Ended(work, " ".join(str(error).split())[-300:])
         self.apart = self.apart or bool(came.files)
-        return Ended(work, came.take(self.store))
+        return Ended(work, refused=came.take(self.store))
 
     def close(self) -> None:
         for reference in self._works:

@@ -72,7 +72,7 @@ class Slurm(Executor):
         count(watch, self.plan, work)
         if error := job.exception():  # the job was killed, or its node is gone
             return Ended(work, f"job {job.job_id} {job.state}: {' '.join(str(error).split())[-300:]}")
-        return Ended(work, job.result().take(self.store))
+        return Ended(work, refused=job.result().take(self.store))
 
     def close(self) -> None:
         for job, _, _ in self._jobs:
