@@ -330,6 +330,16 @@ def _choose(rng: np.random.Generator, rows: list[int], count: int) -> list[int]:
     return list(rng.choice(rows, size=count, replace=False)) if count < len(rows) else rows
 
 
+def repeated_id(examples: Iterable[Example]) -> str | None:
+    """An id that stands twice: pairing needs unique ones."""
+    seen: set[str] = set()
+    for example in examples:
+        if example.id in seen:
+            return example.id
+        seen.add(example.id)
+    return None
+
+
 def data_fingerprint(examples: Sequence[Example]) -> str:
     """Identity of the questions: equal for equal rows, wherever they were read from."""
     return digest([[example.id, example.group, example.content] for example in examples])

@@ -1,6 +1,6 @@
-"""Short answers written freely: asked in one go, scored by exact match, containment and token F1."""
+"""Short answers that a model writes: asked in one go; free ones scored by exact match, containment and token F1."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,20 +38,36 @@ def answer_freely(
     max_new_tokens: int,
     rule: scoring.Rule = "triviaqa",
 ) -> Iterator[Sample]:
-    """One sample for each example, scored against its content's `answers`. Without a chat an answer is one line."""
+    """One sample for each example, scored against its content's `answers`."""
+
+    def score(example: Example, output: str) -> dict[str, float]:
+        answers = example.content["answers"]
+        return {
+            "contains": scoring.contains(output, answers, rule),
+            "exact_match": scoring.exact_match(output, answers, rule),
+            "f1": scoring.token_f1(output, answers, rule),
+        }
+
+    return written_answers(lm, examples, prompts, chat, max_new_tokens, score)
+
+
+def written_answers(
+    lm: Any,
+    examples: Sequence[Example],
+    prompts: Sequence[Prompt],
+    chat: bool,
+    max_new_tokens: int,
+    score: Callable[[Example, str], dict[str, float]],
+) -> Iterator[Sample]:
+    """One sample for each example, with what `score` makes of the answer. Without a chat an answer is one line."""
     outputs = generate(lm, [prompt.text for prompt in prompts], [] if chat else ["\n"], max_new_tokens)
     for example, prompt, output in zip(examples, prompts, outputs, strict=True):
-        answers = example.content["answers"]
         yield Sample(
             id=example.id,
             group=example.group,
             prompt=prompt.text,
             output=output,
-            scores={
-                "contains": scoring.contains(output, answers, rule),
-                "exact_match": scoring.exact_match(output, answers, rule),
-                "f1": scoring.token_f1(output, answers, rule),
-            },
+            scores=score(example, output),
             truncated=prompt.truncated,
             shots=prompt.shots,
             n_prompt_tokens=prompt.tokens,

@@ -19,10 +19,11 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from kick.errors import DataError
-from kick.lm import generate, loglikelihoods
+from kick.lm import loglikelihoods
 from kick.suite import NOT_A_NUMBER, OVERALL, DataSource, Example, Metric, Sample, Suite
 
 from . import sources
+from .free_answers import written_answers
 from .mmlu_subjects import CATEGORY
 from .prompts import ChatTemplate, Prompt, few_shot, fit, uses_chat
 
@@ -91,7 +92,7 @@ class MMLU(Suite):
         chat = uses_chat(lm, self.params.chat_template)
         prompts = [self._fitted(lm, chat, example) for example in examples]
         if self.params.format == "generated":
-            yield from self._generated(lm, chat, examples, prompts)
+            yield from written_answers(lm, examples, prompts, chat, self.params.max_new_tokens, _score_letter)
             return
         space = "" if chat else " "  # a turn of a conversation does not begin with a space
         pairs = [
@@ -106,29 +107,6 @@ class MMLU(Suite):
                 for index, option in enumerate(self._options(example))
             ]
             yield self.sample(example, prompt, choices)
-
-    def _generated(
-        self, lm: Any, chat: bool, examples: Sequence[Example], prompts: Sequence[Prompt]
-    ) -> Iterator[Sample]:
-        """An answer in which no letter can be read is wrong, and counted."""
-        texts = [prompt.text for prompt in prompts]
-        outputs = generate(lm, texts, [] if chat else ["\n"], self.params.max_new_tokens)
-        for example, prompt, output in zip(examples, prompts, outputs, strict=True):
-            letter = read_letter(output)
-            yield Sample(
-                id=example.id,
-                group=example.group,
-                prompt=prompt.text,
-                output=output,
-                scores={
-                    "correct": float(letter == LETTERS[example.content["answer"]]),
-                    "no_letter": float(letter is None),
-                },
-                truncated=prompt.truncated,
-                shots=prompt.shots,
-                n_prompt_tokens=prompt.tokens,
-                n_output_tokens=len(lm.tok_encode(output, add_special_tokens=False)),
-            )
 
     def record(self, lm: Any) -> dict[str, Any]:
         return {"chat_template": uses_chat(lm, self.params.chat_template)}
@@ -161,10 +139,9 @@ class MMLU(Suite):
         return example.content["choices"] if self.params.format == "cloze" else list(LETTERS)
 
     def _fitted(self, lm: Any, chat: bool, example: Example) -> Prompt:
-        if self.params.format == "generated":
-            room = self.params.max_new_tokens
-            return fit(lm, self.prompt(lm, chat, example), len(example.content["shots"]), room)
-        room = max(len(lm.tok_encode(f" {option}", add_special_tokens=False)) for option in self._options(example))
+        room = self.params.max_new_tokens
+        if self.params.format != "generated":
+            room = max(len(lm.tok_encode(f" {option}", add_special_tokens=False)) for option in self._options(example))
         return fit(lm, self.prompt(lm, chat, example), len(example.content["shots"]), room)
 
     def prompt(self, lm: Any, chat: bool, example: Example) -> Callable[[int], str]:
@@ -200,6 +177,12 @@ def read_letter(text: str) -> str | None:
     """
     found = _BEGINS.match(text) or _NAMES.search(text)
     return found[1] if found else None
+
+
+def _score_letter(example: Example, output: str) -> dict[str, float]:
+    """An answer in which no letter can be read is wrong, and counted."""
+    letter = read_letter(output)
+    return {"correct": float(letter == LETTERS[example.content["answer"]]), "no_letter": float(letter is None)}
 
 
 def _folder(source: DataSource) -> Path:

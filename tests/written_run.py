@@ -66,9 +66,21 @@ def write_run(root, settings, suites, failing=()):
         with open(folder / "samples.jsonl", "w", encoding="utf-8", errors="backslashreplace") as file:
             for sample in samples(name, suite):
                 file.write(json.dumps(sample.to_json(), ensure_ascii=False) + "\n")
-        scored = {"key": "k", "status": "complete", "samples_sha256": sha256_of(folder / "samples.jsonl")}
-        (folder / "scores.json").write_text(json.dumps(scored))
+        _complete(folder)
     return root
+
+
+def change_samples(folder, change, start=0):
+    """Replace the rows of an evaluation from `start` on, and have them all count as what was scored."""
+    rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    rows[start:] = map(change, rows[start:])
+    (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    _complete(folder)
+
+
+def _complete(folder):
+    scored = {"key": "k", "status": "complete", "samples_sha256": sha256_of(folder / "samples.jsonl")}
+    (folder / "scores.json").write_text(json.dumps(scored))
 
 
 def samples(setting, suite):

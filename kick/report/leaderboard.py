@@ -79,15 +79,16 @@ def check_comparable(found: Sequence[Results]) -> None:
                 f"{results.path} was computed in {results.run['dtype']}, {first.path} in {first.run['dtype']}.",
                 "Only runs in one precision can be compared.",
             )
+        model = results.run["model"]
+        other = models.setdefault(model["name"], results)
+        if other.run["model"]["fingerprint"] != model["fingerprint"]:
+            raise RunError(
+                f"'{model['name']}' is one model in {other.path} and another in {results.path}: weights, configuration "
+                "or tokenizer differ.",
+                "Give the model of one of them another path or name, or leave out a run.",
+            )
         for result in results.settings:
-            key = results.run["model"]["name"], result.name
-            other = models.setdefault(key[0], results)
-            if other.run["model"]["fingerprint"] != results.run["model"]["fingerprint"]:
-                raise RunError(
-                    f"'{key[0]}' is one model in {other.path} and another in {results.path}: weights, configuration or "
-                    "tokenizer differ.",
-                    "Give the model of one of them another path or name, or leave out a run.",
-                )
+            key = model["name"], result.name
             if key in seen and result.name != DENSE:
                 raise RunError(
                     f"{key[1]} of {key[0]} is in {seen[key].path} and in {results.path}.", "Name one of them."

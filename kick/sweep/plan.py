@@ -4,7 +4,6 @@ What can be wrong without a model being loaded is found here, before anything is
 levels, missing data, malformed rows, too little calibration text.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +23,7 @@ from kick.lm.spec import LMSpec
 from kick.models import ModelSource
 from kick.settings import Setting, digest
 from kick.spec import distinct, explain
-from kick.suite import DataSource, Example, Suite, data_fingerprint, subset
+from kick.suite import DataSource, Example, Suite, data_fingerprint, repeated_id, subset
 from kick.sweep.executors import find_executor
 from kick.sweep.overlap import shared_passage
 
@@ -251,7 +250,8 @@ def plan_suite(spec: SuiteSpec, default_data: str) -> PlannedSuite:
     everything = suite.examples(source)
     if not everything:
         raise DataError(f"suite '{spec.name}' found no question in {source}.", "Check --data.")
-    _check_ids(spec.name, everything)
+    if twice := repeated_id(everything):
+        raise DataError(f"suite '{spec.name}' has two questions with the id '{twice}'.", "Pairing needs unique ids.")
     examples = subset(everything, spec.limit, spec.limit_per_group, spec.seed)
     identity = {
         "suite": spec.suite,
@@ -261,16 +261,6 @@ def plan_suite(spec: SuiteSpec, default_data: str) -> PlannedSuite:
         "data": data_fingerprint(examples),
     }
     return PlannedSuite(spec.name, spec, suite, str(source), examples, identity)
-
-
-def _check_ids(name: str, examples: Sequence[Example]) -> None:
-    seen: set[str] = set()
-    for example in examples:
-        if example.id in seen:
-            raise DataError(
-                f"suite '{name}' has two questions with the id '{example.id}'.", "Pairing needs unique ids."
-            )
-        seen.add(example.id)
 
 
 def _plugin_version(group: str, name: str) -> str:

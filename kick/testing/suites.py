@@ -9,7 +9,7 @@ from typing import Any
 
 from kick.errors import KickError
 from kick.lm.fast import FastLM
-from kick.suite import OVERALL, DataSource, Example, Sample, Suite
+from kick.suite import OVERALL, DataSource, Example, Sample, Suite, repeated_id
 from kick.testing.check import Check, ConformanceError, run_all
 from kick.testing.tiny import tiny_model, tiny_tokenizer
 
@@ -61,10 +61,10 @@ class _Subject:
         return found[: self.questions]
 
     def answer(self, lm: Any) -> list[Sample]:
-        suite = self.new()
+        suite, examples = self.new(), self.examples
         if suite.needs_dense:
-            return self.attempt(lambda: list(suite.answer_beside(lm, lm, self.examples)))
-        return self.attempt(lambda: list(suite.answer(lm, self.examples)))
+            return self.attempt(lambda: list(suite.answer_beside(lm, lm, examples)))
+        return self.attempt(lambda: list(suite.answer(lm, examples)))
 
     @cached_property
     def samples(self) -> list[Sample]:
@@ -98,8 +98,7 @@ def _asks_the_same(subject: _Subject) -> None:
     first, second = (subject.attempt(subject.new().examples, subject.source) for _ in range(2))
     if first != second:
         raise ConformanceError("`examples` gives other questions, or another order, the second time.")
-    ids = [example.id for example in first]
-    if twice := next((id for id in ids if ids.count(id) > 1), None):
+    if twice := repeated_id(first):
         raise ConformanceError(f"the id '{twice}' stands twice; models are compared by id.")
 
 

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from written_run import write_run
+from written_run import change_samples, write_run
 
 from kick import compare
-from kick.files import safe_name, sha256_of
+from kick.files import safe_name
 from kick.report import read_results, write_report
 from kick.suite import Metric, Score
 
@@ -115,12 +115,7 @@ def test_a_setting_with_few_answers_widens_no_other(tmp_path):
     cut = write_run(tmp_path / "cut", settings, ["factoid_qa"])
     folder = cut / "evaluations/magnitude@0.5/factoid_qa"
     for kept, known in ((8, True), (4, False)):
-        lines = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
-        for line in lines[kept:]:
-            line["error"] = "not judged"
-        (folder / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        scored = {"key": "k", "status": "complete", "samples_sha256": sha256_of(folder / "samples.jsonl")}
-        (folder / "scores.json").write_text(json.dumps(scored))
+        change_samples(folder, lambda row: row | {"error": "not judged"}, start=kept)
         results = read_results(cut)
         assert results.mean_retained("magnitude@0.2") == whole.mean_retained("magnitude@0.2")
         assert (results.mean_retained("magnitude@0.5") is not None) == known

@@ -10,11 +10,10 @@ from dataclasses import replace
 from urllib.parse import unquote
 
 import pytest
-from written_run import SETTINGS, write_run
+from written_run import SETTINGS, change_samples, write_run
 
 from kick import cli
 from kick.errors import RunError
-from kick.files import sha256_of
 from kick.report import read_results, tables, write_report
 from kick.report.figures.style import Drawn
 from kick.report.leaderboard import check_comparable, write_leaderboard
@@ -312,12 +311,8 @@ def test_models_with_other_tokens_are_compared_by_bytes(tmp_path):
     write_leaderboard(roots, tmp_path / "same")
     assert json.loads((tmp_path / "same/leaderboard.json").read_text())[0]["perplexity"] > 2
     for folder in (roots[1] / "evaluations").glob("*/perplexity"):
-        lines = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
-        for line in lines:
-            line["scores"]["tokens"] = 2.0  # the same text in twice as many tokens
-        (folder / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        scored = {"key": "k", "status": "complete", "samples_sha256": sha256_of(folder / "samples.jsonl")}
-        (folder / "scores.json").write_text(json.dumps(scored))
+        # the same text in twice as many tokens
+        change_samples(folder, lambda row: row | {"scores": row["scores"] | {"tokens": 2.0}})
     write_leaderboard(roots, tmp_path / "site")
     rows = json.loads((tmp_path / "site/leaderboard.json").read_text())
     bits = sum(2.0 + 0.01 * index for index in range(100)) / 0.693 / 400

@@ -121,27 +121,34 @@ def test_a_chat_template_is_applied_when_the_model_is_known(local):
     assert sample.prompt.count("<assistant>") == 2  # the solved example's, and the one to be answered
 
 
-def test_a_task_of_ones_own_with_generation_and_two_filters(tmp_path, lm):
-    rows = [{"q": f"{n} + 1 =", "a": str(n + 1)} for n in range(4)]
-    (tmp_path / "sums").mkdir()
-    (tmp_path / "sums/test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine/sums.yaml").write_text("""
+def own_task(root, rows, generation, more=""):
+    """A task of one's own that generates, as a suite, and its examples."""
+    (root / "sums").mkdir()
+    (root / "sums/test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (root / "mine").mkdir()
+    (root / "mine/sums.yaml").write_text(f"""
 task: my_sums
 dataset_path: me/sums
 test_split: test
 output_type: generate_until
-doc_to_text: "{{q}}"
-doc_to_target: "{{a}}"
-generation_kwargs: {until: ["\\n"], max_gen_toks: 5}
+doc_to_text: "{{{{q}}}}"
+doc_to_target: "{{{{a}}}}"
+generation_kwargs: {{until: ["\\n"], {generation}}}
 metric_list:
-  - {metric: exact_match, aggregation: mean, higher_is_better: true}
+  - {{metric: exact_match, aggregation: mean, higher_is_better: true}}
+{more}""")
+    suite = LMEval(LMEval.Params(task="my_sums", include_path=str(root / "mine")))
+    return suite, suite.examples(DataSource.parse(str(root)))
+
+
+def test_a_task_of_ones_own_with_generation_and_two_filters(tmp_path, lm):
+    rows = [{"q": f"{n} + 1 =", "a": str(n + 1)} for n in range(4)]
+    filters = """
 filter_list:
   - {name: whole, filter: [{function: take_first}]}
   - {name: number, filter: [{function: regex, regex_pattern: "(\\\\d+)"}, {function: take_first}]}
-""")
-    suite = LMEval(LMEval.Params(task="my_sums", include_path=str(tmp_path / "mine")))
-    examples = suite.examples(DataSource.parse(str(tmp_path)))
+"""
+    suite, examples = own_task(tmp_path, rows, "max_gen_toks: 5", filters)
     answers = {"0 + 1 =": "1", "1 + 1 =": "it is 2", "2 + 1 =": "four", "3 + 1 =": "4"}
     samples = list(suite.answer(ScriptedLM(lambda prompt: answers[prompt]), examples))
     scores = {score.metric.name: score.point for score in suite.score(samples) if score.group == "overall"}
@@ -150,22 +157,7 @@ filter_list:
 
 
 def test_room_for_an_answer_is_what_the_task_generates_under_whatever_name(tmp_path):
-    (tmp_path / "sums").mkdir()
-    (tmp_path / "sums/test.jsonl").write_text(json.dumps({"q": "one two three four five six", "a": "7"}) + "\n")
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine/sums.yaml").write_text("""
-task: my_sums
-dataset_path: me/sums
-test_split: test
-output_type: generate_until
-doc_to_text: "{{q}}"
-doc_to_target: "{{a}}"
-generation_kwargs: {until: ["\\n"], max_new_tokens: 4}
-metric_list:
-  - {metric: exact_match, aggregation: mean, higher_is_better: true}
-""")
-    suite = LMEval(LMEval.Params(task="my_sums", include_path=str(tmp_path / "mine")))
-    examples = suite.examples(DataSource.parse(str(tmp_path)))
+    suite, examples = own_task(tmp_path, [{"q": "one two three four five six", "a": "7"}], "max_new_tokens: 4")
     for context, cut in ((10, False), (9, True)):
         (sample,) = suite.answer(ScriptedLM(lambda prompt: "7", max_length=context), examples)
         assert sample.truncated is cut

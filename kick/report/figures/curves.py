@@ -78,7 +78,7 @@ def _score_against(axis: Axis, results: Results, suite: str) -> tuple[Figure, st
         axes.axhline(metric.chance * scale, color="0.55", linewidth=1.0, linestyle=":")
         lines["chance"] = metric.chance * scale
 
-    names = _draw_families(axes, axis, results, suite, scale, dense)
+    names, seeds = _draw_families(axes, axis, results, suite, scale, dense)
     axes.set_xlabel(_AXES[axis])
     axes.set_ylabel(name_of(metric))
     if metric.transform == "exp":
@@ -91,10 +91,6 @@ def _score_against(axis: Axis, results: Results, suite: str) -> tuple[Figure, st
     label_points(axes, names, size=8)
     title(axes, f"{suite}: {metric.name.replace('_', ' ')} against {axis}")
     families = _families(results, axis, suite)
-    seeds = any(
-        result.family in families and result.name.endswith(f"#{result.setting.seed}") and not result.stands_alone
-        for result in results.compressed
-    )
     legend(axes, len(families))
     label_lines(axes, lines)
     caption = (
@@ -125,13 +121,14 @@ def _place(axis: Axis, result: SettingResult) -> float | None:
 
 def _draw_families(
     axes: Axes, axis: Axis, results: Results, suite: str, scale: float, dense: Estimate
-) -> list[tuple[float, float, str]]:
+) -> tuple[list[tuple[float, float, str]], bool]:
     """Lines with bands, from dense on; what stands alone as points with bars, patterns side by side.
 
-    The names of points, to be written when the axes have their limits: (x, y, name).
+    The names of points, to be written when the axes have their limits, (x, y, name); whether some line is of seeds.
     """
     patterns = [result.name for result in results.compressed if result.family.endswith(" N:M")]
     names: list[tuple[float, float, str]] = []
+    seeds = False
 
     def beside(result: SettingResult) -> float:
         if result.name not in patterns:
@@ -157,6 +154,7 @@ def _draw_families(
         alone = points[0][2].stands_alone
         if not alone and len({place for place, _, _ in points}) < len(points):
             _draw_seeds(axes, points, scale, style, family)
+            seeds = True
             continue
         curve = [(place + beside(result), found) for place, found, result in points]
         if axis != "bits" and not alone:
@@ -177,7 +175,7 @@ def _draw_families(
                 x, y, label=family, linewidth=1.8, markersize=5.5, markevery=range(first, len(x)), zorder=3, **style
             )
             axes.fill_between(x, low, high, color=style["color"], alpha=0.16, linewidth=0)
-    return names
+    return names, seeds
 
 
 def _draw_seeds(axes: Axes, points: list[Any], scale: float, style: dict[str, Any], family: str) -> None:
