@@ -1,6 +1,6 @@
 """Do the trained compressors do what their papers say, on a real model with little training?
 
-    python benchmarks/train.py --data DIR [--only ast]... [--seeds 3] [--out train.json]
+    python benchmarks/train.py --data DIR [--only ast]... [--seeds 3] [--precision bfloat16] [--out train.json]
 
 SmolLM2-135M and the seven domains of RedPajama's sample in DIR (calibration/redpajama to train, ppl/redpajama to
 measure). Every arm of a comparison sees the same number of tokens. Prints tables of perplexity over held-out text, mean
@@ -33,10 +33,10 @@ LENGTH, BATCH = 128, 4
 HELD = 12  # sequences of 256 tokens a domain
 
 
-def arms(data: str, steps: int) -> dict[str, dict[str, dict[str, Any]]]:
+def arms(data: str, steps: int, precision: str) -> dict[str, dict[str, dict[str, Any]]]:
     """comparison -> arm -> setting."""
     text = {"data": f"{data}/calibration/redpajama"}
-    short = {"batch_size": BATCH, "sequence_length": LENGTH, "precision": "bfloat16", "checkpoint_every": 10_000}
+    short = {"batch_size": BATCH, "sequence_length": LENGTH, "precision": precision, "checkpoint_every": 10_000}
     ast = {"compressor": "ast", "level": "2:4"}
     trained = {**text, **short, "steps": steps, "learning_rate": 1e-4, "weight_decay": 0.0}
     lora = {**text, **short, "steps": steps // 3, "learning_rate": 1e-3}
@@ -110,14 +110,21 @@ def main() -> int:
     parser.add_argument("--arm", action="append", default=[])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--precision", choices=["float32", "bfloat16"], default="bfloat16", help="of the products")
     parser.add_argument("--out", type=Path, default=Path("train.json"))
     options = parser.parse_args()
     runs: list[dict[str, Any]] = json.loads(options.out.read_text()) if options.out.is_file() else []
-    for comparison, settings in arms(options.data, options.steps).items():
+    for comparison, settings in arms(options.data, options.steps, options.precision).items():
         if options.only and comparison not in options.only:
             continue
         for arm, seed in order(settings, options.seeds):
-            key = {"comparison": comparison, "arm": arm, "seed": seed, "steps": options.steps}
+            key = {
+                "comparison": comparison,
+                "arm": arm,
+                "seed": seed,
+                "steps": options.steps,
+                "precision": options.precision,
+            }
             if any(key.items() <= run.items() for run in runs) or (options.arm and arm not in options.arm):
                 continue
             runs.append(key | run(settings[arm], seed, options.data))
@@ -170,17 +177,19 @@ def domain_losses(path: Path, data: str) -> dict[str, float]:
 def print_table(comparison: str, runs: list[dict[str, Any]]) -> None:
     print(f"\n{comparison}: perplexity, mean over domains of the loss\n")
     print(
-        "| arm | seeds | perplexity | spread | parameters | tokens trained | minutes |\n|---|---|---|---|---|---|---|"
+        "| arm | products in | seeds | perplexity | spread | parameters | tokens trained | minutes |\n"
+        "|---|---|---|---|---|---|---|---|"
     )
-    for arm in dict.fromkeys(run["arm"] for run in runs if run["comparison"] == comparison):
-        own = [run for run in runs if (run["comparison"], run["arm"]) == (comparison, arm)]
+    here = [run for run in runs if run["comparison"] == comparison]
+    for arm, precision in dict.fromkeys((run["arm"], run["precision"]) for run in here):
+        own = [run for run in here if (run["arm"], run["precision"]) == (arm, precision)]
         values = [run["perplexity"] for run in own]
         spread = f"{stdev(values):.2f}" if len(values) > 1 else "–"
         tokens = sum(facts["training"]["tokens"] for facts in own[0]["facts"] if "training" in facts)
         minutes = mean(run["seconds"] for run in own) / 60
         print(
-            f"| {arm} | {len(own)} | {mean(values):.2f} | {spread} | {own[0]['parameters']:,} | {tokens:,} "
-            f"| {minutes:.1f} |"
+            f"| {arm} | {precision} | {len(own)} | {mean(values):.2f} | {spread} | {own[0]['parameters']:,} "
+            f"| {tokens:,} | {minutes:.1f} |"
         )
     print()
 
