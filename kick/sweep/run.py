@@ -163,7 +163,7 @@ class _Scheduler:
         results = {suite.name: self.store.evaluation(setting.name, suite.name).result() for suite in owed}
         unanswered = [suite for suite in owed if results[suite.name] is None]
         # the first was under way, or all of them waited for the checkpoint that was
-        made = self.store.has_checkpoint(DENSE if setting.is_dense else setting.name)
+        made = self.executor.has_weights(ended.work, answered=len(unanswered) < len(owed))
         at_fault = unanswered[:1] if made else unanswered
         at_fault += [suite for suite in owed if (results[suite.name] or {}).get("out_of_memory")]
         died = ended.refused or ended.died or "it had not enough memory"

@@ -58,14 +58,17 @@ class Rules:
     log: TextIO | None = None
 
 
-def carry_out(plan: Plan, store: Store, workshop: Workshop, work: Work, watch: Watch, rules: Rules) -> None:
-    """Do `work`. What fails is recorded and the rest goes on, unless nothing can be recorded: then RunError."""
+def carry_out(plan: Plan, store: Store, workshop: Workshop, work: Work, watch: Watch, rules: Rules) -> Iterator[str]:
+    """Do `work`, and name each suite once its evaluation has ended.
+
+    What fails is recorded and the rest goes on, unless nothing can be recorded: then RunError.
+    """
     workshop.begin()
     with store.alone_with(work.setting):
-        _carry_out(plan, store, workshop, work, watch, rules)
+        yield from _carry_out(plan, store, workshop, work, watch, rules)
 
 
-def _carry_out(plan: Plan, store: Store, workshop: Workshop, work: Work, watch: Watch, rules: Rules) -> None:
+def _carry_out(plan: Plan, store: Store, workshop: Workshop, work: Work, watch: Watch, rules: Rules) -> Iterator[str]:
     setting = next(setting for setting in plan.settings if setting.name == work.setting)
     by_name = {suite.name: suite for suite in plan.suites}
     halvings = dict(work.owed)
@@ -87,6 +90,7 @@ def _carry_out(plan: Plan, store: Store, workshop: Workshop, work: Work, watch: 
         except Exception as error:  # whatever a compressor does wrong costs its own setting only
             for suite in own:
                 _failed(plan, store, setting, suite, error, watch, rules)
+                yield suite.name
             continue
         for suite in own:
             watch.start(f"{setting.name}: {suite.name}", suite.name, len(suite.examples))
@@ -104,6 +108,7 @@ def _carry_out(plan: Plan, store: Store, workshop: Workshop, work: Work, watch: 
             except Exception as error:  # likewise for a suite
                 _failed(plan, store, setting, suite, error, watch, rules)
             watch.stop()
+            yield suite.name
         workshop.forget_dense()
         lm.close()
         del lm

@@ -118,23 +118,57 @@ def test_ray_gives_what_one_process_gives(config, scores, cluster, tmp_path):
 
 def test_a_node_that_dies_costs_what_it_was_at(config, scores, cluster, tmp_path, monkeypatch):
     """The first node is killed while it works; one that joined meanwhile does the rest."""
+    out = tmp_path / "run"
+    killed = kill_a_node(cluster, monkeypatch, lambda: list(out.glob("evaluations/*/*/samples.jsonl")))
+    summary, found = carry_out(config, out, "{name: ray, params: {num_cpus: 1}}")
+    assert killed
+    assert (summary.done, summary.failed) == (6, {})
+    assert found == scores
+
+
+def test_a_node_that_dies_far_from_the_run_directory_costs_no_more(config, cluster, tmp_path, monkeypatch):
+    """What it answered before came back at once: nobody asks for it again."""
+    from kick.sweep.executors import ray as rays
+
+    slow = "{suite: summarization, params: {max_new_tokens: 1000}, limit: 2}"  # seconds, to be killed in
+    path, out = tmp_path / "sweep.yaml", tmp_path / "run"
+    text = config.read_text().replace("{suite: perplexity, params: {window_bytes: 512}, limit: 4}", slow)
+    path.write_text(text.replace("[magnitude@0.3, magnitude@0.5]", "[magnitude@0.3]"))
+    _, undisturbed = carry_out(path, tmp_path / "inline", "{name: inline}")
+    monkeypatch.setattr(rays, "leave_mark", lambda root: "a mark that no node finds")
+    killed = kill_a_node(cluster, monkeypatch, lambda: list(out.glob("evaluations/magnitude@0.3/*/scores.json")))
+    asked = []
+    submit = rays.Ray.submit
+
+    def submit_and_note(self, work):
+        asked.append((work.setting, [name for name, _ in work.owed]))
+        submit(self, work)
+
+    monkeypatch.setattr(rays.Ray, "submit", submit_and_note)
+    summary, found = carry_out(path, out, "{name: ray, workers: 1, params: {num_cpus: 1}}")
+    assert killed == [["mmlu"]]
+    assert asked[1:] == [("magnitude@0.3", ["mmlu", "summarization"]), ("magnitude@0.3", ["summarization"])]
+    assert (summary.done, summary.failed) == (4, {})
+    assert found == undisturbed
+    assert not (out / "checkpoints").exists() or not list((out / "checkpoints").iterdir())
+
+
+def kill_a_node(cluster, monkeypatch, when):
+    """Kill the node that works once `when` gives files, after another joined; gives the suites that these are of."""
     from kick.sweep.executors.ray import Ray
 
-    out = tmp_path / "run"
     first = [node for node in cluster.list_all_nodes() if node != cluster.head_node]
-    wait = Ray.wait
+    wait, killed = Ray.wait, []
 
     def wait_and_kill(self, seconds):
-        if first and list(out.glob("evaluations/*/*/samples.jsonl")):
+        if first and (files := when()):
             cluster.add_node(num_cpus=1)
             cluster.remove_node(first.pop(), allow_graceful=False)
+            killed.append([path.parent.name for path in files])
         return wait(self, 0.05 if first else seconds)
 
     monkeypatch.setattr(Ray, "wait", wait_and_kill)
-    summary, found = carry_out(config, out, "{name: ray, params: {num_cpus: 1}}")
-    assert not first
-    assert (summary.done, summary.failed) == (6, {})
-    assert found == scores
+    return killed
 
 
 def test_results_come_back_as_bytes_where_the_run_directory_is_not_seen(config, scores, tmp_path):
@@ -149,10 +183,13 @@ def test_results_come_back_as_bytes_where_the_run_directory_is_not_seen(config, 
         job = Job(str(tmp_path / "unseen"), plan.config.model_dump(mode="json"), [], plan.identity)
         for setting in plan.settings:
             work = Work(setting.name, (Owed("mmlu"), Owed("perplexity")))
-            came = carry_out_here(job.to_json(), work.to_json(), "a mark")
-            assert came.fatal is None
-            assert {Path(name).parts[0] for name in came.files} == {"evaluations"}
-            assert came.take(store) is None
+            found = carry_out_here(job.to_json(), work.to_json(), "a mark")
+            for came, suite in zip(found, ("mmlu", "perplexity"), strict=True):
+                assert (came.suite, came.fatal) == (suite, None)
+                assert {Path(name).parts[0] for name in came.files} == {"evaluations"}
+                assert came.take(store) is None
+                assert store.evaluation(setting.name, suite).result()["status"] == "complete"
+                assert store.record(setting.name) is not None
     from kick.report import tables
     from kick.report.results import read_results
 
@@ -221,7 +258,7 @@ def test_a_process_that_would_do_something_else_is_refused(config, tmp_path):
     plan = make_plan(load(config))
     identity = {**plan.identity, "versions": {**plan.identity["versions"], "torch": "0.1"}}
     job = Job(str(tmp_path), plan.config.model_dump(mode="json"), [], identity)
-    came = carry_out_here(job.to_json(), Work("dense", (Owed("mmlu"),)).to_json(), "a mark")
+    (came,) = carry_out_here(job.to_json(), Work("dense", (Owed("mmlu"),)).to_json(), "a mark")
     assert came.fatal is not None
     assert "versions.torch is '0.1' there" in came.fatal[0]
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from kick import models
 from kick.errors import ConfigError
+from kick.settings import DENSE
 from kick.sweep.clock import Watch
 from kick.sweep.executors.spec import ExecutorSpec
 from kick.sweep.plan import Plan
@@ -73,6 +74,11 @@ class Executor(ABC):
         """How many works of `plan` this machine carries out at once; 0 where they are carried out elsewhere."""
         del plan
         return 0
+
+    def has_weights(self, work: Work, answered: bool) -> bool:
+        """Whether a work that died had its checkpoint by then, so that it was answering. answered: something."""
+        is_dense = next(setting.is_dense for setting in self.plan.settings if setting.name == work.setting)
+        return self.store.has_checkpoint(DENSE if is_dense else work.setting) or (self.apart and answered)
 
     @abstractmethod
     def submit(self, work: Work) -> None:

@@ -1,15 +1,18 @@
 """A work done on a machine that a cluster chose: what its process runs there, and what comes back.
 
-Where the run directory is seen from there, results are in it when the work ends. Where it is not, they come back as
-bytes. It is seen if it holds the mark that the starting process left in it.
+Where the run directory is seen from there, results are in it. Where it is not, they come back as bytes, one evaluation
+after the other, so that a machine that dies costs the one it was at. It is seen if it holds the mark that the starting
+process left in it.
 """
 
 import json
 import secrets
 import sys
 import tempfile
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from kick import models
@@ -59,12 +62,14 @@ def leave_mark(root: Path) -> str:
 
 
 class Came(NamedTuple):
-    """What comes back of a work. files: none where they are in the run directory already. fatal: message and hint.
+    """What comes back of an evaluation, or of a work without any.
 
+    files: none where they are in the run directory already. suite: which was asked. fatal: message and hint.
     parity: how far the LMs of the run are apart, where that was looked at.
     """
 
-    files: dict[str, bytes]
+    files: Mapping[str, bytes] = MappingProxyType({})
+    suite: str | None = None
     fatal: tuple[str, str] | None = None
     parity: list[dict[str, Any]] | None = None
 
@@ -95,30 +100,39 @@ class Came(NamedTuple):
         return None
 
 
-def carry_out_here(job: dict[str, Any], work: dict[str, Any], mark: str) -> Came:
-    """Do a work of a job (both as JSON)."""
+def carry_out_here(job: dict[str, Any], work: dict[str, Any], mark: str) -> Iterator[Came]:
+    """Do a work of a job (both as JSON); gives what comes of it as it comes."""
     given, asked = Job(**job), Work.from_json(work)
     root = Path(given.root)
     try:
         if (root / MARK).is_file():
             if (root / MARK).read_text(encoding="utf-8") == mark:  # else nobody waits for this any more
-                _site(given, root).carry_out(asked, Notes())
-            return Came({})
-        return _carry_out_apart(given, asked)
+                for suite in _site(given, root).carry_out(asked, Notes()):
+                    yield Came(suite=suite)
+        else:
+            yield from _carry_out_apart(given, asked)
     except KickError as error:  # what one evaluation can do wrong is recorded: this concerns all of them
-        return Came({}, (error.message, error.hint))
+        yield Came(fatal=(error.message, error.hint))
 
 
-def _carry_out_apart(job: Job, work: Work) -> Came:
-    """Do a work in a folder of its own; gives the files of its results."""
+def carry_out_whole(job: dict[str, Any], work: dict[str, Any], mark: str) -> list[Came]:
+    """The same, for a cluster that gives nothing back before the end."""
+    return list(carry_out_here(job, work, mark))
+
+
+def _carry_out_apart(job: Job, work: Work) -> Iterator[Came]:
+    """Do a work in a folder of its own; gives the files of each evaluation when it has ended."""
+    if not work.owed:  # the weights of dense, which others would not see
+        return
     with tempfile.TemporaryDirectory(prefix="kick-") as folder:  # weights too: they stay here
         own = Path(folder)
         (own / RUN).write_text("{}", encoding="utf-8")
-        if work.owed:
-            _site(job, own).carry_out(work, Notes())
-        results = Store(own).setting_path(work.setting)
-        files = {str(path.relative_to(own)): path.read_bytes() for path in results.rglob("*") if path.is_file()}
-        return Came(files, parity=Store(own).parity())
+        results, sent = Store(own).setting_path(work.setting), set[Path]()
+        for suite in _site(job, own).carry_out(work, Notes()):
+            new = [path for path in results.rglob("*") if path.is_file() and path not in sent]
+            sent.update(new)
+            files = {str(path.relative_to(own)): path.read_bytes() for path in new}
+            yield Came(files, suite, parity=Store(own).parity())
 
 
 def device_elsewhere(asked: str, gpus: Any) -> str:
@@ -133,12 +147,10 @@ def device_elsewhere(asked: str, gpus: Any) -> str:
     return "cuda" if gpus else "cpu"
 
 
-def count(watch: Watch, plan: Plan, work: Work) -> None:
-    """Tell the clock of a work that ended far away."""
-    sizes = {suite.name: len(suite.examples) for suite in plan.suites}
-    for name, _ in work.owed:
-        watch.start(f"{work.setting}: {name}", name, sizes[name])
-        watch.stop()
+def count(watch: Watch, plan: Plan, work: Work, suite: str) -> None:
+    """Tell the clock of an evaluation that ended far away."""
+    watch.start(f"{work.setting}: {suite}", suite, next(len(own.examples) for own in plan.suites if own.name == suite))
+    watch.stop()
 
 
 def _site(job: Job, root: Path) -> Site:

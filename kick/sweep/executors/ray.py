@@ -6,7 +6,7 @@ Parameters: `address` of the cluster (by default a new one on this machine, or R
 
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import Field, ValidationError
 
@@ -15,7 +15,7 @@ from kick.extras import import_extra
 from kick.spec import Spec, explain
 from kick.sweep.clock import Watch
 from kick.sweep.executors.base import Ended, Executor, Job
-from kick.sweep.executors.elsewhere import carry_out_here, count, device_elsewhere, leave_mark
+from kick.sweep.executors.elsewhere import Came, carry_out_here, count, device_elsewhere, leave_mark
 from kick.sweep.executors.spec import ExecutorSpec
 from kick.sweep.plan import Plan
 from kick.sweep.store import Store
@@ -31,6 +31,14 @@ class Params(Spec):
     memory: float | None = Field(default=None, gt=0, description="bytes")
     resources: dict[str, float] = Field(default_factory=dict)
     runtime_env: dict[str, Any] = Field(default_factory=dict)
+
+
+class _UnderWay(NamedTuple):
+    """left: the suites whose results have not come yet."""
+
+    work: Work
+    watch: Watch
+    left: list[str]
 
 
 class Ray(Executor):
@@ -61,7 +69,7 @@ class Ray(Executor):
         self.slots = workers if workers != "auto" else _QUEUED
         self._mark = leave_mark(store.root)
         self._note_what_is_missing(ray.cluster_resources(), {"CPU": params.num_cpus, "GPU": gpus, **params.resources})
-        self._works: dict[Any, tuple[Work, Watch]] = {}
+        self._streams: dict[Any, _UnderWay] = {}  # by what Ray gives their results through
 
     @classmethod
     def check(cls, spec: ExecutorSpec) -> None:
@@ -80,28 +88,40 @@ class Ray(Executor):
                 )
 
     def submit(self, work: Work) -> None:
-        watch = self.watch()
-        reference = self._task.remote(self.job.to_json(), work.to_json(), self._mark)
-        self._works[reference] = work, watch
+        stream = self._task.remote(self.job.to_json(), work.to_json(), self._mark)
+        self._streams[stream] = _UnderWay(work, self.watch(), [name for name, _ in work.owed])
 
     def wait(self, seconds: float) -> list[Ended]:
-        done, _ = self._ray.wait(list(self._works), timeout=seconds)
-        return [self._end(reference) for reference in done]
+        heard, _ = self._ray.wait(list(self._streams), timeout=seconds)
+        return [ended for stream in heard if (ended := self._hear(stream)) is not None]
 
-    def _end(self, reference: Any) -> Ended:
-        work, watch = self._works.pop(reference)
-        count(watch, self.plan, work)
+    def _hear(self, stream: Any) -> Ended | None:
+        """Take the next result of a work, or its end."""
+        work, watch, left = self._streams[stream]
         try:
-            came = self._ray.get(reference)
+            came: Came = self._ray.get(next(stream))
+        except StopIteration:
+            return self._end(stream)
         except self._ray.exceptions.RayError as error:  # the worker, or its node, is gone
-            return Ended(work, " ".join(str(error).split())[-300:])
+            if left and self.has_weights(work, answered=len(left) < len(work.owed)):
+                count(watch, self.plan, work, left[0])
+            return self._end(stream, died=" ".join(str(error).split())[-300:])
         self.apart = self.apart or bool(came.files)
-        return Ended(work, refused=came.take(self.store))
+        if refused := came.take(self.store):
+            self._ray.cancel(stream, force=True)
+            return self._end(stream, refused=refused)
+        if came.suite is not None:
+            left.remove(came.suite)
+            count(watch, self.plan, work, came.suite)
+        return None
+
+    def _end(self, stream: Any, died: str | None = None, refused: str | None = None) -> Ended:
+        return Ended(self._streams.pop(stream).work, died, refused)
 
     def close(self) -> None:
-        for reference in self._works:
-            self._ray.cancel(reference, force=True)
-        self._works.clear()
+        for stream in self._streams:
+            self._ray.cancel(stream, force=True)
+        self._streams.clear()
         if self._started:
             self._ray.shutdown()
 

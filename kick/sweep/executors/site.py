@@ -1,6 +1,7 @@
 """What a process away from kick's own knows of a run: the plan, made again from the job, and where to write."""
 
 import socket
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
@@ -40,5 +41,6 @@ class Site:
         store = Store(root or Path(job.root))
         return cls(plan, store, Workshop(plan, store), Rules(job.timeout, job.debug, log))
 
-    def carry_out(self, work: Work, watch: Watch) -> None:
-        carry_out(self.plan, self.store, self.workshop, work, watch, self.rules)
+    def carry_out(self, work: Work, watch: Watch) -> Iterator[str]:
+        """Do `work`, and name each suite once its evaluation has ended."""
+        return carry_out(self.plan, self.store, self.workshop, work, watch, self.rules)

@@ -14,7 +14,7 @@ from kick.errors import ConfigError
 from kick.extras import import_extra
 from kick.sweep.clock import Watch
 from kick.sweep.executors.base import Ended, Executor, Job
-from kick.sweep.executors.elsewhere import carry_out_here, count, device_elsewhere, leave_mark
+from kick.sweep.executors.elsewhere import carry_out_whole, count, device_elsewhere, leave_mark
 from kick.sweep.executors.spec import ExecutorSpec
 from kick.sweep.plan import Plan
 from kick.sweep.store import Store
@@ -55,7 +55,7 @@ class Slurm(Executor):
         return device_elsewhere(asked, next((own for own in gpus if own is not None), None))
 
     def submit(self, work: Work) -> None:
-        job = self._executor.submit(carry_out_here, self.job.to_json(), work.to_json(), self._mark)
+        job = self._executor.submit(carry_out_whole, self.job.to_json(), work.to_json(), self._mark)
         self._jobs.append((job, work, self.watch()))
 
     def wait(self, seconds: float) -> list[Ended]:
@@ -69,10 +69,12 @@ class Slurm(Executor):
         return [self._end(*entry) for entry in done]
 
     def _end(self, job: Any, work: Work, watch: Watch) -> Ended:
-        count(watch, self.plan, work)
+        for name, _ in work.owed:
+            count(watch, self.plan, work, name)
         if error := job.exception():  # the job was killed, or its node is gone
             return Ended(work, f"job {job.job_id} {job.state}: {' '.join(str(error).split())[-300:]}")
-        return Ended(work, refused=job.result().take(self.store))
+        refusals = [came.take(self.store) for came in job.result()]
+        return Ended(work, refused=next(filter(None, refusals), None))
 
     def close(self) -> None:
         for job, _, _ in self._jobs:

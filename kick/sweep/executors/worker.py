@@ -37,7 +37,8 @@ def main() -> None:
         work = Work.from_json(messages.get()["work"])
         try:
             site = site or Site.of(job, sys.stderr)
-            site.carry_out(work, Teller(say))
+            for _ in site.carry_out(work, Teller(say)):
+                pass
             say(ended=True)
         except KickError as error:  # what one evaluation can do wrong is recorded: this concerns all of them
             say(fatal=[error.message, error.hint])
