@@ -26,6 +26,7 @@ class Meter:
         if self.device.startswith("cuda"):
             import torch
 
+            torch.cuda.init()  # of a device with a number, the statistics are there only after that
             torch.cuda.reset_peak_memory_stats(self.device)
         else:
             _reset_peak()

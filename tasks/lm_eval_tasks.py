@@ -99,7 +99,7 @@ class LMEval(Suite):
             if task.OUTPUT_TYPE not in ("loglikelihood", "loglikelihood_rolling", "multiple_choice", "generate_until"):
                 raise ConfigError(
                     f"'{name}' asks for {task.OUTPUT_TYPE}, which kick does not answer.",
-                    "Stock lm-eval does: lm_eval run --model kick.",
+                    "Stock lm-eval does, with the same LM: python -m kick.lm.for_lm_eval run --model kick.",
                 )
             if (task.config.repeats or 1) > 1:
                 raise ConfigError(

@@ -134,8 +134,14 @@ class TokenLM(TemplateLM):
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
         """For each (_, context tokens, continuation tokens); contexts lose their beginning where they are too long."""
+        longest = max((len(continuation) for _, _, continuation in requests), default=0)
+        if longest > self.max_length:
+            raise KickError(
+                f"a continuation of {longest} tokens in a context of {self.max_length}.",
+                "Score whole texts by windows (loglikelihood_rolling), or ask a model with a longer context.",
+            )
         sequences = [
-            Scored((context + continuation)[-(self.max_length + 1) :], min(len(continuation), self.max_length))
+            Scored((context + continuation)[-(self.max_length + 1) :], len(continuation))
             for _, context, continuation in requests
         ]
         asked = [index for index, sequence in enumerate(sequences) if sequence.n_targets]

@@ -108,29 +108,29 @@ class FastLM(TokenLM):
         together = [index for index, length in enumerate(lengths) if length <= self._alike]
         alone = [index for index, length in enumerate(lengths) if length > self._alike]
         if self.no_sharing is None:
-            results = self._score_cluster(sequences, together, (), self.row_tokens, PREFIX_STEP)
+            results = self._score_cluster(sequences, together, (), self.row_tokens)
         else:
             results = self._score_padded(sequences, together, 4 * self.row_tokens)
         results |= self._score_padded(sequences, alone, 1)
         return [results[index] for index in range(len(sequences))]
 
     def _score_cluster(
-        self, sequences: Sequence[Scored], members: list[int], prefixes: tuple[int, ...], row_tokens: int, least: int
+        self, sequences: Sequence[Scored], members: list[int], prefixes: tuple[int, ...], row_tokens: int
     ) -> dict[int, tuple[float, bool]]:
         """Sequences with a beginning in common, which is computed once; then the rest in packed rows.
 
         prefixes: the lengths of what they share, each continuing the one before, the last one the whole. Those that
-        share at least `least` tokens more form clusters of their own.
+        share much more form clusters of their own.
         """
         length = max(prefixes, default=0)
         rests = [sequences[index].tokens[length:-1] for index in members]
         # the token before the first target has to be in the row: it predicts it
         unscored = [len(sequences[index].tokens) - sequences[index].n_targets - 1 - length for index in members]
         results: dict[int, tuple[float, bool]] = {}
-        for more, own in clusters(rests, unscored, row_tokens, least):
+        for more, own in clusters(rests, unscored, row_tokens):
             inside = [members[place] for place in own]
             if more:  # what does not fit into a row is a stem to be kept
-                results |= self._score_cluster(sequences, inside, (*prefixes, length + more), row_tokens, row_tokens)
+                results |= self._score_cluster(sequences, inside, (*prefixes, length + more), row_tokens)
             else:
                 rows = [
                     replace(row, paths={members[place]: path for place, path in row.paths.items()})
@@ -152,7 +152,7 @@ class FastLM(TokenLM):
 
         some = sequences[next(iter(rows[0].paths))].tokens
         ready = attempt(partial(self._prepare, some, prefixes, row_tokens))
-        scored = side_by_side(score, rows, self._lanes(prefixes)) if ready else [None] * len(rows)
+        scored = side_by_side(score, rows, self._lanes(prefixes, rows)) if ready else [None] * len(rows)
         results: dict[int, tuple[float, bool]] = {}
         failed: list[int] = []
         for row, found in zip(rows, scored, strict=True):
@@ -162,7 +162,7 @@ class FastLM(TokenLM):
                 results |= found
         if failed:
             self._note_out_of_memory()
-            results |= self._score_cluster(sequences, failed, prefixes, row_tokens // 2, row_tokens // 2)
+            results |= self._score_cluster(sequences, failed, prefixes, row_tokens // 2)
         return results
 
     def _score_row(
@@ -183,9 +183,15 @@ class FastLM(TokenLM):
             self.runner.keys_and_values(tokens, prefixes, row_tokens)
         return True
 
-    def _lanes(self, prefixes: tuple[int, ...]) -> int:
-        """How many rows after a prefix memory allows at a time."""
-        return memory.lanes_beside(self.device, self._bytes_per_token * max(prefixes, default=0))
+    def _lanes(self, prefixes: tuple[int, ...], rows: Sequence[Packed]) -> int:
+        """How many of the rows after a prefix memory allows at a time.
+
+        Each holds a copy of the prefix's keys and values and, read in pieces, its own; and what a piece sees of them.
+        """
+        longest = max(len(row.tokens) for row in rows)
+        held = max(prefixes, default=0) + (longest if longest > self.row_tokens else 0)
+        mask = min(longest, self.row_tokens) * (1 + self.model.dtype.itemsize)
+        return memory.lanes_beside(self.device, held * (self._bytes_per_token + mask))
 
     def _after(
         self, tokens: Sequence[int], prefixes: tuple[int, ...], row_tokens: int
@@ -257,7 +263,9 @@ class FastLM(TokenLM):
     def complete(self, contexts: Sequence[list[int]], decoding: Decoding) -> list[str]:
         lengths = [len(context) + decoding.most for context in contexts]
         work = partial(self._generate_some, contexts, decoding, row_seeds(contexts, decoding.seed))
-        order = sorted(range(len(contexts)), key=lambda index: tuple(contexts[index]))  # what begins alike is together
+        # what begins alike is together; where nothing is shared, what is padded to the same length
+        key = (lambda index: tuple(contexts[index])) if self.no_sharing is None else lengths.__getitem__
+        order = sorted(range(len(contexts)), key=key)
         together = [index for index in order if lengths[index] <= self._alike]
         alone = [[index] for index in order if lengths[index] > self._alike]
         results: dict[int, str] = {}
@@ -322,7 +330,7 @@ class FastLM(TokenLM):
         self._prepare(contexts[0], prefixes, most)
         found: dict[int, Tensor] = {}
         packed = pack_evenly(rests, order, most, lane_count(self.device))
-        for own in side_by_side(read, packed, self._lanes(prefixes)):
+        for own in side_by_side(read, packed, self._lanes(prefixes, packed)):
             found |= own
         return rows, torch.stack([found[index] for index in range(len(contexts))])
 
@@ -354,8 +362,8 @@ class FastLM(TokenLM):
     # Memory
 
     def _most_cached_tokens(self) -> int:
-        """How many tokens' keys and values a generation batch may hold."""
-        return max(self.max_length, memory.most_cached_tokens(self.device, self._bytes_per_token))
+        """How many tokens' keys and values a generation batch of several rows may hold."""
+        return memory.most_cached_tokens(self.device, self._bytes_per_token)
 
     def _halving(self, rows: list[int], work: Callable[[list[int]], list[Any]]) -> list[Any]:
         """`work(rows)`; where memory runs out, both halves one after the other."""
@@ -403,9 +411,9 @@ class FastLM(TokenLM):
                 allowed = max(0.02, 4 * apart([own for index in members for own in pack(rests, [index], len(one))]))
             if not difference <= allowed:
                 return f"packed rows differ by {difference:.2g} from whole ones"
-        except torch.OutOfMemoryError:
-            raise
         except _NOT_SUPPORTED as error:
+            if memory.is_out_of_memory(error):
+                raise
             return f"its attention does not take packed rows ({type(error).__name__}: {str(error)[:120]})"
         return None
 
@@ -421,9 +429,9 @@ class FastLM(TokenLM):
             for self._shares_in_decoding in (False, True):
                 rows, _ = self._read([[*prefix, 3, 4], [*prefix, 5]], 1)
                 found.append(self.runner.logits(self._last(rows.inputs([6, 7]))))
-        except torch.OutOfMemoryError:
-            raise
-        except _NOT_SUPPORTED:
+        except _NOT_SUPPORTED as error:
+            if memory.is_out_of_memory(error):
+                raise
             return False
         return self._agree(*found)
 
@@ -439,9 +447,9 @@ class FastLM(TokenLM):
             rows, _ = self._read_padded(contexts, 1)
             rows.drop(0)
             after = self.runner.logits(self._last(rows.inputs([5])))
-        except torch.OutOfMemoryError:
-            raise
-        except _NOT_SUPPORTED:
+        except _NOT_SUPPORTED as error:
+            if memory.is_out_of_memory(error):
+                raise
             return False
         return self._agree(after, self.runner.logits(self._last(RereadRow(contexts[1], self.device).inputs([5]))))
 

@@ -20,7 +20,7 @@ same scores.
 """
 
 PREFIX_SHARE = 0.3
-"""Of the memory that is free, what copies of a prefix's keys and values may take, one for each row at work."""
+"""Of the memory that is free, what keys and values of the rows at work may take, copies of a prefix among them."""
 
 MOST_ROW_TOKENS = {"cpu": 1024, "cuda": 4096}
 """Longer rows are no faster: products of this many rows keep a CPU's or a GPU's units busy."""
@@ -34,8 +34,7 @@ def row_tokens(model: Any) -> int:
     """Tokens of a row that `model` computes at once: a power of two that memory allows."""
     config, device = model.config.get_text_config(), model.device
     hidden = config.hidden_size
-    intermediate = getattr(config, "intermediate_size", None) or 4 * hidden
-    values = _LIVE_HIDDEN * hidden + _LIVE_INTERMEDIATE * intermediate
+    values = _LIVE_HIDDEN * hidden + _LIVE_INTERMEDIATE * _intermediate(config)
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     fits = ROW_SHARE * (total_bytes(device) - weights) / (lane_count(device) * values * model.dtype.itemsize)
     tokens = MOST_ROW_TOKENS.get(device.type, MOST_ROW_TOKENS["cpu"])
@@ -44,11 +43,19 @@ def row_tokens(model: Any) -> int:
     return tokens
 
 
-def lanes_beside(device: torch.device, prefix_bytes: int) -> int:
-    """How many rows are worked on at a time, where each holds its own copy of a prefix's keys and values."""
-    if prefix_bytes == 0 or lane_count(device) == 1:
+def _intermediate(config: Any) -> int:
+    """Width of an MLP: the widest layer's, and with experts that of those which a token passes."""
+    size = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    widest = max(size) if isinstance(size, (list, tuple)) else size
+    experts = getattr(config, "num_experts_per_tok", None) or 0
+    return max(widest, experts * (getattr(config, "moe_intermediate_size", None) or 0))
+
+
+def lanes_beside(device: torch.device, held_bytes: int) -> int:
+    """How many rows are worked on at a time, where each holds so much: its own copy of a prefix, and what it grows."""
+    if held_bytes == 0 or lane_count(device) == 1:
         return lane_count(device)
-    return max(1, min(lane_count(device), int(PREFIX_SHARE * free_bytes(device) / prefix_bytes)))
+    return max(1, min(lane_count(device), int(PREFIX_SHARE * free_bytes(device) / held_bytes)))
 
 
 def key_value_bytes(model: Any) -> int:
@@ -60,8 +67,12 @@ def key_value_bytes(model: Any) -> int:
     return 2 * config.num_hidden_layers * groups * size * model.dtype.itemsize
 
 
+_SAID = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
 def is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    """CPUs, CUDA itself and its libraries each have words of their own for it."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(said in str(error) for said in _SAID)
 
 
 Result = TypeVar("Result")
@@ -71,7 +82,7 @@ def none_if_out_of_memory(work: Callable[[], Result]) -> Result | None:
     """What `work` gives; None where memory ran out. Other errors are raised."""
     try:
         return work()
-    except (torch.OutOfMemoryError, RuntimeError) as error:
+    except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
     return None

@@ -17,6 +17,9 @@ import numpy as np
 PREFIX_STEP = 64
 """Shared prefixes are cut to a multiple of this, so that sets which share the same long prefix find the same one."""
 
+_WORTH = 0.25
+"""Of a row's tokens: a shared beginning is kept where computing it again in each row would take as many or more."""
+
 _NEARLY_FULL = 0.8  # of a row's tokens: it may end from here on
 _TOGETHER = 1.15  # how much longer all cores take with one row than each with a row of its own, measured on two
 
@@ -100,22 +103,23 @@ def shared_prefix(sequences: Sequence[Tokens], limit: int, step: int = PREFIX_ST
     return min(common_length(low, high), limit) // step * step
 
 
-def clusters(
-    sequences: Sequence[Tokens], unscored: Sequence[int], fits: int, least: int = PREFIX_STEP
-) -> list[tuple[int, list[int]]]:
+def clusters(sequences: Sequence[Tokens], unscored: Sequence[int], fits: int) -> list[tuple[int, list[int]]]:
     """Which sequences to answer together: (length of their shared prefix, their indices).
 
-    Two or more that begin with the same `least` tokens, none of them scored (`unscored` says how many a sequence has),
-    form a cluster, unless a row of `fits` tokens holds them whole; all the others form one without a prefix.
+    Two or more that begin with the same PREFIX_STEP tokens, none of them scored (`unscored` says how many a sequence
+    has), form a cluster, where rows of `fits` tokens would compute much of that beginning again; all the others form
+    one without a prefix.
     """
     heads: dict[tuple[int, ...], list[int]] = {}
     for index in sorted(range(len(sequences)), key=lambda index: tuple(sequences[index])):
-        heads.setdefault(tuple(sequences[index][: max(0, min(least, unscored[index]))]), []).append(index)
+        heads.setdefault(tuple(sequences[index][: max(0, min(PREFIX_STEP, unscored[index]))]), []).append(index)
     result, others = [], []
     for head, members in heads.items():
-        if len(head) == least and len(members) > 1 and _together(sequences, members) > fits:
+        shared = 0
+        if len(head) == PREFIX_STEP and len(members) > 1:
             limit = min(unscored[index] for index in members)
-            shared = shared_prefix([sequences[index] for index in members], limit, min(least, PREFIX_STEP))
+            shared = shared_prefix([sequences[index] for index in members], limit)
+        if shared and (_rows_for(_together(sequences, members), shared, fits) - 1) * shared >= _WORTH * fits:
             result.append((shared, members))
         else:
             others += members
@@ -173,6 +177,11 @@ def _shared_with_last(sequences: Sequence[Tokens], order: Sequence[int]) -> list
 def _together(sequences: Sequence[Tokens], order: Sequence[int]) -> int:
     """How many tokens a row of them all has."""
     return sum(_new([len(sequences[index]) for index in order], _shared_with_last(sequences, order)))
+
+
+def _rows_for(tokens: int, shared: int, fits: int) -> int:
+    """How many rows of `fits` tokens hold a trie of `tokens`, of which each holds `shared` again."""
+    return 1 if tokens <= fits else -(-(tokens - shared) // max(1, fits - shared))
 
 
 def _new(lengths: Sequence[int], shared: Sequence[int], own: slice = slice(None)) -> list[int]:

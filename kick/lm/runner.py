@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from kick.lm import attention
+from kick.lm.memory import is_out_of_memory
 from kick.lm.packing import Packed
 
 _QUERIES_AT_ONCE = 256  # of a packed row: more see more keys that few of them need, fewer fill the units worse
@@ -90,7 +91,10 @@ class Runner:
         if self.plain_head:
             return self._body(**inputs).last_hidden_state[rows, columns]
         kept = columns.unique() if len(columns) else columns.new_zeros(1)
-        return self.model(**inputs, logits_to_keep=kept).logits[rows, torch.searchsorted(kept, columns.contiguous())]
+        logits = self.model(**inputs, logits_to_keep=kept).logits
+        if logits.shape[1] == len(kept):
+            columns = torch.searchsorted(kept, columns.contiguous())  # else the model takes no such wish: all are there
+        return logits[rows, columns]
 
     def logits(self, found: Tensor, targets: Tensor | None = None) -> Tensor:
         """[p, vocabulary] in float32 (or the model's double), from what the head gets.
@@ -145,7 +149,9 @@ class Runner:
         inputs = {"input_ids": torch.arange(8, device=self.device)[None] % vocabulary, "use_cache": False}
         try:
             own = head(self._body(**inputs).last_hidden_state)
-        except (TypeError, RuntimeError, AttributeError):
+        except (TypeError, RuntimeError, AttributeError) as error:
+            if is_out_of_memory(error):
+                raise
             return None
         logits = self.model(**inputs).logits
         return next((way for way in _ways_behind_head(self.model.config) if torch.equal(way(own), logits)), None)

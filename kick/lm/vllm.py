@@ -130,12 +130,15 @@ class Worker:
         environment |= {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
         if batch_invariant:
             environment["VLLM_BATCH_INVARIANT"] = "1"
-        if device.startswith("cuda:"):
+        if device == "cpu":
+            environment["CUDA_VISIBLE_DEVICES"] = ""  # a build for GPUs would take one
+        elif device.startswith("cuda:"):
             environment["CUDA_VISIBLE_DEVICES"] = _visible_devices(int(device.partition(":")[2]), gpus)
         self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 (as long as we)
         script = Path(__file__).with_name("vllm_worker.py")
+        theirs, self._alive = os.pipe()  # open as long as this process lives
         self._process = subprocess.Popen(
-            [interpreter.absolute(python), "-I", script],  # -I: the script's folder has a vllm.py too
+            [interpreter.absolute(python), "-I", script, str(theirs)],  # -I: the script's folder has a vllm.py too
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
@@ -143,8 +146,10 @@ class Worker:
             encoding="utf-8",
             env=environment,
             start_new_session=True,  # an engine has children: they are ended together
+            pass_fds=[theirs],
         )
-        self._finalizer = weakref.finalize(self, _end, self._process)
+        os.close(theirs)
+        self._finalizer = weakref.finalize(self, _end, self._process, self._alive)
 
     def ask(self, **request: Any) -> Any:
         """The worker's result. Raises KickError with what it said last if it failed or died."""
@@ -156,7 +161,12 @@ class Worker:
             line = self._process.stdout.readline()
         except BrokenPipeError:
             line = ""
-        answer = json.loads(line) if line else {"error": f"the engine ended (exit {self._process.poll()})"}
+        if line:
+            answer = json.loads(line)
+        else:
+            with suppress(subprocess.TimeoutExpired):  # its end is seen a moment after its last word
+                self._process.wait(_ENDS_WITHIN)
+            answer = {"error": f"the engine ended (exit {self._process.returncode})"}
         if "error" in answer:
             self._log.seek(0)
             raise KickError(f"vLLM: {answer['error']}", _cause(self._log.read()))
@@ -185,7 +195,7 @@ def _cause(log: str) -> str:
     return "\n".join(errors[:1] or lines[-_LAST_LINES:])
 
 
-def _end(process: subprocess.Popen) -> None:
+def _end(process: subprocess.Popen, alive: int) -> None:
     """Let the engine end by itself; what is left of its processes is killed."""
     assert process.stdin is not None
     try:
@@ -196,3 +206,4 @@ def _end(process: subprocess.Popen) -> None:
     with suppress(ProcessLookupError):  # all have ended
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    os.close(alive)

@@ -5,16 +5,16 @@ The first line is {"engine": arguments of vllm.LLM}; then come {"score": ...} an
 back, {"result": ...} or {"error": ...}.
 """
 
-import ctypes
 import json
 import os
 import signal
 import sys
 
+MOST_TOKENS = 128  # whose log-probabilities vLLM gives for one token
+
 
 def main():
-    if sys.platform == "linux":  # an engine that hangs does not see that its parent was killed
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    end_with_parent(int(sys.argv[1]))
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever vLLM prints is not an answer
 
@@ -39,6 +39,19 @@ def main():
             reply(error=f"{type(error).__name__}: {error}")
 
 
+def end_with_parent(pipe):
+    """End all processes of this group once nobody holds the other end of `pipe`, however that came to be.
+
+    An engine that hangs does not see it, and its own children outlive it: so a process is set to watch.
+    """
+    if os.fork() == 0:
+        for own in (0, 1, 2):
+            os.close(own)
+        os.read(pipe, 1)
+        os.killpg(0, signal.SIGKILL)
+    os.close(pipe)
+
+
 def score(engine, contexts, options):
     """What may follow each context. options: for each context lists of tokens.
 
@@ -51,8 +64,9 @@ def score(engine, contexts, options):
     results = [[(0.0, False)] * len(own) for own in options]
     prompts, parameters, places = [], [], []
     for index, (context, own) in enumerate(zip(contexts, options, strict=True)):
-        if all(len(option) == 1 for option in own) and hasattr(SamplingParams(), "logprob_token_ids"):
-            tokens = sorted({option[0] for option in own})
+        tokens = sorted({option[0] for option in own})
+        single = all(len(option) == 1 for option in own) and hasattr(SamplingParams(), "logprob_token_ids")
+        if single and len(tokens) <= MOST_TOKENS:
             prompts.append({"prompt_token_ids": context})
             parameters.append(SamplingParams(max_tokens=1, temperature=0, logprob_token_ids=tokens, detokenize=False))
             places.append((index, -1))

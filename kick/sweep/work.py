@@ -9,7 +9,7 @@ import faulthandler
 import gc
 import traceback
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, TextIO
 
@@ -174,8 +174,9 @@ def check_parity(plan: Plan, store: Store, workshop: Workshop, watch: Watch) -> 
     for spec in (first, *others):  # one after the other: each may want all of a GPU
         try:
             lm = load_lm(spec, workshop.checkpoint(plan.settings[0], watch).path, plan.dtype, plan.device)
-            asked.append((spec, ask(lm)))
-            lm.close()
+            with closing(lm):
+                asked.append((spec, ask(lm)))
+            del lm
         except Exception as error:  # its evaluations will fail with the same reason, the others need not
             _stop_if_full(error)
             asked.append((spec, error.message if isinstance(error, KickError) else f"{type(error).__name__}: {error}"))

@@ -14,7 +14,8 @@ from lm_reference import ask, one_by_one
 from kick.errors import KickError
 from kick.lm import find_lm, generate, loglikelihoods, memory, rolling_loglikelihoods
 from kick.lm.fast import FastLM
-from kick.lm.packing import PREFIX_STEP
+from kick.lm.generation import Decoding
+from kick.lm.packing import PREFIX_STEP, Packed
 from kick.lm.runner import Runner
 
 # Scores
@@ -179,6 +180,35 @@ def test_long_questions_of_one_subject_are_computed_once_for_all_options(tokeniz
     lm.model.model.forward = count
     ask(lm, pairs)
     assert sum(seen) == len(head) + sum(map(len, stems))
+
+
+@pytest.mark.parametrize("preamble", [0, 80])
+def test_examples_after_a_common_preamble_are_computed_once_a_subject(tokenizer, preamble):
+    """Three subjects with few-shot examples of 700 tokens, ten questions each: a row holds one question of them."""
+    lm = FastLM(make_tiny_llama(), tokenizer, params=FastLM.Params(row_tokens=1024))
+    head = [10 + place % 50 for place in range(preamble)]
+    pairs = []
+    for subject in range(3):
+        shots = [100 + subject, *(60 + place % (30 + subject) for place in range(699))]
+        stems = [[200 + number, *(150 + place % 20 for place in range(60))] for number in range(10)]
+        pairs += [(head + shots + stem, [option]) for stem in stems for option in (2, 3, 4, 5)]
+    forward, seen = lm.model.model.forward, []
+
+    def count(*arguments, **options):
+        seen.append(options["input_ids"].shape[1])
+        return forward(*arguments, **options)
+
+    lm.model.model.forward = count
+    ask(lm, pairs)
+    distinct = len({tuple(context[: end + 1]) for context, _ in pairs for end in range(len(context))})
+    assert sum(seen) < 1.1 * distinct
+
+
+def test_a_continuation_longer_than_the_context_is_refused(tokenizer):
+    lm = FastLM(make_tiny_llama(max_position_embeddings=16), tokenizer)
+    assert ask(lm, [([5], [*range(20, 36)])])[0][0] < 0
+    with pytest.raises(KickError, match="a continuation of 17 tokens in a context of 16"):
+        ask(lm, [([5], [*range(20, 37)])])
 
 
 def test_empty_texts_are_scored_too(lm):
@@ -408,6 +438,52 @@ def test_as_many_rows_at_a_time_as_copies_of_the_prefix_fit(monkeypatch):
     monkeypatch.setattr(memory, "lane_count", lambda device: 4)
     monkeypatch.setattr(memory, "free_bytes", lambda device: 1000)  # 300 for copies
     assert [memory.lanes_beside(device, size) for size in (0, 10, 75, 76, 150, 151, 1000)] == [4, 4, 4, 3, 2, 1, 1]
+
+
+def test_rows_that_hold_caches_of_their_own_are_fewer_at_a_time(tokenizer, monkeypatch):
+    lm = FastLM(make_tiny_llama(), tokenizer, params=FastLM.Params(row_tokens=64))
+    monkeypatch.setattr(memory, "lane_count", lambda device: 4)
+    token = 2 * 2 * 2 * 8 * 4 + 64 * 5  # keys and values; what 64 queries see of it, as a number and as yes or no
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 640 * 2 * token / memory.PREFIX_SHARE)
+    long, short = Packed.chain([3] * 640), Packed.chain([3] * 64)
+    assert [lm._lanes((), rows) for rows in ([short] * 9, [short, long])] == [4, 2]
+    assert [lm._lanes((320, 640), [row]) for row in (short, long)] == [2, 1]
+
+
+def test_a_generation_batch_holds_no_more_than_its_share(tokenizer, monkeypatch):
+    lm = FastLM(make_tiny_llama(), tokenizer)
+    monkeypatch.setattr(memory, "total_bytes", lambda device: 100 * lm._bytes_per_token / memory.CACHE_SHARE)
+    sizes, read = [], lm._read
+    monkeypatch.setattr(lm, "_read", lambda contexts, room: sizes.append(len(contexts)) or read(contexts, room))
+    lm.complete([[20 + number] * 38 for number in range(5)], Decoding((), most=2))
+    assert sizes == [2, 2, 1]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("no room"),
+        MemoryError(),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    ],
+)
+def test_memory_that_runs_out_while_a_model_is_looked_at_is_no_trait_of_the_model(tokenizer, error):
+    assert memory.is_out_of_memory(error)
+    for call in range(5):  # of those that find out what the model can do
+        model = make_tiny_llama()
+        forward, calls = model.model.forward, []
+
+        def fails(*arguments, forward=forward, calls=calls, call=call, **options):
+            calls.append(None)
+            if len(calls) == call + 1:
+                raise error
+            return forward(*arguments, **options)
+
+        model.model.forward = fails
+        with pytest.raises(type(error)):
+            FastLM(model, tokenizer)
 
 
 def test_what_a_token_takes_in_the_cache_is_known_from_the_configuration(lm):

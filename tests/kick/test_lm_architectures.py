@@ -5,9 +5,10 @@ import torch
 from conftest import make_tiny_llama
 from lm_reference import ask, greedy, one_by_one
 
-from kick.lm import generate
+from kick.lm import generate, memory
 from kick.lm.base import context_length
 from kick.lm.fast import FastLM
+from kick.lm.generation import Decoding
 
 
 def with_head(kind):
@@ -181,6 +182,49 @@ def test_frequencies_that_grow_beyond_the_models_own_context_are_nothing_to_fear
     record = FastLM(make_tiny_llama(rope_parameters=rope), tokenizer).record()
     assert record["shares_prefixes"]
     assert "alone_beyond" not in record
+
+
+def test_a_model_that_gives_all_logits_whatever_is_asked(tokenizer):
+    from transformers import LlamaForCausalLM
+
+    class Stubborn(LlamaForCausalLM):
+        def forward(self, *args, logits_to_keep=None, **kwargs):
+            found = super().forward(*args, **kwargs)
+            found.logits = found.logits.sinh()
+            return found
+
+    model = make_tiny_llama()
+    model.__class__ = Stubborn
+    lm = FastLM(model, tokenizer)
+    assert not lm.runner.plain_head
+    assert lm.no_sharing is None
+    pairs = [([11, 12, 13], [4, 5]), ([11, 12], [13, 6]), ([20], [21])]
+    for (value, _), pair in zip(ask(lm, pairs), pairs, strict=True):
+        assert value == pytest.approx(one_by_one(lm.model, *pair)[0], abs=1e-4)
+
+
+def test_prompts_that_are_padded_to_one_length_are_of_about_one_length(tokenizer, monkeypatch):
+    lm = FastLM(sliding(), tokenizer)
+    padded, read = [], lm._read_padded
+
+    def note(contexts, room):
+        padded.append((len(contexts) * max(map(len, contexts)), sum(map(len, contexts))))
+        return read(contexts, room)
+
+    monkeypatch.setattr(lm, "_read_padded", note)
+    monkeypatch.setattr(lm, "_most_cached_tokens", lambda: 310)
+    contexts = [[20 + number, *range(30, 30 + length)] for number, length in enumerate([100, 9, 100, 9, 100, 9, 100])]
+    lm.complete(contexts, Decoding((), most=1))
+    whole, own = map(sum, zip(*padded, strict=True))
+    assert whole == own == 4 * 101 + 3 * 10
+
+
+def test_the_width_of_layers_that_differ_and_of_experts():
+    from transformers import Gemma3nTextConfig, Qwen3MoeConfig
+
+    assert memory._intermediate(Gemma3nTextConfig(intermediate_size=[64, 128], num_hidden_layers=2)) == 128
+    sizes = {"intermediate_size": 64, "moe_intermediate_size": 48, "num_experts_per_tok": 8}
+    assert memory._intermediate(Qwen3MoeConfig(**sizes)) == 8 * 48
 
 
 def test_the_context_of_a_model_of_several_kinds_of_input_is_that_of_its_text_part():

@@ -1,7 +1,10 @@
 """LMs whose model lives elsewhere: a server, vLLM; whether LMs agree; sweeps that use several."""
 
 import json
+import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 from conftest import make_tiny_llama
@@ -291,6 +294,42 @@ def test_dense_takes_no_other_parameters(tiny_model, tmp_path, capsys):
     assert "unknown key 'shots'" in capsys.readouterr().err
 
 
+def test_an_lm_that_fails_the_check_of_parity_is_closed_before_the_next_is_loaded(tmp_path, monkeypatch):
+    from types import SimpleNamespace
+
+    from kick.sweep import work
+
+    events = []
+
+    class Model:
+        def __init__(self, name):
+            self.name = name
+
+        def close(self):
+            events.append(f"close {self.name}")
+
+    def load(spec, *_):
+        events.append(f"load {spec.name}")
+        return Model(spec.name)
+
+    def ask_it(lm):
+        if lm.name == "fast":
+            raise RuntimeError("CUDA error")
+        raise KickError("it cannot")
+
+    monkeypatch.setattr(work, "load_lm", load)
+    monkeypatch.setattr(work, "ask", ask_it)
+    kept = []
+    store = SimpleNamespace(parity=lambda: None, keep_parity=kept.extend)
+    specs = [LMSpec(name="fast"), LMSpec(name="vllm")]
+    monkeypatch.setattr(work, "lms", lambda config: specs)
+    plan = SimpleNamespace(config=None, settings=[None], dtype="float32", device="cpu")
+    workshop = SimpleNamespace(checkpoint=lambda *_: SimpleNamespace(path=None))
+    work.check_parity(plan, store, workshop, SimpleNamespace(note=events.append))
+    assert events[:4] == ["load fast", "close fast", "load vllm", "close vllm"]
+    assert kept
+
+
 # vLLM
 
 
@@ -310,6 +349,11 @@ class SamplingParams:
     def __init__(self, **options): self.__dict__.update(options)
 class LLM:
     def __init__(self, model, **options):
+        if "parent" in model:
+            import os, subprocess, time
+            child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"])
+            open(model, "w").write(f"{os.getpid()} {child.pid}")
+            time.sleep(300)  # an engine that hangs
         if "broken" in model:
             print("RuntimeError: the model is broken", file=sys.stderr)
             raise ValueError("see above")
@@ -345,7 +389,7 @@ def fake_vllm(tmp_path, monkeypatch):
     (tmp_path / "engine" / "vllm.py").write_text(FAKE)
     python = tmp_path / "python"
     code = f"import sys, runpy; sys.path.insert(0, {str(tmp_path / 'engine')!r}); "
-    code += "runpy.run_path(sys.argv[1], run_name='__main__')"
+    code += "del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
     python.write_text(f'#!/bin/sh\nshift\nexec {sys.executable} -I -c "{code}" "$@"\n')
     python.chmod(0o755)
     monkeypatch.setattr(kick.interpreter, "version_in", lambda *_: "0.0")
@@ -379,6 +423,33 @@ def test_an_engine_that_does_not_start_says_why(fake_vllm, tiny_model, tmp_path)
     with pytest.raises(KickError, match="ValueError: see above") as raised:
         load_lm(LMSpec(name="vllm", params={"python": fake_vllm}), tmp_path / "broken", "float32", "cpu")
     assert "RuntimeError: the model is broken" in str(raised.value)
+
+
+def test_nothing_of_an_engine_outlives_the_process_that_asked(fake_vllm, tmp_path):
+    """Killed in a moment in which the engine does not listen; its child holds the GPU's memory."""
+    pids = tmp_path / "parent"
+    ask = "from kick.lm.vllm import Worker; import sys; "
+    ask += "Worker(sys.argv[1], 'cpu', 1, False).ask(engine={'model': sys.argv[2]})"
+    asking = subprocess.Popen([sys.executable, "-c", ask, fake_vllm, str(pids)])
+    wait_until(lambda: pids.is_file() and len(pids.read_text().split()) == 2)
+    asking.kill()
+    asking.wait()
+    wait_until(lambda: not any(is_running(int(pid)) for pid in pids.read_text().split()))
+
+
+def wait_until(holds, seconds=60):
+    until = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def is_running(pid):
+    """Also where nobody waits for processes that have ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 @pytest.mark.parametrize(("visible", "expected"), [("", "1,2"), ("4,5,6", "5,6")])
