@@ -42,6 +42,10 @@ class DataError(KickError):
     """Rows that are missing or malformed."""
 
 
+class EngineError(KickError):
+    """An engine that answered an LM's requests and has ended: it has to be started anew."""
+
+
 class NotGivenError(KickError):
     """What an LM does not give by its nature: whole distributions, likelihoods of a prompt."""
 

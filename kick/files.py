@@ -6,6 +6,8 @@ import math
 import os
 import re
 import shutil
+import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +16,8 @@ from urllib.parse import quote
 
 from kick.errors import RunError
 
+_OLD = 24 * 3600.0  # seconds
+
 
 def write_text(path: Path, text: str) -> None:
     """Replace `path` by `text` (UTF-8): written beside it, flushed to disk, then renamed over it."""
@@ -21,12 +25,17 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")  # others may be writing the same
+    temporary = _beside(path)
     with open(temporary, "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def _beside(path: Path) -> Path:
+    """Where this process writes what is to become `path`: others, on other machines too, may be writing the same."""
+    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.partial")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -56,7 +65,7 @@ def read_json(path: Path) -> Any:
 def new_directory(path: Path) -> Iterator[Path]:
     """A directory to fill, which replaces `path` only when the block ends without an error."""
     path = path.resolve()
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = _beside(path)
     if partial.exists():
         shutil.rmtree(partial)
     partial.mkdir(parents=True)
@@ -75,12 +84,25 @@ def new_directory(path: Path) -> Iterator[Path]:
 
 
 def clear_partials(root: Path) -> None:
-    """Remove what killed processes left half-written below `root`, where nobody writes now."""
+    """Remove what killed processes left half-written below `root`, where nobody of this machine writes now.
+
+    What other machines write there is theirs, unless it is a day old.
+    """
+    here = f".{socket.gethostname()}."
     for path in [*root.rglob(".*.partial"), *root.rglob(".*.blocks")]:
+        if path.suffix == ".partial" and here not in path.name and _is_new(path):
+            continue
         if path.is_dir():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
+
+
+def _is_new(path: Path) -> bool:
+    try:
+        return time.time() - path.stat().st_mtime < _OLD
+    except FileNotFoundError:  # it has become what it was to be
+        return True
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from typing import Any
 from pydantic import Field
 
 from kick import adapters, interpreter, shapes
-from kick.errors import KickError
+from kick.errors import EngineError, KickError
 from kick.lm.base import Scored, TokenLM, room_of_engine
 from kick.lm.generation import Decoding, row_seeds, stop_tokens
 from kick.models import load_tokenizer
@@ -169,7 +169,8 @@ class Worker:
             answer = {"error": f"the engine ended (exit {self._process.returncode})"}
         if "error" in answer:
             self._log.seek(0)
-            raise KickError(f"vLLM: {answer['error']}", _cause(self._log.read()))
+            kind = KickError if line else EngineError
+            raise kind(f"vLLM: {answer['error']}", _cause(self._log.read()))
         return answer["result"]
 
     def close(self) -> None:

@@ -21,6 +21,7 @@ from kick.sweep.plan import Plan, PlannedSuite, lms
 from kick.sweep.store import Store
 from kick.sweep.work import Owed, Work, lms_of, record_failure
 
+_NOTHING_CAME = "it ended without a result"
 _LOOK_AGAIN = 0.5  # seconds, while the dense checkpoint is awaited
 
 
@@ -113,6 +114,8 @@ class _Scheduler:
             if self.waiting and len(self.under_way) < self.executor.slots and not self._must_wait_for_dense():
                 work = self.waiting.popleft()
                 self.under_way.append(work.setting)
+                for name, _ in work.owed:  # what an earlier process still wrote
+                    self.store.evaluation(work.setting, name).forget_result()
                 self.executor.submit(work)
             else:
                 for ended in self.executor.wait(_LOOK_AGAIN):
@@ -165,21 +168,22 @@ class _Scheduler:
         # the first was under way, or all of them waited for the checkpoint that was
         made = self.executor.has_weights(ended.work, answered=len(unanswered) < len(owed))
         at_fault = unanswered[:1] if made else unanswered
-        at_fault += [suite for suite in owed if (results[suite.name] or {}).get("out_of_memory")]
-        died = ended.refused or ended.died or "it had not enough memory"
+        at_fault += [suite for suite in owed if (results[suite.name] or {}).get("try_again")]
+        died = ended.refused or ended.died
         again = [suite for suite in unanswered if suite not in at_fault]
         for suite in at_fault:
             self.deaths[setting.name, suite.name] += 1
             tries = self.deaths[setting.name, suite.name]
             if tries <= self.plan.config.executor.retries:
                 self.store.evaluation(setting.name, suite.name).forget_result()
-                self.progress.note(f"trying again: {setting.name} on {suite.name}: {died}")
+                reason = died or (results[suite.name] or {}).get("reason", _NOTHING_CAME)
+                self.progress.note(f"trying again: {setting.name} on {suite.name}: {reason}")
                 again.append(suite)
                 if made:
                     self.clock.again(suite.name, len(suite.examples))
             elif results[suite.name] is None:
                 times = f" ({tries} times)" if tries > 1 else ""
-                reason = f"{died}{times}" if ended.refused else f"its process died{times}: {died}"
+                reason = f"its process died{times}: {died}" if ended.died else f"{died or _NOTHING_CAME}{times}"
                 record_failure(self.plan, self.store, setting, suite, reason)
         self._count(setting, [suite for suite in owed if suite not in again])
         if again:

@@ -63,6 +63,8 @@ class Store:
         check_usable(root, plan, fresh)
         root.mkdir(parents=True, exist_ok=True)
         with lock(root) as lock_file:
+            if not fresh:
+                check_same(root, plan.identity)  # another may have begun it before the lock was ours
             if fresh:
                 for part in ("evaluations", "checkpoints", "figures", "logs"):
                     shutil.rmtree(root / part, ignore_errors=True)

@@ -8,12 +8,15 @@ import errno
 import faulthandler
 import gc
 import traceback
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, TextIO
 
-from kick.errors import KickError, RunError
+import torch
+
+from kick.errors import EngineError, KickError, RunError
 from kick.lm import load_lm
 from kick.lm.memory import is_out_of_memory
 from kick.lm.parity import Answers, ask, compare
@@ -82,17 +85,37 @@ def _carry_out(plan: Plan, store: Store, workshop: Workshop, work: Work, watch: 
             except Exception as error:  # told again by each evaluation that needs it
                 _stop_if_full(error)
     for spec in lms_of(plan, setting, suites):
-        own = [suite for suite in suites if plan.lm_of(setting, suite) == spec]
-        try:
-            with _limited(rules):
-                path = workshop.checkpoint(setting, watch).path
-                lm = load_lm(spec, path, plan.dtype_of(setting), plan.device, setting.name)
-        except Exception as error:  # whatever a compressor does wrong costs its own setting only
-            for suite in own:
-                _failed(plan, store, setting, suite, error, watch, rules)
-                yield suite.name
-            continue
-        for suite in own:
+        left = deque(suite for suite in suites if plan.lm_of(setting, suite) == spec)
+        while left:  # once, unless an engine ends under a suite
+            yield from _ask(plan, store, workshop, setting, spec, left, halvings, watch, rules)
+
+
+def _ask(
+    plan: Plan,
+    store: Store,
+    workshop: Workshop,
+    setting: Setting,
+    spec: LMSpec,
+    left: deque[PlannedSuite],
+    halvings: Mapping[str, int],
+    watch: Watch,
+    rules: Rules,
+) -> Iterator[str]:
+    """Ask one LM the suites that are `left`, as long as it lives."""
+    try:
+        with _limited(rules):
+            path = workshop.checkpoint(setting, watch).path
+            lm = load_lm(spec, path, plan.dtype_of(setting), plan.device, setting.name)
+    except Exception as error:  # whatever a compressor does wrong costs its own setting only
+        while left:
+            suite = left.popleft()
+            _failed(plan, store, setting, suite, error, watch, rules)
+            yield suite.name
+        return
+    with closing(lm):
+        lives = True
+        while left and lives:
+            suite = left.popleft()
             watch.start(f"{setting.name}: {suite.name}", suite.name, len(suite.examples))
             try:
                 with _limited(rules):
@@ -107,12 +130,12 @@ def _carry_out(plan: Plan, store: Store, workshop: Workshop, work: Work, watch: 
                     )
             except Exception as error:  # likewise for a suite
                 _failed(plan, store, setting, suite, error, watch, rules)
+                lives = not isinstance(error, EngineError)
             watch.stop()
             yield suite.name
-        workshop.forget_dense()
-        lm.close()
-        del lm
-        gc.collect()
+    workshop.forget_dense()
+    del lm
+    gc.collect()
 
 
 @contextmanager
@@ -134,21 +157,34 @@ def _limited(rules: Rules) -> Iterator[None]:
 def _failed(
     plan: Plan, store: Store, setting: Setting, suite: PlannedSuite, error: Exception, watch: Watch, rules: Rules
 ) -> None:
-    """Record why an evaluation could not be done."""
+    """Record why an evaluation could not be done; where nothing more can be done in this process, end it instead."""
     _stop_if_full(error)
+    if not isinstance(error, KickError) and not _still_computes(plan.device):
+        raise error
     reason = str(error) if isinstance(error, KickError) else f"{type(error).__name__}: {error}"
     if rules.debug:
         watch.note("".join(traceback.format_exception(error)))
-    no_memory = isinstance(error, MemoryError) or is_out_of_memory(error)
-    record_failure(plan, store, setting, suite, reason, no_memory)
+    may_go = is_out_of_memory(error) or isinstance(error, EngineError)
+    record_failure(plan, store, setting, suite, reason, may_go)
+
+
+def _still_computes(device: str) -> bool:
+    """Some errors, such as an illegal access, leave a GPU of no use to the process that met them."""
+    if not device.startswith("cuda"):
+        return True
+    try:
+        return torch.zeros(1, device=device).add(1).item() == 1
+    except Exception as error:  # whatever it is: it comes of the one before
+        return is_out_of_memory(error)  # others fill it
 
 
 def record_failure(
-    plan: Plan, store: Store, setting: Setting, suite: PlannedSuite, reason: str, out_of_memory: bool = False
+    plan: Plan, store: Store, setting: Setting, suite: PlannedSuite, reason: str, may_go: bool = False
 ) -> None:
+    """may_go: with smaller batches, or a new engine."""
     result: dict[str, Any] = {"key": plan.key(setting, suite), "status": "failed", "reason": reason}
-    if out_of_memory:
-        result["out_of_memory"] = True
+    if may_go:
+        result["try_again"] = True
     try:
         store.evaluation(setting.name, suite.name).finish(result)
     except OSError as error:

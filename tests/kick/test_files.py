@@ -46,3 +46,21 @@ def test_checking_leaves_nothing(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="is a file"):
         check_writable(tmp_path / "file")
+
+
+def test_what_others_are_writing_is_left_alone(tmp_path, monkeypatch):
+    import os
+    import socket
+
+    from kick import files
+
+    beside = []
+    monkeypatch.setattr(files.os, "replace", lambda source, target: beside.append(source))
+    files.write_text(tmp_path / "mine", "x")
+    with monkeypatch.context() as there:
+        there.setattr(socket, "gethostname", lambda: "another")
+        files.write_text(tmp_path / "theirs", "x")
+        files.write_text(tmp_path / "forgotten", "x")
+    os.utime(beside[2], (0, 0))
+    files.clear_partials(tmp_path)
+    assert list(tmp_path.iterdir()) == [beside[1]]

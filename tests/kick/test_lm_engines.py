@@ -437,6 +437,28 @@ def test_nothing_of_an_engine_outlives_the_process_that_asked(fake_vllm, tmp_pat
     wait_until(lambda: not any(is_running(int(pid)) for pid in pids.read_text().split()))
 
 
+def test_an_engine_that_ends_under_a_suite_is_started_again_for_the_next(fake_vllm, tiny_model, tmp_path):
+    sweep = {
+        "model": str(tiny_model),
+        "data": "embedded",
+        "settings": ["dense"],
+        "suites": [
+            {"suite": "factoid_qa", "params": {"shots": 0, "max_new_tokens": 13}, "limit": 2},
+            {"suite": "mmlu", "params": {"shots": 0}, "limit": 2},
+        ],
+        "lm": {"name": "vllm", "params": {"python": fake_vllm}},
+        "executor": {"name": "inline", "retries": 1},
+    }
+    (tmp_path / "sweep.yaml").write_text(json.dumps(sweep))
+    assert cli.main(["sweep", str(tmp_path / "sweep.yaml"), "--out", str(tmp_path / "run")]) == 1
+    found = {
+        path.parent.name: json.loads(path.read_text()) for path in tmp_path.glob("run/evaluations/dense/*/scores.json")
+    }
+    assert found["mmlu"]["status"] == "complete"
+    assert found["factoid_qa"]["status"] == "failed"
+    assert "the engine ended (exit 3)" in found["factoid_qa"]["reason"]
+
+
 def wait_until(holds, seconds=60):
     until = time.monotonic() + seconds
     while not holds():

@@ -252,6 +252,19 @@ def test_what_runs_out_of_memory_is_tried_again_with_smaller_batches(config, tmp
     assert (scores["status"], scores["batch_size"]) == ("complete", 1)
 
 
+def test_a_gpu_that_an_error_left_useless_costs_one_try(config, tmp_path):
+    """As after an illegal access: whatever the process does next would fail, so it ends and another one goes on."""
+    trouble = """
+        if first_times("lost", 1):
+            from kick.sweep import work
+            work._still_computes = lambda device: False
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    """
+    code, _, err = finish(kick(*troubled(tmp_path, config, textwrap.dedent(trouble))))
+    assert code == 0, err
+    assert "trying again: dense on troubled: it ended with exit code 1" in err
+
+
 def test_what_eats_all_memory_costs_itself_only(config, tmp_path):
     trouble = "import resource\nresource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))\nhoard = bytearray(8 << 30)"
     code, _, err = finish(kick(*troubled(tmp_path, config, trouble, "retries: 1, ")))

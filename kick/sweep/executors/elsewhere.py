@@ -7,6 +7,7 @@ process left in it.
 
 import json
 import secrets
+import socket
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -112,7 +113,7 @@ def carry_out_here(job: dict[str, Any], work: dict[str, Any], mark: str) -> Iter
         else:
             yield from _carry_out_apart(given, asked)
     except KickError as error:  # what one evaluation can do wrong is recorded: this concerns all of them
-        yield Came(fatal=(error.message, error.hint))
+        yield Came(fatal=(f"on {socket.gethostname()}: {error.message}", error.hint))
 
 
 def carry_out_whole(job: dict[str, Any], work: dict[str, Any], mark: str) -> list[Came]:

@@ -68,6 +68,7 @@ class Ray(Executor):
         workers = plan.config.executor.workers
         self.slots = workers if workers != "auto" else _QUEUED
         self._mark = leave_mark(store.root)
+        self._job = ray.put(job.to_json())  # large, and the same for all
         self._note_what_is_missing(ray.cluster_resources(), {"CPU": params.num_cpus, "GPU": gpus, **params.resources})
         self._streams: dict[Any, _UnderWay] = {}  # by what Ray gives their results through
 
@@ -88,7 +89,7 @@ class Ray(Executor):
                 )
 
     def submit(self, work: Work) -> None:
-        stream = self._task.remote(self.job.to_json(), work.to_json(), self._mark)
+        stream = self._task.remote(self._job, work.to_json(), self._mark)
         self._streams[stream] = _UnderWay(work, self.watch(), [name for name, _ in work.owed])
 
     def wait(self, seconds: float) -> list[Ended]:

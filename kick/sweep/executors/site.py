@@ -1,6 +1,5 @@
 """What a process away from kick's own knows of a run: the plan, made again from the job, and where to write."""
 
-import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +34,7 @@ class Site:
         models.check_device(plan.device)
         if shown := differences(job.identity, plan.identity):
             raise RunError(
-                f"a worker on {socket.gethostname()} would do something else than this sweep: {shown}.",
+                f"a worker would do something else than this sweep: {shown}.",
                 "Install the same versions there, and make models and data readable under the same paths.",
             )
         store = Store(root or Path(job.root))
