@@ -152,6 +152,13 @@ def _parser() -> argparse.ArgumentParser:
         help="only these (* fits any); without names: list them",
     )
 
+    report.add_argument(
+        "--perplexity-margin",
+        type=_share,
+        default=0.10,
+        metavar="SHARE",
+        help="how much perplexity may rise and look fine (default: 0.1)",
+    )
     report.add_argument("--lm-eval", type=Path, metavar="DIR", help="also write results files as lm-eval's into DIR")
     _tracker(report)
 
@@ -188,6 +195,16 @@ def _parser() -> argparse.ArgumentParser:
     inspect = command("inspect", "print a checkpoint's record and check that it is still true", "inspect_checkpoint")
     inspect.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
     return parser
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a share such as 0.1, not '{text}'")
+    return share
 
 
 def _tracker(parser: argparse.ArgumentParser) -> None:

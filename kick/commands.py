@@ -226,7 +226,7 @@ def _what_to_compress(options: Namespace) -> tuple[str, Setting, CalibrationSpec
 def judge(options: Namespace) -> int:
     spec = _judge_spec(options)
     if options.dry_run:
-        from kick.judge.run import estimate_cost
+        from kick.judge.estimate import estimate_cost
 
         spec.check()
         cost = estimate_cost(options.run, spec)
@@ -295,7 +295,9 @@ def report(options: Namespace) -> int:
     if options.figures == "":
         return _list_figures(options)
     names = [name.strip() for name in (options.figures or "*").split(",")]
-    results = write_report(options.run, options.out, names)
+    if options.figures and options.out is None:
+        return _draw_figures(options, names)
+    results = write_report(options.run, options.out, names, options.perplexity_margin)
     if options.lm_eval:
         from kick.report.lm_eval import write_lm_eval
 
@@ -327,6 +329,22 @@ def _list_figures(options: Namespace) -> int:
 
     rows = [{"name": figure.name, "title": figure.title} for figure in planned(read_results(options.run))]
     return _print(options, "\n".join(row["name"] for row in rows), rows)
+
+
+def _draw_figures(options: Namespace, names: Sequence[str]) -> int:
+    """Some figures anew into the run; its page keeps all of them."""
+    from kick.report.figures import draw_all
+    from kick.report.results import read_results
+
+    if options.lm_eval or options.log_to:
+        raise ConfigError(
+            f"--figures {options.figures} draws nothing but figures into {options.run}.",
+            "Give --out for a whole report.",
+        )
+    check_writable(options.run)
+    drawn = draw_all(read_results(options.run), options.run / "figures", names)
+    rows = [{"name": own.name, "file": str(options.run / "figures" / f"{own.name}.svg")} for own in drawn]
+    return _print(options, "\n".join(row["file"] for row in rows), rows)
 
 
 def leaderboard(options: Namespace) -> int:

@@ -16,7 +16,7 @@ from kick.compressor import Compressor, LayerwiseCompressor, Progress, no_progre
 from kick.errors import ConfigError, LevelError
 from kick.files import scratch_directory
 from kick.levels import parse_level
-from kick.meter import Meter, versions
+from kick.meter import Meter, computes_on, versions
 from kick.models import ModelSource, fetch, is_skeleton, load_model, load_skeleton, load_tokenizer
 from kick.outcome import Outcome, Step
 from kick.settings import Setting, Stage, digest
@@ -145,6 +145,7 @@ def compress(
             "calibration": calibration.record() if calibration else None,
             "dtype": recipe.dtype,
             "device": recipe.device,
+            "computed_on": computes_on(recipe.device),
             "warnings": done.warnings,
             "stages": done.stages,
             "seconds": round(meter.seconds, 3),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, field_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from kick.calibration import CalibrationSpec
 from kick.errors import ConfigError
@@ -198,6 +198,12 @@ class SweepConfig(Spec):
         if not isinstance(suites, list | tuple):
             return suites
         return tuple({"suite": suite} if isinstance(suite, str) else suite for suite in suites)
+
+    @model_validator(mode="after")
+    def _nothing_without_effect(self) -> "SweepConfig":
+        if self.disk_budget_gb is not None and not self.keep_checkpoints:
+            raise ValueError("disk_budget_gb is of kept checkpoints: set keep_checkpoints: true")
+        return self
 
     def all_settings(self) -> list[Setting]:
         """Dense first, then the grid in the order of the file. Raises ConfigError if two have one name."""

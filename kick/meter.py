@@ -87,6 +87,14 @@ def hardware(device: str) -> dict[str, Any]:
     return found
 
 
+def computes_on(device: str) -> str:
+    """The name of the GPU, or of the processor."""
+    import torch
+
+    on_gpu = device.startswith("cuda") and torch.cuda.is_available()
+    return torch.cuda.get_device_name(device) if on_gpu else processor()
+
+
 def product_speed(device: str, dtype: str) -> float:
     """Operations per second of products of square matrices: small ones on a CPU, large ones in a row on a GPU.
 

@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 
 from kick.compare import estimate
-from kick.config import SuiteSpec, SweepConfig, parse_part
+from kick.config import SuiteSpec, SweepConfig
 from kick.errors import ConfigError, RunError, unknown_name
 from kick.files import write_json
 from kick.judge import calibration
 from kick.judge.budget import Budget, BudgetSpent
 from kick.judge.cache import Cache
-from kick.judge.client import Judge, Verdict, how_to_answer, most_tokens
+from kick.judge.client import Judge, Verdict, how_to_answer
 from kick.judge.questions import Answer, Judgment, Question
 from kick.judge.spec import JudgeSpec
 from kick.progress import Progress
@@ -30,12 +30,11 @@ from kick.rows import read_jsonl
 from kick.settings import DENSE, Setting, digest
 from kick.suite import Sample
 from kick.sweep.lock import lock
-from kick.sweep.plan import PlannedSuite, make_suite, plan_suite
+from kick.sweep.plan import PlannedSuite, judged_suites, judging_of, plan_suite
 from kick.sweep.store import JUDGE, JUDGE_CACHE, EvaluationStore, Store, read_run
 
 NOT_ASKED = "not asked: the budget is spent"
 RULE = "kick: by rule"  # the judge of what needs none, such as an empty answer
-_OUTPUT_TOKENS = 200  # a usual reply, for estimates
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ def judge_run(root: Path, spec: JudgeSpec, progress: Progress) -> Outcome:
         budget = Budget(spec.budget_usd, spec.budget_tokens, spec.price_in, spec.price_out, *cache.spent())
         judge = Judge(spec, budget)
         everything = {asked.key: asked for evaluation in evaluations for asked in evaluation.questions}
-        missing = _missing(everything.values(), cache)
+        missing = unanswered(everything.values(), cache)
         cached = sum(cache.answer(key) is not None for key in everything)
         done, stopped = 0, None
         with cache.appending():
@@ -108,43 +107,12 @@ def judge_run(root: Path, spec: JudgeSpec, progress: Progress) -> Outcome:
         return Outcome(len(everything), cached, done, record["failed"], stopped, record)
 
 
-def estimate_cost(root: Path, spec: JudgeSpec) -> dict[str, Any]:
-    """What judging `root` would ask and cost; prompts at four characters a token, replies at a usual length."""
-    evaluations = find_evaluations(root, spec)
-    cache = Cache(root / JUDGE_CACHE, spec)
-    everything = {asked.key: asked for evaluation in evaluations for asked in evaluation.questions}
-    missing = _missing(everything.values(), cache)
-    prompt = sum(most_tokens(asked.question.messages(), {}) for asked in missing) // 4
-    output = _OUTPUT_TOKENS * len(missing)
-    return {
-        "judge": spec.model,
-        "questions": len(everything),
-        "settled_by_rule": sum(asked.question.settled is not None for asked in everything.values()),
-        "cached": sum(cache.answer(key) is not None for key in everything),
-        "to_ask": len(missing),
-        "by_suite": {
-            evaluation.planned.name: sum(asked.suite == evaluation.planned.name for asked in missing)
-            for evaluation in evaluations
-        },
-        "estimated_prompt_tokens": prompt,
-        "estimated_output_tokens": output,
-        "estimated_usd": spec.usd(prompt, output),
-    }
-
-
 def find_evaluations(root: Path, spec: JudgeSpec) -> list[Evaluation]:
     """Every complete evaluation of a suite that can be judged, with its questions. Raises RunError if there is none."""
     run = read_run(root)
     config = SweepConfig(**{key: value for key, value in run["config"].items() if key != "judge"})
     settings = [Setting(**{key: value for key, value in row.items() if key != "name"}) for row in run["settings"]]
-    judged = [suite for suite in config.all_suites() if make_suite(suite).judged_metrics]
-    unknown = set(spec.suites) - {suite.name for suite in judged}
-    if unknown or not judged:
-        named = f"no suite '{min(unknown)}'" if unknown else "no suite"
-        raise ConfigError(
-            f"{root} holds {named} that a judge can grade.",
-            "Graded are " + (", ".join(suite.name for suite in judged) or "suites that declare judged_metrics") + ".",
-        )
+    judged = judged_suites(config, spec)
     store, found = Store(root), []
     for suite in judged:
         planned = _plan_again(suite, config.data, run["suites"][suite.name])
@@ -174,7 +142,7 @@ def _plan_again(suite: SuiteSpec, data: str, recorded: dict[str, Any]) -> Planne
 
 def _questions(evaluation: Evaluation, everything: list[Evaluation], spec: JudgeSpec) -> list[Asked]:
     planned = evaluation.planned
-    judging = parse_part(planned.suite.Judging, spec.suites.get(planned.name, {}), f"judge.suites.{planned.name}")
+    judging = judging_of(planned.suite, planned.name, spec)
     same = {e.setting: e for e in everything if e.planned.name == planned.name}
     whose = getattr(judging, "baseline", DENSE)
     if whose.endswith(".jsonl"):
@@ -245,7 +213,8 @@ def ask_all(judge: Judge, questions: Sequence[Asked], concurrency: int) -> Itera
         raise ended
 
 
-def _missing(questions: Iterable[Asked], cache: Cache) -> list[Asked]:
+def unanswered(questions: Iterable[Asked], cache: Cache) -> list[Asked]:
+    """Those that no rule settles and no earlier reply answers."""
     return [a for a in questions if a.question.settled is None and cache.answer(a.key) is None]
 
 

@@ -31,6 +31,7 @@ from kick.lm.lanes import lane_count, side_by_side
 from kick.lm.packing import PREFIX_STEP, Packed, clusters, pack, pack_evenly, shared_prefix
 from kick.lm.rows import NativeRows, RereadRow, RoomyRows
 from kick.lm.runner import Runner, cached_bytes, fork
+from kick.meter import computes_on
 from kick.models import load_model, load_tokenizer
 from kick.spec import Spec
 
@@ -90,6 +91,7 @@ class FastLM(TokenLM):
             "name": "fast",
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "device": str(self.model.device),
+            "computed_on": computes_on(str(self.model.device)),
             "attention": self.model.config._attn_implementation,
             "row_tokens": self.row_tokens,
             "threads": torch.get_num_threads(),

@@ -23,6 +23,7 @@ from kick import adapters, interpreter, shapes
 from kick.errors import EngineError, KickError
 from kick.lm.base import Scored, TokenLM, room_of_engine
 from kick.lm.generation import Decoding, row_seeds, stop_tokens
+from kick.meter import computes_on
 from kick.models import load_tokenizer
 from kick.spec import Spec
 
@@ -86,6 +87,7 @@ class VLLM(TokenLM):
             "version": self._engine["vllm"],
             "dtype": self._dtype,
             "device": self._device_name,
+            "computed_on": computes_on(self._device_name),
             "tensor_parallel_size": self.params.tensor_parallel_size,
             "batch_invariant": self.params.batch_invariant,
             "engine": self.params.engine,

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kick.files import check_writable, write_text
-from kick.report.results import Results, read_results
+from kick.report.results import PERPLEXITY_MARGIN, Results, read_results
 
 
 def write_tables(results: Results, out: Path) -> None:
@@ -16,15 +16,22 @@ def write_tables(results: Results, out: Path) -> None:
     write_text(out / "leaderboard.md", tables.leaderboard_markdown(results))
 
 
-def write_report(run: Path, out: Path | None = None, figures_like: Sequence[str] = ("*",)) -> Results:
+def write_report(
+    run: Path,
+    out: Path | None = None,
+    figures_like: Sequence[str] = ("*",),
+    perplexity_margin: float = PERPLEXITY_MARGIN,
+) -> Results:
     """Everything that a report holds: tables, figures and report.html, into `out` (by default the run itself).
 
-    figures_like: globs of the figures' names. Raises ConfigError if one fits none.
+    figures_like: globs of the figures' names. Raises ConfigError if one fits none. perplexity_margin: the relative rise
+    of perplexity that is taken to look fine.
     """
     from kick.report import figures, html
 
     out = out or run
     results = read_results(run)
+    results.perplexity_margin = perplexity_margin
     check_writable(out)
     out.mkdir(parents=True, exist_ok=True)
     write_tables(results, out)

@@ -17,6 +17,7 @@ from kick.spec import distinct
 from kick.suite import Sample
 
 ANSWERS_PER_SUITE = 6
+_SETTINGS_PER_QUESTION = 60
 _LONG = 1500
 _FLIPS_IN_ALL, _PROMPT, _ANSWER, _QUESTION = 900, 900, 400, 200  # flips, and characters of each part
 
@@ -29,13 +30,14 @@ def page(results: Results, drawn: list[Drawn]) -> str:
         frontier=_frontier(results),
         leaderboard=tables.leaderboard(results),
         score_cell=tables.score_cell,
-        comparisons=_comparisons(results),
+        comparisons=(comparisons := _comparisons(results)),
+        doubtful={(row.setting, row.suite) for row in comparisons if not row.holds},
         flips=(flips := _flips(results)),
         flips_shown=max((len(place.shown) for place in flips.values()), default=0),
         seeds=tables.seed_spread(results),
         **script("report.js"),
         unseen=tables.unseen_by_perplexity(results),
-        perplexity_margin=tables.PERPLEXITY_MARGIN,
+        perplexity_margin=results.perplexity_margin,
         noise=tables.noise(results),
         figures=[(figure, inline(figure)) for figure in drawn],
         judge=results.judge,
@@ -231,15 +233,22 @@ def _answers(results: Results) -> list[dict[str, Any]]:
                     "prompt": _shorten(dense[id].prompt),
                     "answers": [(DENSE, _answer(dense[id], key, results.get(DENSE, suite).grades))]
                     + [
-                        (name, _answer(samples[id], key, results.get(name, suite).grades))
-                        for name, samples in others.items()
-                        if id in samples
+                        (name, _answer(others[name][id], key, results.get(name, suite).grades))
+                        for name in _some_settings(id, others)
                     ],
+                    "more": max(0, sum(id in samples for samples in others.values()) - _SETTINGS_PER_QUESTION),
                 }
                 for id in dict.fromkeys(picked)
             ]
             sections.append({"suite": suite, "questions": rows})
     return sections
+
+
+def _some_settings(id: str, others: dict[str, dict[str, Sample]]) -> list[str]:
+    """Those that answered question `id`; of very many some, evenly over their order, which is that of their levels."""
+    answered = [name for name, samples in others.items() if id in samples]
+    most = min(len(answered), _SETTINGS_PER_QUESTION)
+    return [answered[place * len(answered) // most] for place in range(most)]
 
 
 def _answer(sample: Sample, key: str, grades: dict[str, float]) -> dict[str, Any]:

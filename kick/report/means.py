@@ -33,9 +33,9 @@ def means_and_places(
 ) -> tuple[Means, dict[str, int]]:
     """For each setting `names`, all of which answered all `suites`, its mean retained share with an interval; places.
 
-    Suites that ask the same questions (MMLU in two formats) are resampled with the same draws. A place is one more than
-    the number of `compressed` settings that are clearly better: the paired 95 % interval of the difference of means
-    lies above 0. Settings that share a place need not be equal; nothing here tells them apart.
+    Suites that ask the same questions (MMLU in two formats) are resampled with the same draws, though some be cut. A
+    place is one more than the number of `compressed` settings that are clearly better: the paired 95 % interval of the
+    difference of means lies above 0. Settings that share a place need not be equal; nothing here tells them apart.
     """
     if not suites or not names:
         return {}, {}
@@ -68,11 +68,29 @@ def mean_draws(suites: Sequence[tuple[Score, Sequence[Score]]]) -> np.ndarray:
     of ten suites at 1 % has an interval that lies above it.
     """
     total = np.zeros((len(suites[0][1]), RESAMPLES))
-    seeds = {ids: seed for seed, ids in enumerate(dict.fromkeys(dense.ids for dense, _ in suites))}
-    for dense, others in suites:
-        draws, aside = retained_draws(dense, others, seeds[dense.ids])
-        total += draws - aside[:, None] * (1 - len(seeds) ** -0.5)
+    together = _asking_the_same([list(by_unit(dense)) for dense, _ in suites])
+    for seed, (units, members) in enumerate(together):
+        for dense, others in (suites[index] for index in members):
+            draws, aside = retained_draws(dense, others, seed, units)
+            total += draws - aside[:, None] * (1 - len(together) ** -0.5)
     return total / len(suites)
+
+
+def _asking_the_same(suites: Sequence[list[str]]) -> list[tuple[list[str], list[int]]]:
+    """(all questions, the suites that ask them): of suites of which each has most of its questions in the first.
+
+    Not all need be answered: a question that was cut in one of them is no other question.
+    """
+    found: list[tuple[list[str], list[int]]] = []
+    for index, units in enumerate(suites):
+        for known, members in found:
+            if len(set(known) & set(units)) > min(len(known), len(units)) / 2:
+                known += sorted(set(units) - set(known))
+                members.append(index)
+                break
+        else:
+            found.append((list(units), [index]))
+    return found
 
 
 def mean_interval(draws: np.ndarray, n: int) -> Interval:
@@ -81,13 +99,17 @@ def mean_interval(draws: np.ndarray, n: int) -> Interval:
     return Interval(max(0.0, found.low), found.high) if np.isfinite(found.low) else found
 
 
-def retained_draws(dense: Score, others: Sequence[Score], seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def retained_draws(
+    dense: Score, others: Sequence[Score], seed: int = 0, units: Sequence[str] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Bootstrap draws [others, resamples] of retained shares, all on the same draws of the dense model's questions.
+
+    units: of more questions than dense answered, those of its own among them.
 
     As compare.resampled_retained: scores within [0, 1] have half a pseudo-observation in each of their corners. Also by
     how much these draw each share aside [others].
     """
-    units = list(by_unit(dense))
+    units = list(by_unit(dense)) if units is None else units
     before, rows = np.zeros((2, len(others), len(units), 2))  # value and per of the dense model, and of the other
     for number, score in enumerate(others):
         shared = None if score.ids == dense.ids else set(dense.ids) & set(score.ids)

@@ -24,6 +24,7 @@ Axis = Literal["sparsity", "bits", "size"]
 Key = tuple[str, str]
 """(metric, group)"""
 
+PERPLEXITY_MARGIN = 0.10
 FEWEST_IN_MEANS = 5
 """Samples of a suite below which its retained share may be anything, and would be the whole interval of a mean."""
 
@@ -138,6 +139,8 @@ class Results:
     suites: dict[str, Suite]
     evaluations: dict[tuple[str, str], Evaluation]
     judge: dict[str, Any] | None = None  # judge.json
+    perplexity_margin: float = PERPLEXITY_MARGIN
+    """Perplexity that rises by at most this share of the dense model's looks fine."""
     _metrics: dict[str, Metric] = field(default_factory=dict, repr=False)
 
     def get(self, setting: str, suite: str) -> Evaluation:

@@ -17,7 +17,6 @@ SCORE_COLUMNS = tuple(
 )
 
 
-PERPLEXITY_MARGIN = 0.10
 """A perplexity that rises by no more than this is often called fine."""
 
 
@@ -105,15 +104,15 @@ def _leader(results: Results, result: SettingResult) -> dict[str, Any]:
     return row
 
 
-def unseen_by_perplexity(results: Results, margin: float = PERPLEXITY_MARGIN) -> list[dict[str, Any]]:
-    """Settings whose perplexity rose by at most `margin` (relative) while a suite says that they do not match."""
+def unseen_by_perplexity(results: Results) -> list[dict[str, Any]]:
+    """Settings whose perplexity rose by no more than the margin while a suite says that they do not match."""
     measure = results.perplexity_suite
     rows: list[dict[str, Any]] = []
     if measure is None:
         return rows
     for result in results.compressed:
         perplexity = results.comparison(result.name, measure)
-        if perplexity is None or not 1 / perplexity.retained <= 1 + margin:
+        if perplexity is None or not 1 / perplexity.retained <= 1 + results.perplexity_margin:
             continue
         lost = [
             {"suite": suite, "pair": pair}

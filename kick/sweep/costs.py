@@ -26,6 +26,17 @@ def training_costs(plan: Plan) -> dict[str, Cost]:
     return found
 
 
+def checkpoint_bytes(plan: Plan, to_make: int, workers: int) -> float:
+    """Disk of compressed checkpoints at the peak, where `to_make` are made by so many workers: what is kept of them
+    within the budget, and what is at work.
+    """
+    at_work = min(max(1, workers), to_make) * plan.dense_bytes
+    if not plan.config.keep_checkpoints:
+        return at_work
+    budget = plan.config.disk_budget_gb
+    return to_make * plan.dense_bytes if budget is None else min(to_make * plan.dense_bytes, 1e9 * budget + at_work)
+
+
 def worker_bytes(plan: Plan, training: dict[str, Cost]) -> float:
     """Memory of a process that does any of the plan's works."""
     most = max((cost.memory_bytes for cost in training.values()), default=0)

@@ -7,13 +7,13 @@ from kick.compressor import Cost
 from kick.meter import product_speed, slow_precision
 from kick.models import bytes_to_fetch, is_usable
 from kick.progress import duration
-from kick.sweep.costs import training_costs, worker_bytes
+from kick.settings import DENSE
+from kick.sweep.costs import checkpoint_bytes, training_costs, worker_bytes
 from kick.sweep.executors import find_executor
 from kick.sweep.plan import Plan
 from kick.sweep.run import missing_evaluations
 from kick.sweep.store import RUN, Store, check_usable
 
-_JUDGE_REPLY_TOKENS = 200
 _CHARACTERS_PER_TOKEN = 4.0
 _A100 = 312e12  # operations a second in bfloat16
 _TRAINING_SHARE = 0.35  # of the speed of plain products that training reaches
@@ -27,6 +27,7 @@ def describe(plan: Plan, out: Path, fresh: bool = False) -> tuple[str, dict[str,
     check_usable(out, plan, fresh)
     store = Store(out)
     missing = {s.name: plan.suites for s in plan.settings} if fresh else missing_evaluations(plan, store)
+    held = out if (out / RUN).is_file() and not fresh else None
     parameters = plan.parameters
     seconds = _seconds(plan, store, {name: [s.name for s in suites] for name, suites in missing.items()}, parameters)
     costs = {name: cost for name, cost in training_costs(plan).items() if name in missing}
@@ -36,7 +37,9 @@ def describe(plan: Plan, out: Path, fresh: bool = False) -> tuple[str, dict[str,
     memory = max(1, workers) * worker_bytes(plan, costs)
     if plan.device == "cuda" and workers > 1:  # on a CPU workers share the cores that the rates are of
         seconds /= workers
-    kept = len(plan.settings) if plan.config.keep_checkpoints else min(1 + max(1, workers), len(missing))
+    compressed = [name for name in missing if name != DENSE]
+    at_once = workers or (asked if (asked := plan.config.executor.workers) != "auto" else len(compressed))
+    checkpoints = plan.dense_bytes * bool(missing) + checkpoint_bytes(plan, len(compressed), at_once)
     questions = sum(len(suite.examples) for suite in plan.suites)
     document: dict[str, Any] = {
         "out": str(out),
@@ -50,11 +53,11 @@ def describe(plan: Plan, out: Path, fresh: bool = False) -> tuple[str, dict[str,
         "missing": {name: [suite.name for suite in suites] for name, suites in missing.items()},
         "bytes_to_fetch": bytes_to_fetch(plan.source, plan.path),
         "estimated_seconds": round(seconds),
-        "estimated_disk_bytes": kept * plan.dense_bytes + len(missing) * questions * 3000,
+        "estimated_disk_bytes": round(checkpoints + len(missing) * questions * 3000),
         "estimated_memory_bytes": memory,
         "workers_here": workers,
         "training": training,
-        "judge": _judge(plan, {suite.name for suites in missing.values() for suite in suites}, len(missing)),
+        "judge": _judge(plan, {name: [s.name for s in suites] for name, suites in missing.items()}, held),
     }
     todo = sum(map(len, missing.values()))
     where = " of one node" if workers == 0 else f", by {workers} workers" if workers > 1 else ""
@@ -82,7 +85,7 @@ def describe(plan: Plan, out: Path, fresh: bool = False) -> tuple[str, dict[str,
         )
     if judged:
         usd = "" if judged["estimated_usd"] is None else f", about {judged['estimated_usd']:.2f} USD"
-        lines.append(f"judge: about {judged['questions']:,} questions, {judged['tokens']:,} tokens{usd}")
+        lines.append(f"judge: at most {judged['questions']:,} questions, {judged['tokens']:,} tokens{usd}")
     return "\n".join(lines), document
 
 
@@ -105,20 +108,16 @@ def _speed(plan: Plan, dtype: str) -> float:
     return product_speed(plan.device, dtype) if is_usable(plan.device) else _A100
 
 
-def _judge(plan: Plan, missing: set[str], settings: int) -> dict[str, Any] | None:
-    """What grading the missing answers may take at most: a pair is asked in both orders; replies are short."""
+def _judge(plan: Plan, missing: dict[str, list[str]], held: Path | None) -> dict[str, Any] | None:
+    """What grading the missing answers, and those in the run `held` that are not graded, may take at most."""
     spec = plan.config.judge
     if spec is None:
         return None
-    questions = prompt = 0
-    for suite in plan.suites:
-        if suite.name in missing and suite.suite.judged_metrics:
-            count = len(suite.examples) * settings
-            questions += 2 * count
-            prompt += int(2 * settings * sum(map(suite.suite.length, suite.examples)) / _CHARACTERS_PER_TOKEN)
-    output = questions * _JUDGE_REPLY_TOKENS
-    usd = spec.usd(prompt, output)
-    return {"questions": questions, "tokens": prompt + output, "estimated_usd": usd}
+    from kick.judge.estimate import expected_of
+
+    found = expected_of(plan, missing, held, spec)
+    tokens = found.prompt_tokens + found.reply_tokens
+    return {"questions": found.questions, "tokens": tokens, "estimated_usd": found.usd(spec)}
 
 
 def _seconds(plan: Plan, store: Store, missing: dict[str, list[str]], parameters: int) -> float:

@@ -18,6 +18,7 @@ from kick.calibration import Calibration, CalibrationSpec, draw, precision_of
 from kick.compress import Recipe, needs_calibration, prepare
 from kick.config import SuiteSpec, SweepConfig, parse_part
 from kick.errors import ConfigError, DataError
+from kick.judge.spec import JudgeSpec
 from kick.lm import find_lm, params_of
 from kick.lm.spec import LMSpec
 from kick.models import ModelSource
@@ -157,7 +158,8 @@ def make_plan(config: SweepConfig, as_is: bool = False, weights: bool = True) ->
     if config.judge is not None:  # what would stop the judge at the end is said at the beginning
         config.judge.check()
         config.judge.key()
-        _check_judged(config)
+        for spec in judged_suites(config, config.judge):
+            judging_of(make_suite(spec), spec.name, config.judge)
     assert isinstance(config.model, str)  # several models have a plan each
     source = models.find_source(config.model)
     given = None
@@ -221,15 +223,29 @@ def lms(config: SweepConfig) -> list[LMSpec]:
     return distinct(spec for spec in (config.lm, *own) if spec is not None)
 
 
-def _check_judged(config: SweepConfig) -> None:
-    assert config.judge is not None
-    judged = {spec.name: suite for spec in config.all_suites() if (suite := make_suite(spec)).judged_metrics}
-    unknown = sorted(set(config.judge.suites) - set(judged))
-    if unknown or not judged:
-        named = f"'{unknown[0]}'" if unknown else "none of the suites"
-        raise ConfigError(f"judge: {named} can be graded.", f"Graded here: {', '.join(judged) or 'none'}.")
-    for name, suite in judged.items():
-        parse_part(suite.Judging, config.judge.suites.get(name, {}), f"judge.suites.{name}")
+def gpus_each(plan: Plan) -> int:
+    """GPUs of one work: as many as the LM that spreads over most of them asks for."""
+    return max(int(spec.params.get("tensor_parallel_size", 1)) for spec in lms(plan.config))
+
+
+def judged_suites(config: SweepConfig, judge: JudgeSpec) -> list[SuiteSpec]:
+    """The suites that a judge grades. Raises ConfigError where `judge` names another, or there is none."""
+    found = [spec for spec in config.all_suites() if make_suite(spec).judged_metrics]
+    names = [spec.name for spec in found]
+    if not found:
+        raise ConfigError(
+            "a judge is named, but none of the suites can be graded.", "Graded are suites such as mt_bench."
+        )
+    if unknown := sorted(set(judge.suites) - set(names)):
+        raise ConfigError(
+            f"judge.suites names '{unknown[0]}', which no judge can grade.", f"Graded: {', '.join(names)}."
+        )
+    return found
+
+
+def judging_of(suite: Suite, name: str, judge: JudgeSpec) -> Any:
+    """How the answers of the suite called `name` are graded. Raises ConfigError for what it does not know."""
+    return parse_part(suite.Judging, judge.suites.get(name, {}), f"judge.suites.{name}")
 
 
 def make_suite(spec: SuiteSpec) -> Suite:

@@ -7,6 +7,7 @@ that died costs the evaluation that it was at: it is tried again with smaller ba
 
 import shutil
 from collections import Counter, deque
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from kick import checkpoint as checkpoints
@@ -15,6 +16,7 @@ from kick.errors import CheckpointError, RunError
 from kick.progress import Progress
 from kick.settings import DENSE, Setting
 from kick.sweep.clock import COMPRESS, Clock
+from kick.sweep.costs import checkpoint_bytes
 from kick.sweep.executors import find_executor
 from kick.sweep.executors.base import Ended, Executor, Job
 from kick.sweep.plan import Plan, PlannedSuite, lms
@@ -49,7 +51,7 @@ def run(plan: Plan, store: Store, progress: Progress, debug: bool = False) -> Su
         config = plan.decided.model_dump(mode="json")
         job = Job(str(store.root.resolve()), config, plugins.files(), plan.identity, spec.timeout, debug)
         kind = find_executor(spec)
-        _check_room(plan, store, kind.works_here(plan))
+        _check_room(plan, store, missing, kind.works_here(plan))
         executor = kind(plan, store, job, clock.lane)
         try:
             _Scheduler(plan, store, executor, clock, summary).run(missing)
@@ -61,15 +63,20 @@ def run(plan: Plan, store: Store, progress: Progress, debug: bool = False) -> Su
     return summary
 
 
-def _check_room(plan: Plan, store: Store, workers: int) -> None:
-    """Raise RunError where the dense checkpoint and the compressed ones at work beside it do not fit onto the disk."""
-    at_once = max(1, min(workers, len(plan.settings) - 1))
-    needed = (at_once + (not store.has_checkpoint(DENSE))) * plan.dense_bytes
+def _check_room(plan: Plan, store: Store, missing: Collection[str], workers: int) -> None:
+    """Raise RunError where the dense checkpoint and the compressed ones beside it do not fit onto the disk.
+
+    Where works are carried out elsewhere (no workers here) their checkpoints may be, too.
+    """
+    if plan.given is not None or workers == 0:
+        return
+    to_make = sum(not store.has_checkpoint(name) for name in missing if name != DENSE)
+    needed = (not store.has_checkpoint(DENSE)) * plan.dense_bytes + checkpoint_bytes(plan, to_make, workers)
     free = shutil.disk_usage(store.root).free
-    if plan.given is None and free < needed:
+    if free < needed:
         raise RunError(
             f"{store.root} has {free / 1e9:.2f} GB of free disk; the checkpoints need {needed / 1e9:.2f} GB.",
-            "Free some space, or choose an --out on another disk.",
+            "Free some space, choose an --out on another disk, or keep fewer checkpoints (disk_budget_gb).",
         )
 
 

@@ -59,6 +59,8 @@ def carry_out(config, out, executor):
         ("{name: slurm}", "cuda", "cuda"),
         ("{name: slurm, params: {gpus_per_node: 1}}", "auto", "cuda"),
         ("{name: slurm, params: {gpus_per_node: 0}}", "auto", "cpu"),
+        ("{name: slurm, params: {slurm_gres: 'gpu:a100:2'}}", "auto", "cuda"),
+        ("{name: slurm, params: {slurm_additional_parameters: {gpus-per-task: 1}}}", "auto", "cuda"),
         ("{name: ray, params: {num_gpus: 1}}", "auto", "cuda"),
         ("{name: ray, params: {num_gpus: 1}}", "cpu", "cpu"),
     ],

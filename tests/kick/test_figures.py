@@ -52,6 +52,15 @@ def test_figures_are_listed_and_chosen(run, tmp_path, capsys):
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {
         f"{name}.{kind}" for name in ("size-against-retained", "factoid_qa-flips") for kind in ("svg", "png", "pdf")
     }
+    capsys.readouterr()
+    page = (run / "report.html").read_bytes()
+    (run / "figures" / "size-against-retained.svg").unlink()
+    assert cli.main(["report", str(run), "--figures", "size-*"]) == 0
+    assert capsys.readouterr().out == f"{run}/figures/size-against-retained.svg\n"
+    assert (run / "figures" / "size-against-retained.svg").is_file()
+    assert (run / "report.html").read_bytes() == page  # which shows all of them
+    assert cli.main(["report", str(run), "--figures", "size-*", "--lm-eval", str(tmp_path)]) == 2
+    capsys.readouterr()
     assert cli.main(["report", str(run), "--out", str(tmp_path), "--figures", "nothing"]) == 2
     assert "This run has: perplexity-against-capability" in capsys.readouterr().err
 

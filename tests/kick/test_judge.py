@@ -472,7 +472,7 @@ def test_an_estimate_asks_nothing(run, capsys):
         (["--judge", "gpt-x"], "OPENAI_API_KEY is not set"),
         (["--judge", "m", "--base-url", "http://127.0.0.1:9/v1", "--budget", "1"], "without its prices"),
         (["--judge", "m", "--base-url", "http://127.0.0.1:9/v1", "--param", "nonsense=1"], "unknown key 'nonsense'"),
-        (["--judge", "m", "--base-url", "http://127.0.0.1:9/v1", "--param", "mmlu.x=1"], "no suite 'mmlu'"),
+        (["--judge", "m", "--base-url", "http://127.0.0.1:9/v1", "--param", "mmlu.x=1"], "judge.suites names 'mmlu'"),
         (["--judge", "m", "--base-url", "http://127.0.0.1:9/v1", "--param", "mt_bench.x=1"], "unknown key 'x'"),
         (["--judge", "m", "--base-url", "http://127.0.0.1:9/v1", "--price", "cheap"], "not two numbers"),
         (["--judge", "m", "--base-url", "http://me:secret@127.0.0.1:9/v1"], "holds a credential"),
@@ -589,3 +589,35 @@ def test_a_judge_that_fails_at_the_end_of_a_sweep_costs_no_report(tmp_path, room
 
 def rows_of_setting(run, setting):
     return [row for row in json.loads(cli_json(run)) if row["setting"] == setting]
+
+
+# What a sweep that is judged would ask
+
+
+def test_a_plan_knows_how_many_questions_the_judge_will_get(answered, tmp_path, capsys):
+    """Six for each conversation (two turns, rated and compared in both orders), of dense two; one a summary."""
+
+    def asked(command, *more):
+        assert cli.main([*command, "--dry-run", "--json", *more]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    judge = ["--set", "judge={model: scripted, base_url: 'http://localhost:1', price_in: 2, price_out: 8}"]
+    sweep = ["sweep", str(answered.parent / "sweep.yaml"), *judge, "--out"]
+    whole = asked(["judge", str(answered), "--judge", "scripted", "--base-url", "http://localhost:1"])
+    new = asked([*sweep, str(tmp_path / "new")])["judge"]
+    assert new["questions"] == 3 * (6 + 2) + 2 * 3
+    assert whole["questions"] == new["questions"] + 3 * 2  # and each turn of dense beside itself, a tie in either order
+    assert new["tokens"] > 200 * 30
+    assert new["estimated_usd"] > 8 * 200 * 30 / 1e6
+    # of a run that is there, what no judge has answered
+    there = asked([*sweep, str(answered)])["judge"]
+    assert there["questions"] == whole["to_ask"]
+
+
+def test_what_no_judge_can_grade_is_said(answered, capsys):
+    sweep = ["sweep", str(answered.parent / "sweep.yaml"), "--out", "unused", "--dry-run", "--set"]
+    url = "base_url: 'http://localhost:1'"
+    assert cli.main([*sweep, f"judge={{model: scripted, {url}, suites: {{mmlu: {{}}}}}}"]) == 2
+    assert "judge.suites names 'mmlu', which no judge can grade" in capsys.readouterr().err
+    assert cli.main([*sweep, f"judge={{model: scripted, {url}}}", "--set", "suites=[mmlu]"]) == 2
+    assert "none of the suites can be graded" in capsys.readouterr().err

@@ -98,7 +98,7 @@ def test_the_interval_of_a_mean_holds_the_truth_as_often_as_it_says(suites, shar
         for suite in range(suites):
             right = rng.random(120) < 0.3
             before, after = scores_of(right, right & (rng.random(120) < share))
-            ids = (*before.ids[:-1], f"of {suite}")  # other questions: other draws
+            ids = tuple(f"{suite} {id}" for id in before.ids)  # other questions: other draws
             asked.append((replace(before, ids=ids), [replace(after, ids=ids)]))
             points.append((right & after.value.astype(bool)).sum() / right.sum())
         interval = means.mean_interval(means.mean_draws(asked)[0], 120)
@@ -107,6 +107,31 @@ def test_the_interval_of_a_mean_holds_the_truth_as_often_as_it_says(suites, shar
         width.append(interval.high - interval.low)
     assert held / trials > 0.88  # of 95 %, but for three standard errors
     assert np.mean(width) < 0.35 / suites**0.5
+
+
+def test_suites_of_the_same_questions_are_drawn_together_though_some_are_cut():
+    """Three copies of the same answers say no more than one; one or two of the dense model's are missing in two."""
+    from kick.report import means
+
+    rng = np.random.default_rng(7)
+    right = rng.random(120) < 0.5
+    dense, other = scores_of(right, right & (rng.random(120) < 0.8))
+
+    def without(score, cut):
+        return replace(score, ids=score.ids[cut:], value=score.value[cut:], per=score.per[cut:])
+
+    copies = [(without(dense, cut), [without(other, cut)]) for cut in (0, 1, 2)]
+    one = means.mean_interval(means.mean_draws(copies[:1])[0], 120)
+    three = means.mean_interval(means.mean_draws(copies)[0], 118)
+    assert three.high - three.low == pytest.approx(one.high - one.low, rel=0.05)
+
+    # other questions are three times as much data
+    def renamed(score, number):
+        return replace(score, ids=tuple(f"{number}{id}" for id in score.ids))
+
+    others = [(renamed(own, n), [renamed(other, n)]) for n, (own, (other,)) in enumerate(copies)]
+    apart = means.mean_interval(means.mean_draws(others)[0], 118)
+    assert (apart.high - apart.low) * 3**0.5 == pytest.approx(one.high - one.low, rel=0.1)
 
 
 def test_a_setting_with_few_answers_widens_no_other(tmp_path):

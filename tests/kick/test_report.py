@@ -236,13 +236,18 @@ def test_what_perplexity_does_not_see(tmp_path):
     root = write_run(tmp_path / "run", SETTINGS, ["factoid_qa", "perplexity"])
     results = read_results(root)
     assert tables.unseen_by_perplexity(results) == []
-    rows = tables.unseen_by_perplexity(results, margin=1.2)
+    results.perplexity_margin = 1.2
+    rows = tables.unseen_by_perplexity(results)
     assert [row["setting"] for row in rows] == ["magnitude@0.5", "wanda@2:4"]  # the others keep what they knew
     assert rows[0]["increase"] == pytest.approx(2.718281828 ** (0.3 * 2.495) - 1, rel=1e-5)
     assert [lost["suite"] for lost in rows[0]["lost"]] == ["factoid_qa"]
     write_report(root)
     assert (root / "figures" / "perplexity-against-capability.svg").is_file()
     assert "What perplexity does not see" in (root / "report.html").read_text()
+    assert cli.main(["report", str(root), "--perplexity-margin", "1.2"]) == 0
+    assert "whose perplexity rises by at most 120 %" in (root / "report.html").read_text()
+    with pytest.raises(SystemExit):
+        cli.main(["report", str(root), "--perplexity-margin", "-1"])
 
 
 def test_the_noise_floor_is_the_dense_model_beside_itself(tmp_path):

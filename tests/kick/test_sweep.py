@@ -467,6 +467,30 @@ def test_kept_checkpoints_stay_within_their_budget(config, tmp_path):
     assert kept == {"dense", "wanda@2:4"}  # the one that finished first is gone; dense is not counted
 
 
+def test_disk_for_what_will_be_kept_is_there_before_anything_is_done(config, tmp_path, capsys, monkeypatch):
+    """Dense and two others of 151,168 bytes in float32, and what questions take: 3,000 bytes each at most."""
+    from collections import namedtuple
+
+    def disk(*more):
+        assert cli.main(["sweep", str(config), "--out", str(tmp_path / "run"), "--dry-run", "--json", *more]) == 0
+        document = json.loads(capsys.readouterr().out)
+        answers = 3 * sum(document["suites"].values()) * 3000
+        return (document["estimated_disk_bytes"] - answers) / 151_168
+
+    kept = ("--set", "keep_checkpoints=true")
+    assert disk() == pytest.approx(2, abs=0.3)  # dense and one at work
+    assert disk(*kept) == pytest.approx(3, abs=0.4)
+    assert disk(*kept, "--set", "disk_budget_gb=0.0000001") == pytest.approx(2, abs=0.3)
+    assert cli.main(["sweep", str(config), "--out", "unused", "--dry-run", "--set", "disk_budget_gb=1"]) == 2
+    assert "set keep_checkpoints: true" in capsys.readouterr().err
+    usage = namedtuple("usage", "free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(400_000))
+    arguments = ["sweep", str(config), "--out", str(tmp_path / "run"), "--set", "executor={name: inline}"]
+    assert cli.main([*arguments, *kept]) == 2
+    assert "keep fewer checkpoints (disk_budget_gb)" in capsys.readouterr().err
+    assert cli.main(arguments) == 0
+
+
 def test_checkpoints_of_earlier_calls_count_in_the_budget(config, tmp_path):
     config.write_text(config.read_text() + "keep_checkpoints: true\ndisk_budget_gb: 0.0003\nexecutor: {name: inline}\n")
     _run(config, tmp_path / "run")  # leaves dense and wanda@2:4

@@ -27,7 +27,6 @@ from kick.report.figures.style import (
     title,
 )
 from kick.report.results import Results, SettingResult
-from kick.report.tables import PERPLEXITY_MARGIN
 from kick.settings import DENSE
 from kick.statistics import Interval
 
@@ -179,10 +178,11 @@ def _cost(results: Results) -> tuple[Figure, str]:
     name_ticks(axes.xaxis, "g")
     _finish(axes, "minutes to make it, here (logarithmic)", "Cost against what was retained")
     _name(axes, points)
-    machine = results.run.get("hardware", {}).get("processor", "this machine")
+    here = results.run.get("hardware", {}).get("processor", "this machine")
+    machines = {result.record.get("computed_on", here) for result in results.compressed if result.record is not None}
     return figure, (
-        f"Minutes from the dense model to the checkpoint on {machine}, calibration and training together. "
-        f"Mean over {_asked(results)}; bars: 95 % intervals."
+        f"Minutes from the dense model to the checkpoint on {' or '.join(sorted(machines))}, calibration and training "
+        f"together. Mean over {_asked(results)}; bars: 95 % intervals."
     )
 
 
@@ -225,17 +225,17 @@ def _perplexity_against_capability(results: Results, suite: str) -> tuple[Figure
     _draw(axes, results, points)
     reached = [end for point in points for end in (point.x, point.wide.high if point.wide else 0.0) if isfinite(end)]
     largest = max([1.0, *reached])
-    axes.axvspan(1.0, 1 + PERPLEXITY_MARGIN, color="0.25", alpha=0.08, linewidth=0)
+    axes.axvspan(1.0, 1 + results.perplexity_margin, color="0.25", alpha=0.08, linewidth=0)
     axes.set_xscale("log")
     smallest = min([0.95, *(point.x for point in points), *(p.wide.low for p in points if p.wide and p.wide.low > 0)])
-    axes.set_xlim(left=0.95 * smallest, right=1.25 * max(largest, 1 + 2 * PERPLEXITY_MARGIN))
+    axes.set_xlim(left=0.95 * smallest, right=1.25 * max(largest, 1 + 2 * results.perplexity_margin))
     name_ticks(axes.xaxis, "g")
     _finish(axes, "perplexity over the dense model's", "Perplexity against capability")
     _name(axes, points)
     caption = (
         f"Each setting's perplexity ({suite}, logarithmic) beside the mean share of the dense score that is left over "
         f"{_asked(results)}; bars: 95 % intervals. Grey: perplexity rises by at most "
-        f"{PERPLEXITY_MARGIN:.0%}; what lies below the dashed line there looks fine by perplexity and is not."
+        f"{results.perplexity_margin:.0%}; what lies below the dashed line there looks fine by perplexity and is not."
     )
     return figure, caption
 

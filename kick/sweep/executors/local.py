@@ -25,7 +25,7 @@ from kick.lm.memory import free_bytes
 from kick.sweep.clock import Watch
 from kick.sweep.costs import training_costs, worker_bytes
 from kick.sweep.executors.base import Ended, Executor, Job
-from kick.sweep.plan import Plan, lms
+from kick.sweep.plan import Plan, gpus_each
 from kick.sweep.store import Store
 from kick.sweep.work import Work
 
@@ -52,7 +52,7 @@ class Local(Executor):
         if asked != "auto":
             return asked
         if plan.device == "cuda":
-            return max(1, torch.cuda.device_count() // _gpus_each(plan))
+            return max(1, torch.cuda.device_count() // gpus_each(plan))
         if plan.device != "cpu" or any(suite.suite.times_itself for suite in plan.suites):
             return 1
         each = worker_bytes(plan, training_costs(plan))
@@ -207,18 +207,13 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _gpus_each(plan: Plan) -> int:
-    """As many as the LM that spreads over most of them asks for."""
-    return max(int(spec.params.get("tensor_parallel_size", 1)) for spec in lms(plan.config))
-
-
 def _environment(plan: Plan, place: int, threads: int | None) -> dict[str, str]:
     """Which GPUs or how many threads a worker has."""
     environment = dict(os.environ)
     if plan.device == "cuda":
         seen = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
         seen = seen or [str(number) for number in range(torch.cuda.device_count())]
-        own = range(place * (each := _gpus_each(plan)), (place + 1) * each)
+        own = range(place * (each := gpus_each(plan)), (place + 1) * each)
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(seen[number % len(seen)] for number in own)
     if threads is not None:
         environment["OMP_NUM_THREADS"] = str(threads)

@@ -17,7 +17,7 @@ from kick.sweep.clock import Watch
 from kick.sweep.executors.base import Ended, Executor, Job
 from kick.sweep.executors.elsewhere import Came, carry_out_here, count, device_elsewhere, leave_mark
 from kick.sweep.executors.spec import ExecutorSpec
-from kick.sweep.plan import Plan
+from kick.sweep.plan import Plan, gpus_each
 from kick.sweep.store import Store
 from kick.sweep.work import Work
 
@@ -27,7 +27,9 @@ _QUEUED = 1000  # works that Ray is given at once; it decides how many run
 class Params(Spec):
     address: str | None = None
     num_cpus: float = Field(default=1, ge=0)
-    num_gpus: float | None = Field(default=None, ge=0, description="by default one where the sweep runs on CUDA")
+    num_gpus: float | None = Field(
+        default=None, ge=0, description="by default what an LM spreads over, where the sweep runs on CUDA"
+    )
     memory: float | None = Field(default=None, gt=0, description="bytes")
     resources: dict[str, float] = Field(default_factory=dict)
     runtime_env: dict[str, Any] = Field(default_factory=dict)
@@ -58,7 +60,9 @@ class Ray(Executor):
                 )
             except ConnectionError as error:
                 raise ConfigError(f"no Ray cluster at {params.address}: {error}", "`ray status` there?") from error
-        gpus = params.num_gpus if params.num_gpus is not None else float(plan.device.startswith("cuda"))
+        gpus = params.num_gpus
+        if gpus is None:
+            gpus = float(gpus_each(plan) if plan.device.startswith("cuda") else 0)
         options: dict[str, Any] = {"num_cpus": params.num_cpus, "num_gpus": gpus, "max_retries": 0}
         if params.memory:
             options["memory"] = params.memory

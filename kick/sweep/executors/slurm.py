@@ -6,7 +6,7 @@ scripts and their output are in slurm/ of the run directory.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -16,7 +16,7 @@ from kick.sweep.clock import Watch
 from kick.sweep.executors.base import Ended, Executor, Job
 from kick.sweep.executors.elsewhere import carry_out_whole, count, device_elsewhere, leave_mark
 from kick.sweep.executors.spec import ExecutorSpec
-from kick.sweep.plan import Plan
+from kick.sweep.plan import Plan, gpus_each
 from kick.sweep.store import Store
 from kick.sweep.work import Work
 
@@ -25,14 +25,26 @@ _QUEUED = 64  # jobs that Slurm is given at once; sites limit how many may wait
 _DEFAULTS = {"timeout_min": 24 * 60}
 
 
+def _gpus(params: Mapping[str, Any]) -> Any:
+    """What is said of GPUs, in any of the ways in which Slurm takes it; None where nothing is."""
+    given = {key.removeprefix("slurm_").replace("-", "_"): value for key, value in params.items()}
+    more = given.get("additional_parameters") or {}
+    given |= {key.replace("-", "_"): value for key, value in more.items()}
+    said = [given[key] for key in ("gpus", "num_gpus", "gpus_per_node", "gpus_per_task") if given.get(key) is not None]
+    resources = given.get("gres")
+    if resources is not None:
+        said.append("gpu" in str(resources))
+    return next(iter(said), None)
+
+
 class Slurm(Executor):
     def __init__(self, plan: Plan, store: Store, job: Job, watch: Callable[[], Watch]) -> None:
         super().__init__(plan, store, job, watch)
         submitit = import_extra("submitit", "slurm", "the executor 'slurm'")
         spec = plan.config.executor
         params = {**_DEFAULTS, **spec.params}
-        if plan.device.startswith("cuda"):
-            params.setdefault("gpus_per_node", 1)
+        if plan.device.startswith("cuda") and _gpus(params) is None:
+            params["gpus_per_node"] = gpus_each(plan)
         cluster = params.pop("cluster", "slurm")
         self.slots = spec.workers if spec.workers != "auto" else _QUEUED
         try:
@@ -51,8 +63,7 @@ class Slurm(Executor):
 
     @classmethod
     def device(cls, spec: ExecutorSpec, asked: str) -> str:
-        gpus = [spec.params.get(key) for key in ("gpus_per_node", "slurm_gpus_per_node", "slurm_gpus_per_task")]
-        return device_elsewhere(asked, next((own for own in gpus if own is not None), None))
+        return device_elsewhere(asked, _gpus(spec.params))
 
     def submit(self, work: Work) -> None:
         job = self._executor.submit(carry_out_whole, self.job.to_json(), work.to_json(), self._mark)
