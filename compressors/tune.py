@@ -8,6 +8,7 @@ merged into the weights or kept beside them; `rank: 0` trains all weights, as Sh
 section 3.3). Of a pair only the answer is learned. Weights that are zero stay zero unless asked otherwise.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch.nn.utils import parametrize
 from kick import adapters
 from kick.adapters import LowRank
 from kick.blocks import Linear, find_decoder
-from kick.calibration import Calibration, is_hub, text_files
+from kick.calibration import Calibration, is_hub
 from kick.checkpoint import STRAY_ZEROS
 from kick.compressor import Compressor, Cost, Knob, Progress, no_progress
 from kick.errors import ConfigError
@@ -29,7 +30,7 @@ from .ast.sparse import Masked
 from .training.figures import keep
 from .training.loop import Batches, train
 from .training.objective import Objective
-from .training.pairs import Pairs, is_pairs
+from .training.pairs import Pairs, find_pairs
 from .training.spec import Training
 from .training.text import TextData
 
@@ -47,6 +48,11 @@ class Tune(Compressor):
 
     def inputs(self) -> dict[str, str]:
         return {"data": self.params.fingerprint()}
+
+    def trained_on(self) -> Iterable[str]:
+        data = self.params.data
+        on_hub = isinstance(data, str) and is_hub(data)
+        return () if on_hub or find_pairs(data) is not None else self.params.beginnings()
 
     def cost(self, level: Level | None, skeleton: nn.Module) -> Cost:
         parameters = sum(parameter.numel() for parameter in skeleton.parameters())
@@ -96,10 +102,10 @@ class Tune(Compressor):
 
     def _batches(self) -> Batches:
         params = self.params
-        if isinstance(params.data, str) and not is_hub(params.data):
-            files = text_files(params.data)
-            if is_pairs(files[0]):
-                return Pairs(files, self.tokenizer, params.sequence_length, self.seed)
+        if (pairs := find_pairs(params.data)) is not None:
+            if unread := sorted(params.model_fields_set & {"weights", "text_field"}):
+                raise ConfigError(f"tune.{unread[0]} beside instruction pairs.", "It is about text: leave it out.")
+            return Pairs(pairs, self.tokenizer, params.sequence_length, self.seed)
         return params.open(self.tokenizer, params.sequence_length, self.seed)
 
 

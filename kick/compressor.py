@@ -1,7 +1,7 @@
 """The Compressor interface, and the base class that walks the blocks for compressors working linear by linear."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,6 +99,10 @@ class Compressor(ABC):
         Raises KickError for what is not there; called before anything is written.
         """
         return {}
+
+    def trained_on(self) -> Iterable[str]:
+        """Documents that it learns from besides calibration text, or the first of very many: none may be scored."""
+        return ()
 
     def cost(self, level: Level | None, skeleton: nn.Module) -> Cost | None:
         """What training `skeleton`, the model without its weights, would take; None for what does not train."""

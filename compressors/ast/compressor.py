@@ -9,7 +9,9 @@ the parameters give the baselines: fixed masks, static SR-STE, iterative and gra
 """
 
 import copy
+from collections.abc import Iterable
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -17,13 +19,13 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from kick import adapters, distributed
-from kick.blocks import Linear, find_decoder
+from kick.blocks import Linear, find_decoder, largest_block_list
 from kick.calibration import Calibration
 from kick.checkpoint import STRAY_ZEROS
 from kick.compressor import Compressor, Cost, Knob, Progress, check_divisible, no_progress
 from kick.errors import ConfigError, LevelError
 from kick.levels import Level, Pattern
-from kick.models import fetch, find_source, fingerprint, load_model
+from kick.models import fetch, find_source, fingerprint, load_model, load_skeleton
 
 from ..training.domains import Domains, Loading
 from ..training.figures import keep
@@ -59,9 +61,17 @@ class AST(Compressor):
         read = {"data": self.params.fingerprint(), **self.params.held_out_fingerprint()}
         return read | ({"teacher": fingerprint(fetch(find_source(teacher)))} if teacher is not None else {})
 
+    def trained_on(self) -> Iterable[str]:
+        return chain(self.params.beginnings(), self.params.held_out_beginnings())
+
     def cost(self, level: Level | None, skeleton: nn.Module) -> Cost:
         params, parameters = self.params, sum(parameter.numel() for parameter in skeleton.parameters())
-        cost = params.cost(parameters, teacher=parameters if params.distillation else 0)
+        blocks = largest_block_list(skeleton)[1]
+        pruned = sum(weight.numel() for block in blocks for weight in block.parameters() if weight.ndim == 2)
+        branches = pruned // params.slorb if params.slorb else 0
+        cost = params.cost(parameters + branches, teacher=self._teacher_size(parameters))
+        masks = 2 * pruned  # the one now, and the first
+        cost = replace(cost, memory_bytes=cost.memory_bytes + masks)
         if not params.update_every:
             return cost
         domains, updates = len(find_domains(params.data)), 1 + params.steps // params.update_every
@@ -99,10 +109,19 @@ class AST(Compressor):
             )
             objective.finish()
             flips = history.column("flip_rate")[1]
-            self.facts = {"training": history.totals(), "last_flip_rate": flips[-1] if flips else None}
+            self.facts = {"training": history.totals(), **_flips(flips)}
             self.facts |= {"domain_weights": mixture.weights} if domains else {}
             keep(history, folder / "kept")
         return model.requires_grad_(False).to(dtype).eval()
+
+    def _teacher_size(self, own: int) -> int:
+        """Parameters of the teacher; 0 without one."""
+        if not self.params.distillation:
+            return 0
+        if self.params.teacher is None:
+            return own
+        teacher = load_skeleton(fetch(find_source(self.params.teacher)), "float32")
+        return sum(parameter.numel() for parameter in teacher.parameters())
 
     def _teacher(self, model: nn.Module, linears: list[Any], device: str) -> nn.Module:
         if self.params.teacher is not None:
@@ -123,6 +142,14 @@ class AST(Compressor):
             teacher = copy.deepcopy(model)
         dtype = torch.bfloat16 if self.params.bfloat16(device) else torch.float32  # it computes in this anyway
         return teacher.to(dtype).requires_grad_(False).eval()
+
+
+def _flips(rates: list[float]) -> dict[str, float]:
+    """Of the shares of masks that changed at an update: the peak, the mean over the last quarter, the last."""
+    if not rates:
+        return {}
+    last = rates[-max(1, len(rates) // 4) :]
+    return {"peak_flip_rate": max(rates), "last_quarter_flip_rate": sum(last) / len(last), "last_flip_rate": rates[-1]}
 
 
 def check_shards(linears: list[Linear], pattern: Pattern, processes: int) -> None:

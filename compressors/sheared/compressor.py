@@ -8,6 +8,8 @@ heads and intermediate dimensions to the target (equations 1 and 2); text comes 
 The result is a plain model of exactly the target's shape.
 """
 
+from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -81,6 +83,9 @@ class Sheared(Compressor):
         parse_shape(level.name)
         if level.name.startswith("like:"):
             self._like = {"target": digest(str(find_shape_of(level.name)))}
+
+    def trained_on(self) -> Iterable[str]:
+        return chain(self.params.beginnings(), self.params.held_out_beginnings())
 
     def cost(self, level: Level | None, skeleton: nn.Module) -> Cost:
         assert isinstance(level, Shape)
@@ -189,7 +194,6 @@ class Shearing(Objective):
         self.step, self.progress = 0, 0.0
 
     def begin_step(self, step: int, spec: Training) -> None:
-        self.masks.clamp()
         self.step, self.progress = step, step / max(1.0, self.params.target_warmup * spec.steps)
 
     def forward(self, tokens: Tensor, labels: Tensor) -> dict[str, Tensor]:
@@ -217,6 +221,7 @@ class Shearing(Objective):
         return torch.optim.AdamW(groups, spec.learning_rate, spec.betas, spec.eps)
 
     def end_step(self, step: int, spec: Training) -> dict[str, Any]:
+        self.masks.clamp()
         told = self.masks.record()
         if (step + 1) % self.params.pruning_every == 0 or step + 1 == spec.steps:
             counts = {name: round(float(open_.detach().mean())) for name, open_ in self.masks.expected_open().items()}

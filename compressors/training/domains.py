@@ -7,7 +7,7 @@ by a table, or the source model's own.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from kick.errors import ConfigError, unknown_name
 from kick.spec import Spec
 
 from .objective import Objective, mean_loss
-from .text import Mixture, fingerprint
+from .text import Mixture, beginnings, fingerprint
 
 _AT_ONCE = 8  # held-out sequences
 
@@ -57,6 +57,10 @@ class Loading(Spec):
     def measuring(self, domains: int, updates: int, length: int, parameters: int) -> float:
         """Operations that the losses of so many updates take, for sequences of `length` and a model of `parameters`."""
         return 2.0 * updates * domains * self.held_out * length * parameters
+
+    def held_out_beginnings(self) -> Iterator[str]:
+        """The first documents of the text that decides weights and is not trained on, where it is from elsewhere."""
+        return beginnings(self.validation) if self.validation is not None else iter(())
 
     def held_out_fingerprint(self) -> dict[str, str]:
         """Identity of the text that is not trained on, where it is from elsewhere."""
@@ -99,7 +103,7 @@ class Domains:
     def update(self, objective: Objective) -> dict[str, Any]:
         """Measure, set new weights; what the history should tell of it."""
         losses = self.measure(objective)
-        if self.params.dynamic:
+        if self.params.dynamic and all(map(math.isfinite, losses.values())):  # else training is about to stop
             self.mixture.weights = updated_weights(
                 self.mixture.weights,
                 losses,
@@ -156,9 +160,9 @@ def updated_weights(
     {'a': 0.731, 'b': 0.269}
     """
     deltas = {name: losses[name] - reference[name] for name in weights}
-    raised = {
-        name: weight * math.exp(max(deltas[name], 0) if clamp else deltas[name]) for name, weight in weights.items()
-    }
+    above = {name: max(delta, 0.0) if clamp else delta for name, delta in deltas.items()}
+    most = max(above.values())  # which divides out
+    raised = {name: weight * math.exp(above[name] - most) for name, weight in weights.items()}
     total = sum(raised.values())
     mixed = {name: (1 - floor) * weight / total + floor / len(weights) for name, weight in raised.items()}
     return _capped(mixed, cap)
@@ -166,7 +170,9 @@ def updated_weights(
 
 def _capped(weights: dict[str, float], cap: float) -> dict[str, float]:
     if cap * len(weights) < 1:
-        raise ConfigError(f"a cap of {cap} on {len(weights)} domains.", "They could not sum to 1: give a larger cap.")
+        raise ConfigError(
+            f"a cap of {cap} on {len(weights)} domains: their weights could not sum to 1.", "Give a larger cap."
+        )
     fixed: set[str] = set()
     while over := {name for name, weight in weights.items() if weight > cap + 1e-12 and name not in fixed}:
         fixed |= over

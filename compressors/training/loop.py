@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from torch import Tensor
 
 from kick import heap
@@ -61,11 +61,17 @@ def train(
     if device.startswith("cuda:"):
         torch.cuda.set_device(device)
     accelerator = Accelerator(
-        mixed_precision="bf16" if spec.bfloat16(device) else "no", cpu=device.partition(":")[0] == "cpu"
+        mixed_precision="bf16" if spec.bfloat16(device) else "no",
+        cpu=device.partition(":")[0] == "cpu",
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(broadcast_buffers=False)
+        ],  # each process comes to the same masks
     )
     world, rank = accelerator.num_processes, accelerator.process_index
     if spec.batch_size % world:
-        raise ConfigError(f"batch_size {spec.batch_size} for {world} processes.", "Give a multiple of them.")
+        raise ConfigError(
+            f"batch_size {spec.batch_size} cannot be shared among {world} processes.", "Give a multiple of them."
+        )
     share = spec.batch_size // world
     micro = min(spec.micro_batch or share, share)
     own = range(rank * share, (rank + 1) * share, micro)
@@ -117,7 +123,9 @@ def train(
         schedule.step()
         row = {"step": step, **means, "gradient_norm": norm, "learning_rate": rate, "tokens": sum(batch.lengths)}
         with accelerator.autocast():
-            row |= objective.end_step(step, spec)
+            told = objective.end_step(step, spec)
+        _check_finite(_numbers(told), step, batch, folder)
+        row |= told
         row["seconds"] = time.perf_counter() - started
         if history is not None:
             history.add(row)
@@ -144,6 +152,17 @@ def recompute_blocks(model: Any, on: bool) -> None:
     switch = getattr(model, f"activation_checkpointing_{verb}", None)  # its name from transformers 5.20 on
     switch = switch or getattr(model, f"gradient_checkpointing_{verb}")
     switch(*([{"use_reentrant": False}] if on else []))
+
+
+def _numbers(told: dict[str, Any]) -> dict[str, float]:
+    """The numbers in what a step tells, those of domains by name."""
+    found: dict[str, float] = {}
+    for name, value in told.items():
+        if isinstance(value, dict):
+            found |= {f"{name} of {inner}": number for inner, number in _numbers(value).items()}
+        elif isinstance(value, int | float):
+            found[name] = float(value)
+    return found
 
 
 def _check_finite(values: dict[str, float], step: int, batch: Batch, folder: Path) -> None:

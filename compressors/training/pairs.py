@@ -4,13 +4,15 @@ A row is {"instruction", "input", "output"}, {"prompt", "response"}, {"question"
 "content"}]} or {"conversations": [{"from", "value"}]}.
 """
 
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from kick.calibration import begin_of_text
+from kick.calibration import begin_of_text, is_hub, open_hub, text_files
 from kick.errors import DataError
 from kick.rows import read_jsonl
 
@@ -25,24 +27,22 @@ Conversation = list[dict[str, str]]
 class Pairs:
     """Batches of conversations, each padded to `length`; every epoch in another order.
 
-    left_out: how many had no answer within `length` tokens. Raises DataError if none is left, or for other rows.
+    rows: (where it stands, row). left_out: how many had no answer within `length` tokens. Raises DataError if none is
+    left, or for other rows.
     """
 
-    def __init__(self, files: list[Path], tokenizer: Any, length: int, seed: int) -> None:
+    def __init__(self, rows: Iterable[tuple[str, dict[str, Any]]], tokenizer: Any, length: int, seed: int) -> None:
         self.seed = seed
         self.rows: list[tuple[list[int], list[int]]] = []
         self.left_out = 0
-        for file in files:
-            for number, row in read_jsonl(file):
-                tokens, labels = encode(tokenizer, conversation(row, file, number))
-                if any(label != -100 for label in labels[1:length]):
-                    self.rows.append((tokens[:length], labels[:length]))
-                else:
-                    self.left_out += 1
+        for where, row in rows:
+            tokens, labels = encode(tokenizer, conversation(row, where))
+            if any(label != -100 for label in labels[1:length]):
+                self.rows.append((tokens[:length], labels[:length]))
+            else:
+                self.left_out += 1
         if not self.rows:
-            raise DataError(
-                f"no instruction pairs in {files[0].parent}.", f"Each needs an answer within {length} tokens."
-            )
+            raise DataError("no instruction pair is left.", f"Each needs an answer within {length} tokens.")
         self.length = length
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
         self.pad = tokenizer.eos_token_id or 0
@@ -73,19 +73,29 @@ class Pairs:
         pass
 
 
-def is_pairs(file: Path) -> bool:
-    """Whether the first row of a .jsonl file is a conversation rather than a text."""
-    if not file.name.removesuffix(".gz").endswith((".jsonl", ".json")):
-        return False
-    first = next(read_jsonl(file), None)
-    return first is not None and _turns(first[1]) is not None
+def find_pairs(source: str | Mapping[str, str]) -> Iterator[tuple[str, dict[str, Any]]] | None:
+    """(where it stands, row) of each row of a file, folder or hub id, if the first is a conversation; else None."""
+    if not isinstance(source, str):
+        return None
+    if source != "embedded" and is_hub(source):
+        stream = open_hub(source)
+        rows = ((f"row {number} of {source}", dict(row)) for number, row in enumerate(stream, 1))
+    else:
+        files = [file for file in text_files(source) if _is_jsonl(file)]
+        rows = ((f"line {number} of {file}", row) for file in files for number, row in read_jsonl(file))
+    first = next(rows, None)
+    return chain([first], rows) if first is not None and _turns(first[1]) is not None else None
 
 
-def conversation(row: dict[str, Any], file: Path, number: int) -> Conversation:
+def _is_jsonl(file: Path) -> bool:
+    return file.name.removesuffix(".gz").endswith((".jsonl", ".json"))
+
+
+def conversation(row: dict[str, Any], where: str) -> Conversation:
     turns = _turns(row)
     if turns is None or not any(turn["role"] == "assistant" for turn in turns):
         raise DataError(
-            f"line {number} of {file} is no instruction pair: it has {', '.join(row) or 'nothing'}.",
+            f"{where} is no instruction pair: it has {', '.join(row) or 'nothing'}.",
             "Expected instruction and output, prompt and response, or messages with an assistant's turn.",
         )
     return turns

@@ -64,8 +64,10 @@ class Training(Spec):
         """Of training `parameters`, all or `trained` of them, beside a `teacher` that only runs forward.
 
         6 operations for each parameter and token, 2 of them forwards (Kaplan et al., arXiv 2001.08361); 2 of the other
-        4 are saved where a parameter is not trained. 4 bytes for each of weight, gradient and AdamW's two moments.
+        4 are saved where a parameter is not trained; gradient checkpointing runs forward once more. 4 bytes for each
+        of weight, gradient and AdamW's two moments.
         """
         learned = parameters if trained is None else trained
-        operations = self.tokens * (4.0 * parameters + 2.0 * learned + 2.0 * teacher)
+        again = 2.0 * parameters if self.gradient_checkpointing else 0.0
+        operations = self.tokens * (4.0 * parameters + 2.0 * learned + 2.0 * teacher + again)
         return Cost(self.tokens, operations, 4 * (parameters + teacher) + 12 * learned)

@@ -25,6 +25,7 @@ from kick.spec import Spec
 
 Tokens = NDArray[np.int32]
 _HASHED = 2**31  # bytes of a domain; more would take minutes to read
+_LOOKED_AT = 4_000_000  # characters of a domain
 _WINDOW = 512  # sequences that are shuffled among each other
 
 
@@ -153,9 +154,10 @@ class Stream:
         self._window, self._at = found[order], 0
 
     def _hold_out(self, documents: Any, wanted: int) -> tuple[Tokens, int]:
+        """The first `wanted` sequences, and of how many rows they are; those without text count as well."""
         tokens: list[int] = []
-        for used, piece in enumerate(self._tokenised(documents), 1):
-            tokens += piece
+        for used, row in enumerate(documents, 1):
+            tokens += self._tokens(row["text"])
             if len(tokens) >= wanted * self.length:
                 return np.array(tokens[: wanted * self.length], dtype=np.int32).reshape(wanted, self.length), used
         raise DataError(
@@ -164,10 +166,14 @@ class Stream:
         )
 
     def _tokenised(self, documents: Iterable[dict[str, str]]) -> Iterator[list[int]]:
-        begin, end = begin_of_text(self.tokenizer), end_of_text(self.tokenizer)
-        for row in documents:
-            if row["text"]:
-                yield begin + self.tokenizer(row["text"], add_special_tokens=False, verbose=False)["input_ids"] + end
+        return (tokens for row in documents if (tokens := self._tokens(row["text"])))
+
+    def _tokens(self, text: str) -> list[int]:
+        """Of one document, with what begins and ends it; none of an empty one."""
+        if not text:
+            return []
+        inside = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return begin_of_text(self.tokenizer) + inside + end_of_text(self.tokenizer)
 
 
 class Mixture:
@@ -255,6 +261,23 @@ class TextData(Spec):
     def fingerprint(self) -> str:
         """Identity of the text that is trained on."""
         return fingerprint(self.data)
+
+    def beginnings(self) -> Iterator[str]:
+        """The first documents of each domain that is on this disk, to see whether they are scored as well."""
+        return beginnings(self.data, self.text_field)
+
+
+def beginnings(source: str | Mapping[str, str], field: str = "text") -> Iterator[str]:
+    """Documents of each local domain, up to some millions of characters."""
+    for domain in find_domains(source).values():
+        if domain != "embedded" and is_hub(domain):
+            continue
+        left = _LOOKED_AT
+        for row in _read(text_files(domain), field):
+            yield row["text"][:left]
+            left -= len(row["text"])
+            if left <= 0:
+                break
 
 
 def fingerprint(source: str | Mapping[str, str]) -> str:

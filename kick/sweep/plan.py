@@ -183,7 +183,7 @@ def make_plan(config: SweepConfig, as_is: bool = False, weights: bool = True) ->
         wanted = [s.calibration or config.calibration for s in settings if needs_calibration(prepare(s))]
         tokenizer = models.load_tokenizer(path) if wanted else None
         calibrations = {spec: draw(spec, tokenizer, dtype, device) for spec in distinct(wanted)}
-        _check_apart(calibrations, suites, tokenizer)
+        _check_apart(calibrations, settings, suites, tokenizer)
     return Plan(
         config,
         source,
@@ -200,8 +200,13 @@ def make_plan(config: SweepConfig, as_is: bool = False, weights: bool = True) ->
     )
 
 
-def _check_apart(calibrations: dict[CalibrationSpec, Calibration], suites: list[PlannedSuite], tokenizer: Any) -> None:
-    """Raise ConfigError where text that is calibrated on is scored as well."""
+def _check_apart(
+    calibrations: dict[CalibrationSpec, Calibration],
+    settings: list[Setting],
+    suites: list[PlannedSuite],
+    tokenizer: Any,
+) -> None:
+    """Raise ConfigError where text that is calibrated or trained on is scored as well."""
     scored = {  # windows of one text, which a passage may cross
         planned.name: " ".join(example.content["text"] for example in planned.examples)
         for planned in suites
@@ -214,6 +219,17 @@ def _check_apart(calibrations: dict[CalibrationSpec, Calibration], suites: list[
                 raise ConfigError(
                     f"the calibration text '{spec.source}' holds a passage that '{name}' scores: '{passage[:60]}...'.",
                     "Calibrate on other text: what a compressor was fitted to is no test of it.",
+                )
+    if not scored:
+        return
+    steps = {(step.stage.compressor, str(step.stage.params)): step for own in settings for step in prepare(own)}
+    for step in steps.values():
+        for name, text in scored.items():
+            if passage := shared_passage([text], step.compressor.trained_on()):
+                raise ConfigError(
+                    f"the text that {step.stage.compressor} trains on holds a passage that '{name}' scores: "
+                    f"'{passage[:60]}...'.",
+                    "Train on other text: what a compressor was fitted to is no test of it.",
                 )
 
 

@@ -259,6 +259,7 @@ def loss_on(model, tokenizer, text, length=48):
 @pytest.mark.parametrize("level", ["2:4", "4:8", "1:4"])
 def test_the_result_is_an_ordinary_model_with_the_pattern_everywhere(taught, tokenizer, text, level):
     model, ast = prune(taught, tokenizer, text, level, steps=12)
+    assert ast.facts["peak_flip_rate"] >= ast.facts["last_flip_rate"] >= 0
     for linear in find_decoder(model).linears:
         assert pattern_violations(linear.weight, parse_level(level, AST.knob)) == 0
     assert set(model.state_dict()) == set(taught.state_dict())
@@ -344,7 +345,7 @@ def test_domains_follow_their_losses_here_too(taught, tokenizer, text, tmp_path)
 
 
 @pytest.mark.parametrize("masks", ["fixed", "iterative", "gradual"])
-def test_the_baselines_keep_what_they_keep(taught, tokenizer, text, masks):
+def test_baselines_reach_the_pattern_and_fixed_masks_do_not_move(taught, tokenizer, text, masks):
     model, _ = prune(
         taught, tokenizer, text, "1:4", masks=masks, decay="none", distillation=0.0, steps=20, mask_every=2
     )
@@ -352,9 +353,7 @@ def test_the_baselines_keep_what_they_keep(taught, tokenizer, text, masks):
         assert pattern_violations(linear.weight, Pattern(keep=1, of=4)) == 0
     if masks == "fixed":
         for linear, dense in zip(find_decoder(model).linears, find_decoder(taught).linears, strict=True):
-            assert torch.equal(
-                linear.weight != 0, best_mask(dense.weight, Pattern(keep=1, of=4)) & (linear.weight != 0)
-            )
+            assert not linear.weight[~best_mask(dense.weight, Pattern(keep=1, of=4))].any()
 
 
 def test_what_cannot_be_is_refused_before_anything_is_trained(taught, tokenizer, text):

@@ -14,8 +14,17 @@ from kick_compressors.sheared.cut import cut
 from kick_compressors.sheared.masked import MaskedModel
 from kick_compressors.sheared.masks import Masks
 from kick_compressors.sheared.shape import PAPER, find_shape, parse_shape
-from kick_compressors.training.domains import LLAMA2_LOSSES, LLAMA2_PARAMETERS, predicted_loss, updated_weights
+from kick_compressors.training.domains import (
+    LLAMA2_LOSSES,
+    LLAMA2_PARAMETERS,
+    Domains,
+    Loading,
+    predicted_loss,
+    updated_weights,
+)
+from kick_compressors.training.objective import Objective
 from kick_compressors.training.spec import Training
+from kick_compressors.training.text import open_mixture
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from kick.errors import ConfigError, DataError, KickError, LevelError, UnknownNameError
@@ -425,6 +434,24 @@ def test_a_domain_that_lags_gains_weight(tokenizer, domains):
     assert compressor.facts["domain_weights"] == {"easy": 0.5, "hard": 0.5}
 
 
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_domain_that_was_never_seen_gains_weight(tokenizer, domains, seed):
+    """The model knows one domain; both are to reach the same loss."""
+    model = make_tiny_llama()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    known = open_mixture(str(domains), tokenizer, 16, seed, weights={"easy": 1.0, "hard": 0.0})
+    for step in range(40):
+        tokens = known.batch(step, 16).tokens
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    mixture = open_mixture(str(domains), tokenizer, 16, seed, held_out=4)
+    followed = Domains(mixture, Loading(reference={"easy": 1.0, "hard": 1.0}), model, 1000)
+    before = followed.update(Objective(model))["domain_weight"]["hard"]
+    after = followed.update(Objective(model))["domain_weight"]["hard"]
+    assert 0.5 < before < after
+
+
 def test_what_is_wrong_with_domains_is_said(tokenizer, domains):
     with pytest.raises(UnknownNameError, match="Did you mean 'hard'"):
         shear(tokenizer, domains, weights={"hrad": 1.0})
@@ -442,7 +469,6 @@ def test_what_is_wrong_with_domains_is_said(tokenizer, domains):
 
 
 def test_sampled_domains_follow_their_weights(tokenizer, domains):
-    from kick_compressors.training.text import open_mixture
     from scipy.stats import chisquare
 
     mixture = open_mixture(str(domains), tokenizer, 16, 0, weights={"easy": 3, "hard": 1})

@@ -199,7 +199,7 @@ def test_a_dry_run_says_what_training_takes(sweep, tmp_path, capsys):
     assert all(cost["seconds_here"] > 0 and cost["a100_hours"] > 0 for cost in training.values())
 
 
-def test_the_papers_runs_cost_what_their_papers_say():
+def test_the_papers_runs_cost_what_their_papers_say(tiny_model):
     """Sheared LLaMA pruned 0.42 B tokens at 15,000 a second on 8 A100: 62 hours of one."""
     from accelerate import init_empty_weights
 
@@ -217,6 +217,13 @@ def test_the_papers_runs_cost_what_their_papers_say():
     assert cost.memory_bytes == 16 * 6_738_415_616
     ast = AST(AST.Params(steps=10, batch_size=1, sequence_length=10))
     assert ast.cost(Pattern(keep=2, of=4), skeleton).operations == 100 * 8 * 6_738_415_616
+    linears = 32 * (4 * 4096 * 4096 + 3 * 4096 * 11008)
+    assert ast.cost(Pattern(keep=2, of=4), skeleton).memory_bytes == (16 + 4) * 6_738_415_616 + 2 * linears
+    twice = AST(AST.Params(steps=10, batch_size=1, sequence_length=10, gradient_checkpointing=True, distillation=0))
+    assert twice.cost(Pattern(keep=2, of=4), skeleton).operations == 100 * 8 * 6_738_415_616
+    taught = AST(AST.Params(steps=10, batch_size=1, sequence_length=10, teacher=str(tiny_model)))
+    small = sum(parameter.numel() for parameter in LlamaForCausalLM.from_pretrained(tiny_model).parameters())
+    assert taught.cost(Pattern(keep=2, of=4), skeleton).operations == 100 * (6 * 6_738_415_616 + 2 * small)
 
 
 def test_a_setting_that_reads_other_text_is_another(tmp_path, tiny_model, capsys):

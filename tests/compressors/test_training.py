@@ -1,6 +1,7 @@
 """The training loop: it resumes to the same weights, two processes are one, and what goes wrong is said."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import sys
 import pytest
 import torch
 from conftest import make_tiny_llama
-from kick_compressors.training.domains import _parts
+from kick_compressors.training.domains import Domains, Loading, _parts, updated_weights
 from kick_compressors.training.history import History
 from kick_compressors.training.loop import TrainingError, train
 from kick_compressors.training.objective import Objective
@@ -207,9 +208,35 @@ def test_a_loss_that_is_no_number_stops_with_the_step_the_batch_and_the_last_sta
     assert sorted(path.name for path in tmp_path.glob("state-*")) == ["state-00000004"]
 
 
-def test_a_stream_goes_on_where_it_was_and_never_gives_what_was_held_out(tokenizer, tmp_path):
+def test_a_domain_loss_that_is_no_number_stops_before_it_becomes_a_weight_or_a_state(tokenizer, domains, tmp_path):
+    class Diverges(Objective):
+        def end_step(self, step, spec):
+            return {"domain_loss": {"animals": 1.0, "numbers": float("nan") if step == 5 else 1.0}}
+
+    with pytest.raises(TrainingError, match="step 5: domain_loss of numbers is not finite") as caught:
+        run(tokenizer, domains, tmp_path, objective=Diverges(make_tiny_llama()))
+    assert "state-00000004" in caught.value.hint
+    assert sorted(path.name for path in tmp_path.glob("state-*")) == ["state-00000004"]
+
+
+def test_weights_stay_where_losses_are_no_numbers(tokenizer, domains):
+    mixture = open_mixture(str(domains), tokenizer, 16, 0, held_out=2)
+    followed = Domains(mixture, Loading(), make_tiny_llama(), 1000)
+    broken = make_tiny_llama()
+    with torch.no_grad():
+        broken.model.norm.weight.fill_(float("inf"))
+    told = followed.update(Objective(broken))
+    assert not all(map(math.isfinite, told["domain_loss"].values()))
+    assert mixture.weights == {"animals": 0.5, "numbers": 0.5}
+    huge = updated_weights({"a": 0.5, "b": 0.5}, {"a": 2000.0, "b": 2001.0}, {"a": 0.0, "b": 0.0})
+    assert huge == pytest.approx({"a": 1 / (1 + math.e), "b": math.e / (1 + math.e)})
+
+
+@pytest.mark.parametrize("between", ["", '{"text": ""}\n'])
+def test_a_stream_goes_on_where_it_was_and_never_gives_what_was_held_out(tokenizer, tmp_path, between):
+    """Rows without text, which some collections are full of, are rows as well."""
     file = tmp_path / "text.jsonl"
-    file.write_text("\n".join(json.dumps({"text": f"number {index} " * 6}) for index in range(40)))
+    file.write_text("\n".join(between + json.dumps({"text": f"number {index} " * 6}) for index in range(40)))
     stream = Stream("x", str(file), tokenizer, 16, 0, held_out=6)
     held = {tuple(row) for row in stream.held.tolist()}
     first = [stream.take().tolist() for _ in range(700)]  # more than a window, several epochs

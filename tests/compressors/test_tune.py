@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import make_tiny_llama
 from kick_compressors.magnitude import Magnitude
-from kick_compressors.training.pairs import Pairs, encode, is_pairs
+from kick_compressors.training.pairs import Pairs, encode, find_pairs
 from kick_compressors.tune import Tune, add_lora, take_lora
 
 from kick import adapters
@@ -67,11 +67,32 @@ def test_only_the_answer_is_learned(tokenizer):
 )
 def test_every_form_of_pair_is_read(tokenizer, tmp_path, row):
     (tmp_path / "p.jsonl").write_text(json.dumps(row))
-    assert is_pairs(tmp_path / "p.jsonl")
-    batch = Pairs([tmp_path / "p.jsonl"], tokenizer, 40, 0).batch(0, 2)
+    batch = Pairs(find_pairs(str(tmp_path / "p.jsonl")), tokenizer, 40, 0).batch(0, 2)
     assert batch.tokens.shape == batch.labels.shape
     kept = batch.labels[0][batch.labels[0] != -100]
     assert tokenizer.decode(kept) == " c</s>"
+
+
+def test_pairs_of_the_hub_are_pairs_though_they_hold_a_text_as_well(tokenizer, monkeypatch):
+    """As tatsu-lab/alpaca does: of the text, prompt and answer would be learned alike."""
+    from kick_compressors.training import pairs as rooms
+
+    rows = [{"instruction": f"a{n}", "input": "", "output": f"c{n}", "text": f"a{n} c{n}"} for n in range(3)]
+    monkeypatch.setattr(rooms, "open_hub", lambda source: iter(rows))
+    found = Pairs(find_pairs("owner/pairs"), tokenizer, 40, 0)
+    assert len(found.rows) == 3
+    labels = found.batch(0, 1).labels[0]
+    assert tokenizer.decode(labels[labels != -100]).startswith(" c")
+    rows[1].pop("output")
+    with pytest.raises(DataError, match="row 2 of owner/pairs is no instruction pair: it has instruction, input, text"):
+        Pairs(find_pairs("owner/pairs"), tokenizer, 40, 0)
+    monkeypatch.setattr(rooms, "open_hub", lambda source: iter([{"text": "a story"}]))
+    assert find_pairs("owner/texts") is None
+
+
+def test_what_is_about_text_is_refused_beside_pairs(tokenizer, pairs):
+    with pytest.raises(ConfigError, match=r"tune.text_field beside instruction pairs"):
+        tune(make_tiny_llama(), tokenizer, pairs, text_field="instruction")
 
 
 def test_a_chat_template_is_used_where_there_is_one(real_model):

@@ -428,6 +428,22 @@ def test_text_that_is_scored_is_not_calibrated_on(config, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("key", ["data", "validation"])
+def test_text_that_is_scored_is_not_trained_on(config, tmp_path, capsys, key):
+    from importlib.resources import files
+
+    text = files("kick_tasks").joinpath("data/perplexity/text.jsonl")
+    params = f"{{{key}: '{text}', update_every: {0 if key == 'data' else 5}, steps: 10}}"
+    changes = [
+        f"settings=[{{compressor: ast, levels: ['2:4'], params: {params}}}]",
+        "suites=[{suite: perplexity, params: {window_bytes: 2048}}]",
+    ]
+    asked = [part for change in changes for part in ("--set", change)]
+    assert cli.main(["sweep", str(config), "--out", str(tmp_path / "run"), *asked]) == 2
+    assert "the text that ast trains on holds a passage that 'perplexity' scores" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_passages_of_two_texts():
     words = [f"word{number}" for number in range(200)]
     calibration = " ".join(words)
