@@ -20,7 +20,6 @@ from kick.files import check_writable, safe_name, to_json
 from kick.judge.spec import JudgeSpec
 from kick.lm import LMS
 from kick.lm.spec import LMSpec
-from kick.meter import slow_precision
 from kick.progress import Silent, duration, progress
 from kick.settings import Setting, parse_setting
 from kick.sweep.executors.spec import ExecutorSpec
@@ -121,6 +120,7 @@ def evaluate(options: Namespace) -> int:
 
 def _run(plan: "Plan", out: Path, options: Namespace) -> tuple[int, str, dict[str, Any]]:
     """(exit code, what to say, the same as a document)."""
+    from kick.sweep.costs import remarks
     from kick.sweep.estimate import describe
     from kick.sweep.run import run
     from kick.sweep.store import Store
@@ -128,8 +128,8 @@ def _run(plan: "Plan", out: Path, options: Namespace) -> tuple[int, str, dict[st
     config = plan.config
     if options.dry_run:
         return 0, *describe(plan, out, options.fresh)
-    if slow := slow_precision(plan.device, plan.dtype):
-        print(f"kick: {slow}", file=sys.stderr)
+    for remark in remarks(plan):
+        print(f"kick: {remark}", file=sys.stderr)
     watching = progress()
     with Store.open(out, plan, fresh=options.fresh) as store:
         try:

@@ -2,7 +2,8 @@
 
 from kick.compress import prepare
 from kick.compressor import Compressor, Cost
-from kick.models import load_skeleton
+from kick.meter import slow_precision
+from kick.models import is_usable, load_skeleton
 from kick.sweep.plan import MODELS_AT_ONCE, WORKER_BYTES, Plan
 
 
@@ -24,6 +25,20 @@ def training_costs(plan: Plan) -> dict[str, Cost]:
                     max(before.memory_bytes, cost.memory_bytes),
                 )
     return found
+
+
+def remarks(plan: Plan) -> list[str]:
+    """What is allowed and hardly meant, in words."""
+    found = [slow] if is_usable(plan.device) and (slow := slow_precision(plan.device, plan.dtype)) else []
+    for setting in plan.settings:
+        for step in prepare(setting):
+            stages = (step.compressor.params, *vars(step.compressor.params).values())
+            if any(getattr(stage, "sharding", None) == "fsdp" for stage in stages):
+                found.append(
+                    f"{setting.name}: sharding: fsdp shares the model among processes of torchrun (docs/train.md); a "
+                    "sweep trains in one, which needs the memory of all"
+                )
+    return list(dict.fromkeys(found))
 
 
 def checkpoint_bytes(plan: Plan, to_make: int, workers: int) -> float:

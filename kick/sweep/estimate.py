@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import Any
 
 from kick.compressor import Cost
-from kick.meter import product_speed, slow_precision
+from kick.meter import product_speed
 from kick.models import bytes_to_fetch, is_usable
 from kick.progress import duration
 from kick.settings import DENSE
-from kick.sweep.costs import checkpoint_bytes, training_costs, worker_bytes
+from kick.sweep.costs import checkpoint_bytes, remarks, training_costs, worker_bytes
 from kick.sweep.executors import find_executor
 from kick.sweep.plan import Plan
 from kick.sweep.run import missing_evaluations
@@ -75,8 +75,7 @@ def describe(plan: Plan, out: Path, fresh: bool = False) -> tuple[str, dict[str,
         lines.append(f"first {size} would be fetched from the Hugging Face hub")
     if not is_usable(plan.device):
         lines.append(f"there is no {plan.device} on this machine: times are those of an A100")
-    elif slow := slow_precision(plan.device, plan.dtype):
-        lines.append(slow)
+    lines += remarks(plan)
     for name, cost in training.items():
         lines.append(
             f"{name} trains on at most {cost['tokens']:,} tokens: about {duration(cost['seconds_here'])} here, "

@@ -10,6 +10,7 @@ import time
 
 import pytest
 import torch
+from conftest import REPOSITORY
 from kick_compressors.ast.compressor import AST
 from kick_compressors.sheared.compressor import Sheared
 from loopback import free_port
@@ -224,6 +225,33 @@ def test_the_papers_runs_cost_what_their_papers_say(tiny_model):
     taught = AST(AST.Params(steps=10, batch_size=1, sequence_length=10, teacher=str(tiny_model)))
     small = sum(parameter.numel() for parameter in LlamaForCausalLM.from_pretrained(tiny_model).parameters())
     assert taught.cost(Pattern(keep=2, of=4), skeleton).operations == 100 * (6 * 6_738_415_616 + 2 * small)
+
+
+def test_a_model_that_is_to_be_shared_out_is_not_by_a_sweep(sweep, tmp_path, capsys):
+    plan = ["sweep", str(sweep), "--out", str(tmp_path / "run"), "--dry-run"]
+    assert cli.main(plan) == 0
+    assert "fsdp" not in capsys.readouterr().out
+    shared = "settings=[{compressor: sheared, levels: [1x16x24x2], params: {continuing: {sharding: fsdp}}}]"
+    assert cli.main([*plan, "--set", shared]) == 0
+    assert "sheared@1x16x24x2: sharding: fsdp shares the model among processes of torchrun" in capsys.readouterr().out
+
+
+def test_the_slurm_script_starts_torchrun_on_each_node(tmp_path):
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    (tools / "scontrol").write_text("#!/bin/sh\necho node-a\necho node-b\n")
+    (tools / "srun").write_text('#!/bin/sh\necho "$@"\n')
+    (tools / "kick").write_text("#!/bin/sh\n")
+    for tool in tools.iterdir():
+        tool.chmod(0o755)
+    slurm = {"SLURM_JOB_NODELIST": "node-[a-b]", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "8", "SLURM_JOB_ID": "17"}
+    environment = {**os.environ, **slurm, "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}"}
+    script = ["bash", str(REPOSITORY / "configs/trained/train.sbatch"), "sweep.yaml", "ast@2:4", "a folder"]
+    done = subprocess.run(script, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == (
+        "torchrun --nnodes 2 --nproc-per-node 8 --rdzv-id 17 --rdzv-backend c10d --rdzv-endpoint node-a:29500 "
+        f"{tools}/kick compress sweep.yaml ast@2:4 --out a folder"
+    )
 
 
 def test_a_setting_that_reads_other_text_is_another(tmp_path, tiny_model, capsys):

@@ -378,12 +378,12 @@ def test_half_precision_on_a_cpu_without_units_for_it_is_warned_of(config, tmp_p
     monkeypatch.setattr(meter, "product_speed", lambda device, dtype: {"float32": 6e10, "bfloat16": 2e10}[dtype])
     dry = ["sweep", str(config), "--out", str(tmp_path / "run"), "--dry-run", "--set"]
     assert cli.main([*dry, "dtype=bfloat16"]) == 0
-    assert "products in bfloat16 are 3 times slower than in float32 here" in capsys.readouterr().out
+    assert "matrix products take 3 times as long in bfloat16 as in float32 on this CPU" in capsys.readouterr().out
     assert cli.main([*dry, "dtype=float32"]) == 0
     assert "slower" not in capsys.readouterr().out
     assert meter.slow_precision("cuda", "bfloat16") is None
     monkeypatch.setattr(meter, "product_speed", lambda device, dtype: {"float32": 6e10, "bfloat16": 3.3e10}[dtype])
-    assert "1.8 times slower" in str(meter.slow_precision("cpu", "bfloat16"))
+    assert "take 1.8 times as long" in str(meter.slow_precision("cpu", "bfloat16"))
     monkeypatch.setattr(meter, "product_speed", lambda device, dtype: 6e10)
     assert meter.slow_precision("cpu", "bfloat16") is None
 
