@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from kick.errors import CheckpointError, ConfigError
+from kick.errors import INCOMPLETE, CheckpointError, ConfigError
 from kick.files import read_json
 
 FOLDER = "adapter"  # in a folder of its own: beside the weights, transformers would take the model for an adapter
@@ -140,7 +140,7 @@ def load(directory: Path) -> dict[str, LowRank]:
             for name in names
         }
     except (KeyError, ValueError, TypeError, AttributeError, OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error!r}.", "Compress again.") from error
+        raise CheckpointError(f"{path} cannot be read: {error!r}.", INCOMPLETE) from error
 
 
 def _factor(config: dict[str, Any], name: str) -> float:

@@ -386,7 +386,7 @@ def doctor(options: Namespace) -> int:
 
     if options.lm is None:
         if options.model is not None:
-            raise ConfigError(f"doctor {options.model} without --lm.", "Which LM is to be compared with fast on it?")
+            raise ConfigError("a model is named, but no LM to compare on it.", "Add --lm NAME, or leave the model out.")
         text, document = examine()
         _print(options, text, document)
         return 1 if document["broken"] else 0

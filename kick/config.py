@@ -23,14 +23,19 @@ from kick.sweep.executors.spec import ExecutorSpec
 S = TypeVar("S", bound=BaseModel)
 
 
+COLUMNS = frozenset({
+    "place", "model", "setting", "method", "sparsity", "bits_per_weight", "million_parameters", "megabytes",
+    "mean_retained", "mean_retained_ci_low", "mean_retained_ci_high", "run",
+})  # fmt: skip
+"""Of leaderboards, beside those that suites' labels name."""
+
+
 def check_label(label: str) -> str:
     """A label may be anything that does not break a table."""
-    if (
-        label in ("setting", "sparsity", "bits_per_weight", "million_parameters", "megabytes", "mean_retained", "place")
-        or "|" in label
-        or "\n" in label
-    ):
-        raise ValueError("a label may not be the name of a column of the leaderboard, nor hold a bar or a line break")
+    if label in COLUMNS:
+        raise ValueError(f"'{label}' is a column of the leaderboard: choose another label")
+    if "|" in label or "\n" in label:
+        raise ValueError("a label may hold neither a bar nor a line break")
     return label
 
 
@@ -164,7 +169,7 @@ class SweepConfig(Spec):
     """A whole sweep file. `dense` is always run, whether `settings` names it or not."""
 
     model: str | Annotated[tuple[str, ...], Field(min_length=1)] = Field(
-        description="a hub id, a directory, a .gguf file or a packaged model; of several, each gets a run of its own"
+        description="a hub id, a directory, a .gguf file or a packaged model; a list gives each model its own run"
     )
     settings: tuple[Grid, ...] = ()
     suites: tuple[SuiteSpec, ...] = Field(min_length=1)
@@ -182,7 +187,7 @@ class SweepConfig(Spec):
     disk_budget_gb: float | None = Field(
         default=None,
         gt=0,
-        description="of kept checkpoints, those of settings that finished first go beyond this",
+        description="most GB of kept checkpoints; above it, those of the settings that finished first are deleted",
     )
 
     @field_validator("settings", mode="before")
@@ -269,7 +274,7 @@ def read_yaml(text: str, where: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"{where} is not YAML: {' '.join(str(error).split())}", "Mend that line.") from error
+        raise ConfigError(f"{where} is not YAML: {' '.join(str(error).split())}", "Correct that line.") from error
 
 
 def load(path: Path, overrides: list[str] = []) -> SweepConfig:  # noqa: B006 (never changed)

@@ -3,6 +3,9 @@
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+INCOMPLETE = "The checkpoint is incomplete or damaged: download or copy it again."
+"""A hint for files that somebody else wrote."""
+
 
 class KickError(Exception):
     """Something the user can mend.

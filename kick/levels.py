@@ -104,7 +104,7 @@ def parse_level(text: str, knob: Knob) -> Level | None:
         return None
     wanted = "Expected " + " or ".join(_EXAMPLES[kind] for kind in Knob if kind & knob) + "."
     if not text:
-        raise LevelError("a compressor without a level.", wanted)
+        raise LevelError("no level was given.", wanted)
     joint = re.fullmatch(r"([^+]+)\+(\d+)bit", text)
     if joint and Knob.JOINT in knob:
         prune, bits = parse_level(joint[1], Knob.SPARSITY | Knob.PATTERN), parse_level(joint[2], Knob.BITS)

@@ -14,7 +14,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from kick.errors import ConfigError, ModelError
+from kick.errors import INCOMPLETE, ConfigError, ModelError
 from kick.files import read_json, sha256_of
 
 if TYPE_CHECKING:
@@ -290,7 +290,7 @@ def load_model(path: Path, dtype: str, device: str) -> "torch.nn.Module":
             f"the tensor '{min(odd)}' of {path.name} has another shape than its configuration says.", _OTHER
         )
     if missing := found["missing_keys"] - table.keys():
-        raise ModelError(f"{path.name} holds no tensor '{min(missing)}'.", "It is not whole.")
+        raise ModelError(f"{path.name} holds no tensor '{min(missing)}'.", INCOMPLETE)
     if lost := [name for name in sorted(found["unexpected_keys"]) if belongs(model, name)]:
         raise without_a_place(path, lost)
     shapes.resize(model, shapes.read_tensors(path, table))
@@ -354,7 +354,10 @@ def check_configuration(path: Path) -> None:
     try:
         config = read_json(path / "config.json")
     except (OSError, ValueError) as error:
-        raise ModelError(f"{path / 'config.json'} cannot be read: {_first_line(error)}", "Is it whole?") from error
+        raise ModelError(
+            f"{path / 'config.json'} cannot be read: {_first_line(error)}",
+            INCOMPLETE,
+        ) from error
     if not isinstance(config, dict):
         raise ModelError(f"{path / 'config.json'} holds no configuration.", "Expected an object, {...}.")
     check_config(config, path)
@@ -411,5 +414,5 @@ def _count_parameters(file: Path) -> int:
     except (SafetensorError, ValueError, OSError, IndexError) as error:
         raise ModelError(
             f"{file} cannot be read: {_first_line(error)}",
-            "It is damaged or not whole; a small text file in its place is a pointer of git LFS: git lfs pull.",
+            "It is damaged or incomplete; a small text file in its place is a pointer of git LFS: git lfs pull.",
         ) from error

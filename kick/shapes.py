@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from kick.errors import CheckpointError, ModelError
+from kick.errors import INCOMPLETE, CheckpointError, ModelError
 from kick.files import read_json, write_json
 
 TABLE = "shapes.json"
@@ -74,7 +74,7 @@ def read_table(directory: Path) -> dict[str, list[int]]:
         table = read_json(path) if path.is_file() else {}
         return {str(name): [int(size) for size in shape] for name, shape in table.items()}
     except (ValueError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}.", "Compress again.") from error
+        raise CheckpointError(f"{path} cannot be read: {error}.", INCOMPLETE) from error
 
 
 def read_tensors(directory: Path, table: dict[str, list[int]]) -> dict[str, Tensor]:

@@ -114,10 +114,10 @@ def _records(value: Any) -> list[dict[str, Any]]:
 
 def _checked(row: dict[str, Any], where: str) -> dict[str, Any]:
     if not isinstance(row.get("question"), str) or not row["question"].strip():
-        raise DataError(f"{where} has no question.", "Mend the row or remove it.")
+        raise DataError(f"{where} has no question.", "Correct the row or remove it.")
     answers = row.get("answers")
     if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
-        raise DataError(f"{where} has no list of answers.", "Mend the row or remove it.")
+        raise DataError(f"{where} has no list of answers.", "Correct the row or remove it.")
     if not any(scoring.normalize(answer) for answer in answers):
         raise DataError(
             f"{where} has no answer.", "A question needs at least one accepted answer: mend the row or remove it."

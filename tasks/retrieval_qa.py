@@ -237,7 +237,7 @@ def _from_contexts(row: dict[str, Any], number: int) -> dict[str, Any]:
 def _checked(row: dict[str, Any], where: str) -> dict[str, Any]:
     answers = list(dict.fromkeys(answer for answer in row["answers"] if scoring.normalize(answer)))
     if not isinstance(row["question"], str) or not row["question"].strip():
-        raise DataError(f"{where} has no question.", "Mend the row or remove it.")
+        raise DataError(f"{where} has no question.", "Correct the row or remove it.")
     return {
         **row,
         "id": str(row["id"]),

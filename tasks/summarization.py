@@ -215,7 +215,7 @@ def _references(reference: str, examples: Mapping[str, Example], dense: Mapping[
     found = {}
     for number, row in read_jsonl(path):
         if not isinstance(row.get("id"), str) or not isinstance(row.get("summary"), str):
-            raise DataError(f"line {number} of {path} has no id and summary.", "Mend the row.")
+            raise DataError(f"line {number} of {path} has no id and summary.", "Correct the row.")
         found[row["id"]] = row["summary"]
     return found
 

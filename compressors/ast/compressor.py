@@ -87,7 +87,7 @@ class AST(Compressor):
         progress: Progress = no_progress,
     ) -> nn.Module:
         if not isinstance(level, Pattern):
-            raise LevelError(f"ast at level '{level}'.", "Expected an N:M pattern, for example ast@2:4.")
+            raise LevelError(f"ast takes an N:M pattern, not '{level}'.", "For example ast@2:4.")
         params = self.params
         decoder = find_decoder(model)
         if params.slorb:

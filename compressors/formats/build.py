@@ -9,7 +9,7 @@ from kick import shapes
 from kick.adapters import LowRank, attach
 from kick.blocks import find_decoder
 from kick.compressor import Compressor
-from kick.errors import ModelError
+from kick.errors import INCOMPLETE, ModelError
 from kick.models import check_config
 
 from .files import Foreign
@@ -41,7 +41,10 @@ def build(foreign: Foreign, dtype: str) -> nn.Module:
         ignore_mismatched_sizes=True,
     )
     if missing := sorted(found["missing_keys"]):
-        raise ModelError(f"{foreign.path} holds no tensor '{missing[0]}' ({len(missing)} missing).", "It is not whole.")
+        raise ModelError(
+            f"{foreign.path} holds no tensor '{missing[0]}' ({len(missing)} missing).",
+            INCOMPLETE,
+        )
     if extra := sorted(found["unexpected_keys"]):
         raise ModelError(
             f"{foreign.path} holds '{extra[0]}' ({len(extra)} such tensors): no place in {architecture.__name__}.",

@@ -16,7 +16,7 @@ from torch import Tensor
 from kick import adapters
 from kick.adapters import LowRank
 from kick.checkpoint import GRIDS
-from kick.errors import ModelError
+from kick.errors import INCOMPLETE, ModelError
 from kick.models import PICKLES
 from kick.quantization import Grid, from_tensors
 
@@ -71,7 +71,10 @@ def _indexed(path: Path, glob: str) -> list[Path]:
         names = sorted(set(_json(index).get("weight_map", {}).values()))
         for name in names:
             if Path(name).name != name or not (path / name).is_file():
-                raise ModelError(f"{index} names '{name}', which is not there.", "The checkpoint is not whole.")
+                raise ModelError(
+                    f"{index} names '{name}', which is not there.",
+                    INCOMPLETE,
+                )
         return [path / name for name in names]
     return []
 
@@ -114,7 +117,7 @@ def _safetensors(file: Path) -> dict[str, Tensor]:
     try:
         return load_file(file)
     except (SafetensorError, OSError) as error:
-        raise ModelError(f"{file} cannot be read: {error}.", "Is it whole?") from error
+        raise ModelError(f"{file} cannot be read: {error}.", INCOMPLETE) from error
 
 
 def _pickle(file: Path) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kick.errors import ModelError
+from kick.errors import INCOMPLETE, ModelError
 
 from .files import Foreign
 
@@ -71,7 +71,7 @@ def fit_configuration(model: Foreign, dense_head_dim: int | None = None) -> None
         if q.shape[0] % head_dim or k.shape[0] % head_dim or q.shape[0] % k.shape[0]:
             raise ModelError(
                 f"{model.path}: layer {index} has {q.shape[0]} rows of queries and {k.shape[0]} of keys.",
-                f"Neither heads of {head_dim} nor whole groups of them: the checkpoint is not whole.",
+                f"Neither heads of {head_dim} nor whole groups of them: the checkpoint is incomplete.",
             )
     if len(shared) > 1:
         raise ModelError(
@@ -98,7 +98,10 @@ def _layers(tensors: dict[str, Tensor]) -> dict[int, tuple[Tensor, Tensor, Tenso
             return {}  # a hybrid, or attention of another kind
         found[index] = (query, key, tensors.get(f"{prefix}mlp.up_proj.weight"))
     if missing := sorted(set(range(max(indices, default=-1) + 1)) - indices):
-        raise ModelError(f"layer {missing[0]} of {max(indices) + 1} is missing.", "The checkpoint is not whole.")
+        raise ModelError(
+            f"layer {missing[0]} of {max(indices) + 1} is missing.",
+            INCOMPLETE,
+        )
     return found
 
 

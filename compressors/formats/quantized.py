@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kick.errors import ModelError
+from kick.errors import INCOMPLETE, ModelError
 from kick.packing import unpack, unpack_linear
 from kick.quantization import Grid
 
@@ -37,7 +37,8 @@ def unpack_all(model: Foreign) -> str | None:
         _METHODS[method](model, config)
     except KeyError as error:
         raise ModelError(
-            f"{model.path} is quantised by '{method}' and lacks {error}.", "The checkpoint is not whole."
+            f"{model.path} is quantised by '{method}' and lacks {error}.",
+            INCOMPLETE,
         ) from error
     return method
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kick.adapters import LowRank
-from kick.errors import ModelError
+from kick.errors import INCOMPLETE, ModelError
 
 from .files import Foreign
 
@@ -23,7 +23,10 @@ def take_adapters(model: Foreign) -> bool:
         down = model.tensors.pop(f"{name}.x_proj", None)
         weight = model.tensors.get(f"{name}.weight")
         if weight is None:
-            raise ModelError(f"{model.path} holds '{key}' and no weight beside it.", "The checkpoint is not whole.")
+            raise ModelError(
+                f"{model.path} holds '{key}' and no weight beside it.",
+                INCOMPLETE,
+            )
         shape = tuple(weight.shape)
         if up.shape[0] != shape[0]:  # GPT-2's Conv1D stores [in, out]
             shape = shape[::-1]

@@ -64,7 +64,7 @@ class LLMPruner(Compressor):
         progress: Progress = no_progress,
     ) -> nn.Module:
         if not isinstance(level, Sparsity):
-            raise LevelError(f"llm_pruner at level '{level}'.", "Expected a share to remove, for example 0.2.")
+            raise LevelError(f"llm_pruner takes a share to remove, not '{level}'.", "For example llm_pruner@0.2.")
         if calibration is None:
             raise LevelError("llm_pruner needs calibration text.", "Give a calibration source.")
         llama: Any = model

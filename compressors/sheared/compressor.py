@@ -119,7 +119,7 @@ class Sheared(Compressor):
         progress: Progress = no_progress,
     ) -> nn.Module:
         if not isinstance(level, Shape):
-            raise LevelError(f"sheared at level '{level}'.", "Expected a target shape, for example 24x384x1024x6.")
+            raise LevelError(f"sheared takes a target shape, not '{level}'.", "For example sheared@24x384x1024x6.")
         params = self.params
         within = params.heads == "within"
         refuse_remains(model, "sheared")

@@ -1,4 +1,4 @@
-"""What is kept of a training run: a line for each step, its totals, and figures of it."""
+"""What is kept of a training run: a line for each step, and its totals."""
 
 import json
 import math

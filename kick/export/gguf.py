@@ -41,11 +41,14 @@ def write(checkpoint: Checkpoint, out: Path, dtype: str) -> Path:
         out = out / f"{safe_name(checkpoint.record['setting_name'])}.gguf"
     dtype = "float16" if dtype == "auto" else dtype
     if dtype not in _QUANTIZED:
-        raise CheckpointError(f"GGUF export in '{dtype}'.", f"Expected {' or '.join(_QUANTIZED)}.")
+        raise CheckpointError(f"GGUF files are not written in '{dtype}'.", f"Expected {' or '.join(_QUANTIZED)}.")
     check_plain(checkpoint, "GGUF")
     model: Any = load_model(checkpoint.path, "float32", "cpu")
     if model.config.model_type != "llama":
-        raise CheckpointError(f"GGUF export of a {model.config.model_type} model.", "Llama-architecture models only.")
+        raise CheckpointError(
+            f"GGUF export takes models of Llama's architecture; this one is of {model.config.model_type}'s.",
+            "--format hf takes any.",
+        )
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.partial")
     writer = gguf.GGUFWriter(partial, "llama")

@@ -6,6 +6,7 @@ left out are stored as they are and named as such.
 
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from kick.quantization import Grid
 def write(checkpoint: Checkpoint, out: Path, dtype: str) -> Path:
     """A directory with packed weights and a `quantization_config`. What is not packed is stored in float16."""
     if dtype == "q8_0":
-        raise CheckpointError("--dtype q8_0 with --format gptq.", "It is one of GGUF's.")
+        raise CheckpointError("--dtype q8_0 goes with --format gguf only.", "Give another --dtype, or none.")
     check_plain(checkpoint, "GPTQ")
     grids = read_grids(checkpoint)
     config = _quantization_config(checkpoint, grids)
@@ -72,6 +73,11 @@ def _stored_twice(model: Any) -> set[str]:
     return twice
 
 
+def _in_words(grids: Iterable[Grid]) -> str:
+    found = {(g.bits, int((g.group_of == 0).sum()) if g.groups > 1 else len(g.group_of)) for g in grids}
+    return ", ".join(f"{bits} bits in groups of {size}" for bits, size in sorted(found))
+
+
 def _quantization_config(checkpoint: Checkpoint, grids: dict[str, Grid]) -> dict[str, Any]:
     if not grids:
         raise CheckpointError(
@@ -83,8 +89,8 @@ def _quantization_config(checkpoint: Checkpoint, grids: dict[str, Grid]) -> dict
     other_sizes += [len(g.group_of) for g in grids.values() if g.groups == 1 and len(g.group_of) > group_size != -1]
     if other_widths or other_sizes:
         raise CheckpointError(
-            f"{checkpoint.path} mixes grids of {len(widths)} widths and {len(sizes)} group sizes.",
-            "This format holds one of each.",
+            f"the linears of {checkpoint.path} do not share one grid: {_in_words(grids.values())}.",
+            "A GPTQ file holds one number of bits and one group size.",
         )
     symmetric = all(bool((grid.zero == 2 ** (bits - 1)).all()) for grid in grids.values())
     return {

@@ -16,7 +16,7 @@ def write(checkpoint: Checkpoint, out: Path, dtype: str) -> Path:
     Narrow layers are filled up with zeros; adapters stay apart, in `adapter/`, as peft loads them.
     """
     if dtype == "q8_0":
-        raise CheckpointError("--dtype q8_0 with --format hf.", "It is one of GGUF's.")
+        raise CheckpointError("--dtype q8_0 goes with --format gguf only.", "Give another --dtype, or none.")
     model: Any = load_model(checkpoint.path, checkpoint.record["dtype"] if dtype == "auto" else dtype, "cpu")
     added = adapters.attached(model)
     if shapes.read_table(checkpoint.path):

@@ -5,6 +5,9 @@ generates again, and an answer that was judged is never paid for twice.
     replies.py       reading replies, strictly
     client.py        the endpoint: retries, structured output, usage
     budget.py        what may still be spent
-    run.py           all questions of a run, with a cache
+    cache.py         replies that were paid for, by the content of their questions
+    run.py           all questions of a run
+    estimate.py      what a judge would be asked, and what that costs
+    spec.py          the `judge` section of a sweep file
     calibration.py   how far the judge can be trusted
 """

@@ -87,7 +87,7 @@ def test_compress_and_inspect(tiny_model, tmp_path, capsys):
         (["compress", "MODEL", "wanda@0.5", "--param", "calibration.samples"], "has no '='"),
         (["compress", "MODEL", "wanda@0.5", "--param", "x=1"], "wanda takes no parameters"),
         (["compress", "MODEL", "wand@0.5"], "Did you mean 'wanda'"),
-        (["compress", "MODEL", "wanda"], "without a level"),
+        (["compress", "MODEL", "wanda"], "no level was given"),
         (["compress", "MODEL", "wanda@0.5", "--param", "calibration.samples=100000"], "tokens; 'embedded' holds"),
         (["evaluate", "MODEL", "--suite", "mmul"], "Did you mean 'mmlu'"),
         (["evaluate", "MODEL", "--suite", "mmlu,factoid_qa", "--param", "text=c4"], "unknown key 'text'"),
@@ -140,7 +140,7 @@ def test_a_plugin_that_cannot_be_loaded_is_listed_as_such(capsys, monkeypatch):
 
 def test_doctor_is_not_given_a_model_for_nothing(capsys):
     assert cli.main(["doctor", "smollm2-135m"]) == 2
-    assert "doctor smollm2-135m without --lm" in capsys.readouterr().err
+    assert "a model is named, but no LM to compare on it" in capsys.readouterr().err
 
 
 def test_a_number_that_is_none(capsys):

@@ -32,7 +32,7 @@ def test_levels_are_parsed_for_the_knob():
         ("2:4+0.5", BOTH, "a sparsity together with a pattern"),
         ("half", BOTH, "not one that this compressor takes"),
         ("nan", BOTH, "not one that this compressor takes"),
-        ("", BOTH, "without a level"),
+        ("", BOTH, "no level was given"),
         ("2:4", Knob.BITS, "not one that this compressor takes"),
         ("17", Knob.BITS, "not a usable number of bits"),
         ("0.5", Knob.NONE, "takes none"),
