@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from kick import models
+from kick import loading, models
 from kick.calibration import CalibrationSpec
 from kick.compress import Recipe, compress
 from kick.export import find_format
@@ -66,7 +66,7 @@ def compare(text: str, source: models.ModelSource, path: Path, options: argparse
     found = load_file(scratch / "logits")["logits"]
     with torch.no_grad():
         expected, half = (
-            models.load_model(made.path, dtype, "cpu")(tokens).logits.float() for dtype in ("float32", "float16")
+            loading.load_model(made.path, dtype, "cpu")(tokens).logits.float() for dtype in ("float32", "float16")
         )
     return {
         "largest difference of a logit": float((found - expected).abs().max()),

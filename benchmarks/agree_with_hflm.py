@@ -15,7 +15,8 @@ from kick_tasks.mmlu import MMLU
 from lm_eval.models.huggingface import HFLM
 
 from kick.lm.fast import FastLM
-from kick.models import fetch, find_source, load_model, load_tokenizer
+from kick.loading import load_model, load_tokenizer
+from kick.models import fetch, find_source
 from kick.suite import DataSource, subset
 
 TOLERANCE = 1e-3

@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 
-from kick import models
+from kick import loading, models
 from kick.config import SuiteSpec
 from kick.lm import load_lm
 from kick.lm.spec import LMSpec
@@ -222,8 +222,8 @@ def planned_suite(workload: str, data: str) -> PlannedSuite:
 def _directory(path: Path, folder: Path) -> Path:
     """The model as a directory, which engines want; made once."""
     if not (folder / "config.json").is_file():
-        models.load_tokenizer(path).save_pretrained(folder)
-        models.load_model(path, "float32", "cpu").save_pretrained(folder)
+        loading.load_tokenizer(path).save_pretrained(folder)
+        loading.load_model(path, "float32", "cpu").save_pretrained(folder)
     return folder
 
 
@@ -231,8 +231,8 @@ def _hflm(dtype: str, batch: int) -> Any:
     from lm_eval.models.huggingface import HFLM
 
     path = models.fetch(models.find_source(MODEL))
-    tokenizer = models.load_tokenizer(path)
-    lm = HFLM(pretrained=models.load_model(path, dtype, "cpu"), tokenizer=tokenizer, batch_size=batch)
+    tokenizer = loading.load_tokenizer(path)
+    lm = HFLM(pretrained=loading.load_model(path, dtype, "cpu"), tokenizer=tokenizer, batch_size=batch)
     lm.has_chat_template = bool(tokenizer.chat_template)  # the suites ask, and else it would get other prompts
     return lm
 

@@ -31,7 +31,7 @@ from kick_compressors.formats import files, quantized
 from kick_compressors.formats.build import build
 from safetensors.torch import load_file, save_file
 
-from kick import models
+from kick import loading, models
 from kick.blocks import find_decoder
 from kick.calibration import Calibration, CalibrationSpec, draw
 from kick.compress import prepare
@@ -54,7 +54,7 @@ def run_kick(job: dict) -> None:
     (step,) = prepare(setting)
     tokens = load_file(job["tokens"])["tokens"]
     calibration = Calibration(tokens, "benchmark", CalibrationSpec(), job["precision"])
-    model = models.load_model(Path(job["model"]), "float32", "cpu")
+    model = loading.load_model(Path(job["model"]), "float32", "cpu")
     cpu = time.process_time()
     with Meter() as meter:
         model = step.compressor.compress(model, step.level, calibration)
@@ -79,7 +79,7 @@ def perplexity(path: Path, tokens: torch.Tensor) -> float:
 
 def flops_of_one_pass(path: Path, tokens: int) -> float:
     """Multiply-adds of the blocks' linears, counted double: what a single forward pass cannot do without."""
-    decoder = find_decoder(models.load_model(path, "float32", "cpu"))
+    decoder = find_decoder(loading.load_model(path, "float32", "cpu"))
     return 2.0 * tokens * sum(linear.weight.numel() for linear in decoder.linears)
 
 
@@ -162,9 +162,9 @@ def prepare_inputs(options: argparse.Namespace, work: Path) -> object:
     """The dense model in float32 and both texts as tokens, in `work`."""
     source = models.find_source(options.model)
     path = models.fetch(source)
-    tokenizer = models.load_tokenizer(path)
+    tokenizer = loading.load_tokenizer(path)
     if not (work / "dense" / "config.json").is_file():
-        models.load_model(path, "float32", "cpu").save_pretrained(work / "dense")
+        loading.load_model(path, "float32", "cpu").save_pretrained(work / "dense")
         tokenizer.save_pretrained(work / "dense")
     inputs = [(f"calibration-{seed}", options.text, options.samples, seed) for seed in options.seeds]
     for name, text, samples, seed in [*inputs, ("held-out", options.held_out, 16, 0)]:

@@ -23,7 +23,7 @@ import torch
 from kick_compressors.training.objective import Objective, mean_loss
 from kick_compressors.training.text import open_mixture
 
-from kick import models
+from kick import loading, models
 from kick.calibration import CalibrationSpec
 from kick.compress import Recipe, compress
 from kick.settings import Setting
@@ -166,8 +166,8 @@ def run(setting: dict[str, Any], seed: int, data: str) -> dict[str, Any]:
 
 def domain_losses(path: Path, data: str) -> dict[str, float]:
     """Nats per token over the held-out documents of each domain, in float32."""
-    model = models.load_model(path, "float32", "cpu")
-    mixture = open_mixture(f"{data}/ppl/redpajama", models.load_tokenizer(path), 256, 0, held_out=HELD)
+    model = loading.load_model(path, "float32", "cpu")
+    mixture = open_mixture(f"{data}/ppl/redpajama", loading.load_tokenizer(path), 256, 0, held_out=HELD)
     return {
         name: mean_loss(Objective(model).eval(), torch.from_numpy(stream.held.astype("int64")))
         for name, stream in mixture.streams.items()

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 from torch import nn
 
 from kick import adapters
@@ -22,7 +22,9 @@ from kick.checkpoint import STRAY_ZEROS, pattern_violations
 from kick.compressor import Compressor, Knob, Progress, no_progress
 from kick.errors import ConfigError, ModelError
 from kick.levels import Level, Pattern, parse_pattern
-from kick.models import ModelSource, fetch, find_source, fingerprint, load_model
+from kick.loading import load_model
+from kick.models import fetch, find_source, fingerprint
+from kick.spec import Spec
 
 from .formats import files, gpt2, llama, quantized, slorb
 from .formats.build import adopt, build
@@ -40,9 +42,7 @@ class External(Compressor):
     knob = Knob.NONE
     brings_a_model = True
 
-    class Params(BaseModel):
-        model_config = ConfigDict(frozen=True, extra="forbid")
-
+    class Params(Spec):
         path: str = Field(description="a directory, a .gguf file, a Hugging Face id or a packaged model")
         pattern: str | None = Field(
             default=None, description="N:M to count violations of; found by itself if not given"
@@ -59,13 +59,13 @@ class External(Compressor):
             return text
 
     @cached_property
-    def _source(self) -> tuple[ModelSource, Path]:
+    def _path(self) -> Path:
         source = find_source(self.params.path, allow_pickle=self.params.allow_pickle)
-        return source, fetch(source, allow_pickle=self.params.allow_pickle)
+        return fetch(source, allow_pickle=self.params.allow_pickle)
 
     @cached_property
     def _fingerprint(self) -> str:
-        return fingerprint(self._source[1], self.params.allow_pickle)
+        return fingerprint(self._path, self.params.allow_pickle)
 
     def inputs(self) -> dict[str, str]:
         return {"model": self._fingerprint}
@@ -78,7 +78,7 @@ class External(Compressor):
         *,
         progress: Progress = no_progress,
     ) -> nn.Module:
-        _, path = self._source
+        path = self._path
         dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
         if path.is_file():
             if self.params.mask or self.params.ignore:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from kick import checkpoint as checkpoints
 from kick import config as configs
-from kick import distributed, models, plugins
+from kick import devices, distributed, models, plugins
 from kick.calibration import CalibrationSpec
 from kick.compress import Recipe, prepare
 from kick.compress import compress as make_checkpoint
@@ -22,6 +22,7 @@ from kick.lm import LMS
 from kick.lm.spec import LMSpec
 from kick.progress import Silent, duration, progress
 from kick.settings import Setting, parse_setting
+from kick.spec import validated
 from kick.sweep.executors.spec import ExecutorSpec
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def sweep(options: Namespace) -> int:
     if name := options.executor or os.environ.get("KICK_EXECUTOR"):
         own = config.executor.params if name == config.executor.name else {}  # another one's say nothing here
         changed = {**config.executor.model_dump(), "name": name, "params": own}
-        config = config.model_copy(update={"executor": configs.parse_part(ExecutorSpec, changed, "--executor")})
+        config = config.model_copy(update={"executor": validated(ExecutorSpec, changed, "--executor")})
     out = options.out or Path("runs") / options.config.stem
     if isinstance(config.model, str):
         return _run_one(config, out, options)
@@ -183,8 +184,8 @@ def compress(options: Namespace) -> int:
     check_writable(options.out)
     if options.out.exists() and any(options.out.iterdir()):
         raise ConfigError(f"{options.out} is not empty.", "Choose another --out.")
-    asked = models.default_device() if options.device == "auto" else options.device
-    device, dtype = models.choose(distributed.own_device(asked), options.dtype)
+    asked = devices.default_device() if options.device == "auto" else options.device
+    device, dtype = devices.choose(distributed.own_device(asked), options.dtype)
     distributed.begin(device)
     path = models.fetch(source)
     recipe = Recipe(source, models.fingerprint(path), setting, calibration, dtype, device, options.stream)
@@ -276,7 +277,7 @@ def _judge_spec(options: Namespace) -> JudgeSpec:
             given["price_in"], given["price_out"] = map(float, options.price.split(","))
         except ValueError as error:
             raise ConfigError(f"--price {options.price} is not two numbers.", "For example --price 2.5,10.") from error
-    return configs.parse_part(JudgeSpec, {**given, "suites": suites}, "the judge's options")
+    return validated(JudgeSpec, {**given, "suites": suites}, "the judge's options")
 
 
 def _judge(run: Path, spec: JudgeSpec) -> Any:
@@ -572,7 +573,7 @@ def _compress_params(given: Iterable[str], compressors: list[str]) -> tuple[dict
             raise ConfigError(
                 f"--param {key}: whose parameter is it?", f"Put a name in front: {', '.join(own)} or calibration."
             )
-    return own, configs.parse_part(CalibrationSpec, calibration, "--param calibration")
+    return own, validated(CalibrationSpec, calibration, "--param calibration")
 
 
 def _put(params: dict[str, Any], names: Sequence[str], value: Any, given: str) -> None:

@@ -16,8 +16,9 @@ from kick.compressor import Compressor, LayerwiseCompressor, Progress, no_progre
 from kick.errors import ConfigError, LevelError
 from kick.files import scratch_directory
 from kick.levels import parse_level
+from kick.loading import is_skeleton, load_model, load_skeleton, load_tokenizer
 from kick.meter import Meter, computes_on, versions
-from kick.models import ModelSource, fetch, is_skeleton, load_model, load_skeleton, load_tokenizer
+from kick.models import ModelSource, fetch
 from kick.outcome import Outcome, Step
 from kick.settings import Setting, Stage, digest
 from kick.spec import explain

@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, ClassVar
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 from torch import Tensor, nn
 
 from kick.blocks import Block, Decoder, Group, Linear, find_decoder
@@ -18,6 +18,7 @@ from kick.errors import KickError, LevelError
 from kick.levels import Joint, Knob, Level, Pattern, parse_level
 from kick.policy import OWL, Policy
 from kick.quantization import Grid, Quantized
+from kick.spec import Spec
 from kick.streaming import resident
 from kick.walk import BlockWalk, Listener, collect_head
 
@@ -54,10 +55,8 @@ class Compressor(ABC):
     needs_calibration: bool = False
     brings_a_model: ClassVar[bool] = False  # made elsewhere: it stands first, and is given shapes without weights
 
-    class Params(BaseModel):
+    class Params(Spec):
         """Hyper-parameters: validated, and part of the setting's identity."""
-
-        model_config = ConfigDict(frozen=True, extra="forbid")
 
     def __init__(self, params: BaseModel | None = None, seed: int = 0) -> None:
         self.params: Any = params if params is not None else self.Params()

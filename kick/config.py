@@ -5,10 +5,10 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from kick.calibration import CalibrationSpec
 from kick.errors import ConfigError
@@ -17,11 +17,8 @@ from kick.levels import USUAL_LEVELS
 from kick.lm.spec import LMSpec
 from kick.policy import Policy
 from kick.settings import DENSE, Setting, Stage, parse_setting, variation_in_words
-from kick.spec import Spec, explain
+from kick.spec import Spec, validated
 from kick.sweep.executors.spec import ExecutorSpec
-
-S = TypeVar("S", bound=BaseModel)
-
 
 COLUMNS = frozenset({
     "place", "model", "setting", "method", "sparsity", "bits_per_weight", "million_parameters", "megabytes",
@@ -97,7 +94,7 @@ class Grid(Policy):
         calibration = None
         if own:
             given = {**sweeps.model_dump(), **own}
-            calibration = parse_part(CalibrationSpec, given, f"the calibration of '{self.compressor}'")
+            calibration = validated(CalibrationSpec, given, f"the calibration of '{self.compressor}'")
         setting = Setting(
             compressor=self.compressor,
             level=level,
@@ -297,14 +294,6 @@ def parse(content: dict[str, Any], where: str) -> SweepConfig:
         return SweepConfig(**content)
     except ValidationError as error:
         raise ConfigError(*_explain(error, content, where)) from error
-
-
-def parse_part(kind: type[S], content: dict[str, Any], where: str) -> S:
-    """A part of a sweep file given by itself, on the command line."""
-    try:
-        return kind(**content)
-    except ValidationError as error:
-        raise ConfigError(f"{where}: {explain(error)}", f"Known: {', '.join(kind.model_fields)}.") from error
 
 
 def schema() -> dict[str, Any]:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from kick import meter, models, plugins
+from kick import devices, meter, models, plugins
 from kick.calibration import CalibrationSpec
 from kick.compress import Recipe, compress
 from kick.errors import KickError
@@ -18,7 +18,7 @@ from kick.settings import DENSE, Setting
 
 def examine() -> tuple[str, dict[str, Any]]:
     """Versions, hardware, the speed of matrix products here, packaged models, and plugins that cannot be loaded."""
-    device = models.default_device()
+    device = devices.default_device()
     hardware, versions = meter.hardware(device), meter.versions()
     products = {dtype: round(meter.product_speed(device, dtype) / 1e9) for dtype in ("float32", "bfloat16")}
     broken = list(_broken_plugins())
@@ -49,7 +49,7 @@ def examine() -> tuple[str, dict[str, Any]]:
 
 def check_lm(spec: LMSpec, model: str, dtype: str, device: str) -> tuple[str, dict[str, Any]]:
     """The LM of `spec` beside `fast` on a handful of requests: in words, and {"agrees", "lm", "requests"}."""
-    device, dtype = models.choose(device, dtype)
+    device, dtype = devices.choose(device, dtype)
     with _checkpoint(model, dtype, device) as path:
         reference = load_lm(LMSpec(), path, dtype, device)
         expected = ask(reference)

@@ -72,3 +72,9 @@ def unknown_name(kind: str, name: str, known: Iterable[str], hint: str = "") -> 
     message = f"no {kind} named '{name}'." + (f" Did you mean '{near[0]}'?" if near else "")
     listing = f"Known: {', '.join(known)}." if known else f"No {kind} is installed."
     return UnknownNameError(message, f"{listing} {hint}".rstrip())
+
+
+def first_line(error: BaseException) -> str:
+    """Of what an error says; its kind, where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,17 +1,29 @@
 """Descriptions as frozen models: what a sweep file is made of, and what pydantic found wrong with one, in words."""
 
-from collections.abc import Iterable
-from typing import TypeVar
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from kick.errors import ConfigError
+
 T = TypeVar("T")
+S = TypeVar("S", bound=BaseModel)
 
 
 class Spec(BaseModel):
     """A frozen description; unknown keys are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def validated(kind: type[S], given: Mapping[str, Any], where: str) -> S:
+    """An instance of `kind`. Raises ConfigError that names `where`, the key, what was given and what may be."""
+    try:
+        return kind(**given)
+    except ValidationError as error:
+        known = ", ".join(kind.model_fields) or "none"
+        raise ConfigError(f"{where}: {explain(error)}", f"Its parameters: {known}.") from error
 
 
 def distinct(items: Iterable[T]) -> list[T]:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from kick import adapters, heap
 from kick.blocks import largest_block_list
 from kick.errors import ModelError
-from kick.models import belongs, check_configuration, without_a_place
+from kick.loading import belongs, check_configuration, without_a_place
 
 INDEX = "model.safetensors.index.json"
 

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from kick.errors import ConfigError
 from kick.judge.questions import Judgment, Question
 from kick.settings import digest
+from kick.spec import Spec
 
 OVERALL = "overall"
 NOT_A_NUMBER = "a log-likelihood is not a number"
@@ -150,26 +151,14 @@ class Suite(ABC):
     argument: ClassVar[str] = ""
     description: ClassVar[str] = ""
 
-    class Params(BaseModel):
+    class Params(Spec):
         """What can be asked differently: validated, and part of the evaluation's identity."""
 
-        model_config = ConfigDict(frozen=True, extra="forbid")
-
-    class Judging(BaseModel):
+    class Judging(Spec):
         """What a judge can be asked differently. No part of an evaluation: judging again never generates again."""
-
-        model_config = ConfigDict(frozen=True, extra="forbid")
 
     def __init__(self, params: BaseModel | None = None) -> None:
         self.params: Any = params if params is not None else self.Params()
-
-    @property
-    def metric(self) -> str:
-        return self.metrics[0].name
-
-    @property
-    def chance(self) -> float | None:
-        return self.metrics[0].chance
 
     @abstractmethod
     def examples(self, source: DataSource) -> list[Example]:
@@ -257,14 +246,6 @@ class Suite(ABC):
             for group in self.groups_of(sample):
                 found.setdefault(group, []).append(sample)
         return found
-
-
-def score_group(metric: Metric, group: str, samples: Iterable[Sample]) -> Score:
-    """One metric over the samples that could be scored and, where some lack it (not every part applies), have it."""
-    tally = _Tally(metric, group)
-    for sample in samples:
-        tally.add(sample)
-    return tally.score()
 
 
 class _Tally:

@@ -10,10 +10,11 @@ Flips of right and wrong answers stand beside every score, whatever the suite.
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from kick.errors import KickError
 from kick.lm import next_token_logprobs
+from kick.spec import Spec
 from kick.suite import DataSource, Example, Metric, Sample, Suite
 
 from .perplexity import Perplexity
@@ -29,9 +30,7 @@ class Divergence(Suite):
         Metric("kl", value="kl", per="tokens", unit="nats a token", higher_is_better=False, descriptive=True),
     )
 
-    class Params(BaseModel):
-        model_config = ConfigDict(frozen=True, extra="forbid")
-
+    class Params(Spec):
         text: str = Field(default="auto", description="as of the suite perplexity")
         window_bytes: int = Field(default=1024, ge=64, description="size of a window")
 

@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from kick.errors import DataError
 from kick.rows import read_jsonl
+from kick.spec import Spec
 from kick.suite import DataSource, Example, Sample, Suite
 
 from . import scoring, sources
@@ -29,9 +30,7 @@ class FactoidQA(Suite):
     description = "short factual questions (FreebaseQA), answered freely"
     metrics = METRICS
 
-    class Params(BaseModel):
-        model_config = ConfigDict(frozen=True, extra="forbid")
-
+    class Params(Spec):
         shots: int = Field(default=0, ge=0, description="solved questions in front, from the dev split")
         shot_seed: int = Field(default=0, description="which dev questions are the shots")
         chat_template: ChatTemplate = "off"

@@ -19,13 +19,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
-from kick.errors import ConfigError, DataError, unknown_name
+from kick.errors import ConfigError, DataError, first_line, unknown_name
 from kick.judge.questions import Judgment
 from kick.lm.generation import Decoding
 from kick.rows import read_jsonl
 from kick.settings import digest
+from kick.spec import Spec
 from kick.suite import NOT_A_NUMBER, DataSource, Example, Metric, Sample, Score, Suite
 
 FEWSHOT_SEED = 1234  # lm-eval's own
@@ -39,9 +40,7 @@ class LMEval(Suite):
     description = "any task or group of lm-eval, as lm_eval:TASK"
     metrics: tuple[Metric, ...] = ()
 
-    class Params(BaseModel):
-        model_config = ConfigDict(frozen=True, extra="forbid")
-
+    class Params(Spec):
         task: str = Field(description="a task or group of lm-eval; stands after the colon")
         shots: int | None = Field(default=None, ge=0, description="solved questions in front; None: what the task says")
         metric: str | None = Field(default=None, description="the primary one; None: the task's first")
@@ -93,7 +92,7 @@ class LMEval(Suite):
             raise DataError(f"{source} holds no rows of the split that '{self.params.task}' asks.", _LAYOUT) from error
         except Exception as error:  # whatever a task's code or a dataset does wrong
             raise DataError(
-                f"lm-eval cannot load '{self.params.task}' from {source}: {_first_line(error)}", "--debug shows where."
+                f"lm-eval cannot load '{self.params.task}' from {source}: {first_line(error)}", "--debug shows where."
             ) from error
         for name, task in tasks.items():
             if task.OUTPUT_TYPE not in ("loglikelihood", "loglikelihood_rolling", "multiple_choice", "generate_until"):
@@ -355,11 +354,6 @@ def _messages_as_json(messages: list[dict[str, str]], add_generation_prompt: boo
 def _plain(value: Any) -> Any:
     """As JSON: tuples become lists, and what JSON cannot hold its text."""
     return json.loads(json.dumps(value, default=str, ensure_ascii=False))
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
 
 
 # Local files in place of the hub

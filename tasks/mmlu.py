@@ -16,10 +16,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from kick.errors import DataError
 from kick.lm import loglikelihoods
+from kick.spec import Spec
 from kick.suite import NOT_A_NUMBER, OVERALL, DataSource, Example, Metric, Sample, Suite
 
 from . import sources
@@ -41,9 +42,7 @@ class MMLU(Suite):
         Metric("no_letter", value="no_letter", unit="share of answers", higher_is_better=False, descriptive=True),
     )
 
-    class Params(BaseModel):
-        model_config = ConfigDict(frozen=True, extra="forbid")
-
+    class Params(Spec):
         shots: int = Field(default=5, ge=0, le=5, description="solved questions of the same subject in front")
         format: Literal["letters", "cloze", "generated"] = "letters"
         normalization: Literal["characters", "none"] = Field(

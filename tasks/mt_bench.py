@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from kick.errors import ConfigError, DataError
 from kick.judge.questions import Judgment, Question, Ratings, Winner, by_sample, outcome
 from kick.lm import generate
 from kick.rows import read_jsonl
+from kick.spec import Spec
 from kick.suite import DataSource, Example, Metric, Sample, Score, Suite
 
 from . import lexical, sources
@@ -60,17 +61,13 @@ class MTBench(Suite):
         _counted("empty", "share of answers", higher_is_better=False),
     )
 
-    class Params(BaseModel):
-        model_config = ConfigDict(frozen=True, extra="forbid")
-
+    class Params(Spec):
         chat_template: ChatTemplate = "auto"
         max_new_tokens: int = Field(default=512, ge=1, description="for each turn")
         temperature: float = Field(default=0.0, ge=0, description="0 is greedy; LLM-KICK samples at 0.7")
         seed: int = Field(default=0, description="of sampling")
 
-    class Judging(BaseModel):
-        model_config = ConfigDict(frozen=True, extra="forbid")
-
+    class Judging(Spec):
         kinds: tuple[Literal["single", "pair"], ...] = Field(default=("single", "pair"), min_length=1)
         baseline: str = Field(
             default="dense", description="whose answers to compare with: a setting of the run, or a .jsonl file"

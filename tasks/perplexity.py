@@ -15,11 +15,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from kick.errors import DataError
 from kick.lm import rolling_loglikelihoods
 from kick.rows import read_texts
+from kick.spec import Spec
 from kick.suite import DataSource, Example, Metric, Sample, Suite
 
 from . import sources
@@ -42,9 +43,7 @@ class Perplexity(Suite):
         Metric("bits_per_byte", value="bits", per="bytes", higher_is_better=False, unit="bits/byte"),
     )
 
-    class Params(BaseModel):
-        model_config = ConfigDict(frozen=True, extra="forbid")
-
+    class Params(Spec):
         text: str = Field(
             default="auto",
             description="wikitext2, c4, embedded, or the path of a file; auto is what the data source has",

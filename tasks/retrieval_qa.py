@@ -10,10 +10,11 @@ recorded, so that "the retriever missed" and "the model missed" are told apart.
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from kick.errors import DataError
 from kick.rows import read_jsonl
+from kick.spec import Spec
 from kick.suite import OVERALL, DataSource, Example, Metric, Sample, Suite
 
 from . import scoring, sources
@@ -48,9 +49,7 @@ class RetrievalQA(Suite):
     description = "questions with evidence (TriviaQA, NQ-open): closed book, given, or retrieved by BM25"
     metrics = METRICS
 
-    class Params(BaseModel):
-        model_config = ConfigDict(frozen=True, extra="forbid")
-
+    class Params(Spec):
         dataset: Dataset = "triviaqa"
         evidence: Evidence = Field(default="given", description="none: closed book; given; retrieved: by BM25")
         file: str | None = Field(default=None, description="inside the data folder, instead of the known names")

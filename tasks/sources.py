@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from kick.errors import DataError
+from kick.errors import DataError, first_line
 
 EMBEDDED = Path(__file__).parent / "data"
 
@@ -43,7 +43,7 @@ def hub_file(name: str, path: str, repo_type: str = "dataset") -> Path:
     try:
         return Path(hf_hub_download(name, path, repo_type=repo_type))
     except Exception as error:  # the hub's library raises many kinds; each means that the file cannot be had
-        raise DataError(f"{path} of '{name}' cannot be read from the hub: {_first_line(error)}", _OFFLINE) from error
+        raise DataError(f"{path} of '{name}' cannot be read from the hub: {first_line(error)}", _OFFLINE) from error
 
 
 def hub_rows(name: str, config: str | None = None, split: str = "test", **options: Any) -> Iterable[dict[str, Any]]:
@@ -53,11 +53,7 @@ def hub_rows(name: str, config: str | None = None, split: str = "test", **option
     try:
         return load_dataset(name, config, split=split, **options)
     except Exception as error:  # datasets raises many kinds; each means that the rows cannot be had
-        raise DataError(f"the dataset '{name}' cannot be read from the hub: {_first_line(error)}", _OFFLINE) from error
+        raise DataError(f"the dataset '{name}' cannot be read from the hub: {first_line(error)}", _OFFLINE) from error
 
 
 _OFFLINE = "Without a network, give --data DIR (a local mirror) or --data embedded (kick's own small sets)."
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -15,11 +15,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from kick.errors import ConfigError, KickError
 from kick.lm import generate
 from kick.rows import read_texts
+from kick.spec import Spec
 from kick.suite import DataSource, Example, Metric, Sample, Suite
 
 from . import sources
@@ -40,9 +41,7 @@ class Speed(Suite):
         Metric("disk", value="disk", unit="GB", higher_is_better=False, descriptive=True),
     )
 
-    class Params(BaseModel):
-        model_config = ConfigDict(frozen=True, extra="forbid")
-
+    class Params(Spec):
         repeats: int = Field(default=5, ge=2)
         batch: int = Field(default=8, ge=2, description="the larger batch, beside 1")
         prompt_tokens: int = Field(default=256, ge=8, description="about so many")

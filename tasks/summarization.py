@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from kick.errors import ConfigError, DataError
 from kick.judge.questions import Judgment, PairRatings, Question, Ratings, by_sample
 from kick.lm import generate
 from kick.rows import read_jsonl
+from kick.spec import Spec
 from kick.suite import DataSource, Example, Metric, Sample, Score, Suite
 
 from . import lexical, sources
@@ -73,18 +74,14 @@ class Summarization(Suite):
         Metric("repetition", value="repetition", unit="share of 4-grams", higher_is_better=False, descriptive=True),
     )
 
-    class Params(BaseModel):
-        model_config = ConfigDict(frozen=True, extra="forbid")
-
+    class Params(Spec):
         chat_template: ChatTemplate = "auto"
         max_new_tokens: int = Field(default=256, ge=1)
         temperature: float = Field(default=0.0, ge=0, description="0 is greedy; LLM-KICK samples at 0.7")
         seed: int = Field(default=0, description="of sampling")
         file: str | None = Field(default=None, description="inside the data folder: a .jsonl, or a folder of .story")
 
-    class Judging(BaseModel):
-        model_config = ConfigDict(frozen=True, extra="forbid")
-
+    class Judging(Spec):
         reference: str = Field(
             default="highlights", description="what the judge compares with: highlights, dense, none, or a .jsonl file"
         )

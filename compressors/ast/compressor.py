@@ -25,7 +25,8 @@ from kick.checkpoint import STRAY_ZEROS
 from kick.compressor import Compressor, Cost, Knob, Progress, check_divisible, no_progress
 from kick.errors import ConfigError, LevelError
 from kick.levels import Level, Pattern
-from kick.models import fetch, find_source, fingerprint, load_model, load_skeleton
+from kick.loading import load_model, load_skeleton
+from kick.models import fetch, find_source, fingerprint
 
 from ..training.domains import Domains, Loading
 from ..training.figures import keep

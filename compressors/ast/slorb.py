@@ -27,9 +27,9 @@ def block_means(weight: Tensor, block: int) -> Tensor:
     return weight.unflatten(-1, (-1, block)).mean(dim=-1)
 
 
-def indicator(in_features: int, block: int, dtype: torch.dtype = torch.float32) -> Tensor:
+def indicator(in_features: int, block: int) -> Tensor:
     """X [in/block, in]."""
-    return torch.eye(in_features // block, dtype=dtype).repeat_interleave(block, dim=1)
+    return torch.eye(in_features // block).repeat_interleave(block, dim=1)
 
 
 class Branch(nn.Module):

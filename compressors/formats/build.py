@@ -10,7 +10,7 @@ from kick.adapters import LowRank, attach
 from kick.blocks import find_decoder
 from kick.compressor import Compressor
 from kick.errors import INCOMPLETE, ModelError
-from kick.models import check_config
+from kick.loading import check_config
 
 from .files import Foreign
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 
 from kick import shapes
@@ -20,6 +20,7 @@ from kick.calibration import Calibration
 from kick.compressor import Compressor, Knob, Progress, no_progress
 from kick.errors import ConfigError, LevelError
 from kick.levels import Level, Sparsity
+from kick.spec import Spec
 
 from ..llama import ModelShape, layers_of, parts, refuse_remains
 from .gradients import collect
@@ -37,9 +38,7 @@ class LLMPruner(Compressor):
     needs_calibration = True
     _gone: int  # parameters that go, by the widths that were chosen
 
-    class Params(BaseModel):
-        model_config = ConfigDict(frozen=True, extra="forbid")
-
+    class Params(Spec):
         structure: Literal["block", "channel", "layer"] = "block"
         importance: Importance = Field(default="element1", description="l2 and random are what Taylor scores must beat")
         aggregation: Aggregation = Field(default="sum", description="over the tensors of a group")

@@ -15,7 +15,7 @@ from kick.checkpoint import Checkpoint
 from kick.errors import CheckpointError
 from kick.export import check_plain
 from kick.files import safe_name
-from kick.models import load_model, load_tokenizer
+from kick.loading import load_model, load_tokenizer
 
 _QUANTIZED = {"float16": gguf.GGMLQuantizationType.F16, "q8_0": gguf.GGMLQuantizationType.Q8_0}
 _BLOCK = {

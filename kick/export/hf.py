@@ -7,7 +7,7 @@ from kick import adapters, shapes
 from kick.checkpoint import Checkpoint
 from kick.errors import CheckpointError
 from kick.files import new_directory
-from kick.models import load_model, load_tokenizer
+from kick.loading import load_model, load_tokenizer
 
 
 def write(checkpoint: Checkpoint, out: Path, dtype: str) -> Path:

@@ -5,11 +5,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
-
-from kick.errors import ConfigError, NotGivenError, unknown_name
+from kick.errors import NotGivenError, unknown_name
 from kick.lm.spec import LMSpec
-from kick.spec import explain
+from kick.spec import validated
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
@@ -29,12 +27,7 @@ def load_lm(spec: LMSpec, path: Path, dtype: str, device: str, setting: str = "d
 
 def params_of(spec: LMSpec) -> Any:
     """The checked parameters of an LM. Raises ConfigError."""
-    kind = find_lm(spec.name)
-    try:
-        return kind.Params(**spec.params)
-    except ValidationError as error:
-        allowed = ", ".join(kind.Params.model_fields) or "none"
-        raise ConfigError(f"lm '{spec.name}': {explain(error)}", f"Its parameters: {allowed}.") from error
+    return validated(find_lm(spec.name).Params, spec.params, f"lm '{spec.name}'")
 
 
 def find_lm(name: str) -> Any:

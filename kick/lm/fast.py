@@ -31,8 +31,8 @@ from kick.lm.lanes import lane_count, side_by_side
 from kick.lm.packing import PREFIX_STEP, Packed, clusters, pack, pack_evenly, shared_prefix
 from kick.lm.rows import NativeRows, RereadRow, RoomyRows
 from kick.lm.runner import Runner, cached_bytes, fork
+from kick.loading import load_model, load_tokenizer
 from kick.meter import computes_on
-from kick.models import load_model, load_tokenizer
 from kick.spec import Spec
 
 _AGREEMENT = {torch.float32: 1e-3, torch.float64: 1e-6}  # of log-likelihoods, computed in two ways

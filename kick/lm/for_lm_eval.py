@@ -11,7 +11,7 @@ from typing import Any
 from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.registry import register_model
 
-from kick import models
+from kick import devices, loading, models
 from kick.lm.fast import FastLM
 
 
@@ -31,10 +31,10 @@ class Kick(FastLM):
         batch_size: Any = None,
         max_batch_size: Any = None,
     ) -> None:
-        device, dtype = models.choose(device or "auto", dtype)
+        device, dtype = devices.choose(device or "auto", dtype)
         path = models.fetch(models.find_source(pretrained))
         params = FastLM.Params(row_tokens=row_tokens)
-        super().__init__(models.load_model(path, dtype, device), models.load_tokenizer(path), path, params)
+        super().__init__(loading.load_model(path, dtype, device), loading.load_tokenizer(path), path, params)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from kick.endpoint import refuse_credentials, said
 from kick.errors import ConfigError, KickError, NotGivenError
 from kick.lm.base import Scored, TokenLM, context_length, room_of_engine
 from kick.lm.generation import Decoding, row_seeds, stop_tokens
-from kick.models import load_tokenizer
+from kick.loading import load_tokenizer
 from kick.spec import Spec
 
 _UNDO = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}

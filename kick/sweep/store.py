@@ -170,12 +170,12 @@ class Store:
 
     def record(self, setting: str) -> dict[str, Any] | None:
         """What was measured on the setting's checkpoint, or None if it was never made."""
-        return _read_if_whole(self.setting_path(setting) / "kick.json")
+        return _read_if_whole(self.setting_path(setting) / RECORD)
 
     def keep_record(self, setting: str, record: dict[str, Any]) -> None:
         if json.loads(to_json(record)) != self.record(setting):
             self.setting_path(setting).mkdir(parents=True, exist_ok=True)
-            write_json(self.setting_path(setting) / "kick.json", record)
+            write_json(self.setting_path(setting) / RECORD, record)
 
     def keep_training(self, setting: str, checkpoint: Path) -> None:
         """Histories and figures of what was trained, which outlive the checkpoint."""

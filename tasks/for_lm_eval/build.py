@@ -18,7 +18,7 @@ from kick_tasks.prompts import Prompt
 from kick_tasks.retrieval_qa import RetrievalQA
 
 from kick.errors import ConfigError
-from kick.models import load_tokenizer
+from kick.loading import load_tokenizer
 from kick.suite import DataSource, Example, Suite, subset
 
 

@@ -295,7 +295,7 @@ def test_training_beats_fixed_masks_and_the_branch_helps(taught, tokenizer, text
 
 def test_the_branch_is_kept_apart_and_survives_saving(taught, tokenizer, text, tmp_path):
     from kick.checkpoint import Structure, measure, read, save, verify
-    from kick.models import load_model
+    from kick.loading import load_model
 
     model, _ = prune(taught, tokenizer, text, steps=8, slorb=16)
     tokens = torch.arange(24)[None] * 11 % 600

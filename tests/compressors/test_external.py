@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from kick import checkpoint as checkpoints
 from kick.compress import prepare
 from kick.errors import ConfigError, KickError, LevelError, ModelError
-from kick.models import load_model, load_skeleton
+from kick.loading import load_model, load_skeleton
 from kick.settings import Setting, Stage
 
 

@@ -13,7 +13,8 @@ from kick import checkpoint as checkpoints
 from kick.calibration import CalibrationSpec
 from kick.compress import Recipe, compress
 from kick.export import find_format
-from kick.models import find_source, load_model
+from kick.loading import load_model
+from kick.models import find_source
 from kick.packing import unpack
 from kick.settings import Setting
 

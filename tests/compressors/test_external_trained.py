@@ -16,7 +16,8 @@ from kick.calibration import CalibrationSpec
 from kick.compress import Recipe, compress
 from kick.errors import CheckpointError, ModelError
 from kick.export import find_format
-from kick.models import find_source, fingerprint, load_model
+from kick.loading import load_model
+from kick.models import find_source, fingerprint
 from kick.settings import Setting, Stage
 
 

@@ -323,7 +323,7 @@ def test_first_and_last_layers_stay_whole():
 
 def test_per_layer_widths_are_saved_with_a_table_and_uniform_ones_plainly(tmp_path, tokenizer):
     from kick import shapes
-    from kick.models import load_model
+    from kick.loading import load_model
 
     pruned, _ = prune(make_tiny_llama(num_hidden_layers=3), 0.2, skip_first=1)
     pruned.save_pretrained(tmp_path / "layers")

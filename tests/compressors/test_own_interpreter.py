@@ -18,7 +18,8 @@ from kick.calibration import CalibrationSpec
 from kick.compress import Recipe, compress, prepare
 from kick.errors import ConfigError, KickError, LevelError
 from kick.levels import Bits, Sparsity
-from kick.models import find_source, fingerprint, load_model
+from kick.loading import load_model
+from kick.models import find_source, fingerprint
 from kick.settings import Setting, Stage
 
 # What a library would do, in a few lines: rounds every linear to the nearest 4 bits and packs it.

@@ -130,7 +130,7 @@ def test_a_pattern_that_does_not_divide_an_input_changes_nothing():
 @pytest.mark.parametrize("level", [Sparsity(fraction=0.5), Pattern(keep=2, of=4)])
 def test_wanda_on_two_blocks_of_the_real_model(real_checkpoint, level):
     from kick.calibration import draw
-    from kick.models import load_model, load_tokenizer
+    from kick.loading import load_model, load_tokenizer
 
     text = draw(
         CalibrationSpec(samples=4, sequence_length=64, precision="float32"), load_tokenizer(real_checkpoint.path)

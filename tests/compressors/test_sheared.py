@@ -176,7 +176,7 @@ def test_the_papers_shapes_have_its_parameters(name, parameters):
 
 
 def test_smollm2_cut_to_384_x_24_has_its_parameters(real_model):
-    from kick.models import load_skeleton
+    from kick.loading import load_skeleton
 
     skeleton = load_skeleton(real_model.path, "float32")
     target = find_shape("24x384x1024x6", ModelShape.of(skeleton.config))

@@ -96,7 +96,7 @@ def test_what_is_about_text_is_refused_beside_pairs(tokenizer, pairs):
 
 
 def test_a_chat_template_is_used_where_there_is_one(real_model):
-    from kick.models import load_tokenizer
+    from kick.loading import load_tokenizer
 
     tokenizer = load_tokenizer(real_model.path)
     tokens, labels = encode(tokenizer, [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}])

@@ -15,7 +15,7 @@ from kick.checkpoint import read
 from kick.cli import main
 from kick.errors import CheckpointError
 from kick.export import find_format
-from kick.models import load_model
+from kick.loading import load_model
 from kick.packing import pack, pack_linear, unpack, unpack_linear
 
 

@@ -10,7 +10,7 @@ from conftest import make_tiny_llama
 from hub_server import HubServer
 from safetensors.torch import load_file, save_file
 
-from kick import cli, models
+from kick import cli, devices, loading, models
 from kick.errors import ConfigError, ModelError
 from kick.streaming import open_streamed
 
@@ -18,7 +18,7 @@ from kick.streaming import open_streamed
 def test_a_directory_is_loaded_as_it_is(tiny_model):
     source = models.find_source(str(tiny_model))
     assert source.kind == "directory"
-    model = models.load_model(source.path, "float32", "cpu")
+    model = loading.load_model(source.path, "float32", "cpu")
     assert model.dtype == torch.float32
     assert not model.training
 
@@ -76,9 +76,9 @@ def test_code_in_a_models_folder_is_not_run(tmp_path, tiny_model):
     tokenizer |= {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["code.T", "code.T"]}}
     (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
     with pytest.raises(ModelError):
-        models.load_model(folder, "float32", "cpu")
+        loading.load_model(folder, "float32", "cpu")
     with pytest.raises(ModelError):
-        models.load_tokenizer(folder)
+        loading.load_tokenizer(folder)
     assert not (tmp_path / "ran").exists()
 
 
@@ -111,10 +111,10 @@ def test_tensors_of_the_model_that_have_no_place_are_missed(added, refused, tiny
     weights = load_file(folder / "model.safetensors")
     save_file({**weights, added: torch.zeros(32)}, folder / "model.safetensors", {"format": "pt"})
     if not refused:
-        assert torch.equal(models.load_model(folder, "float32", "cpu").model.norm.weight, weights["model.norm.weight"])
+        assert torch.equal(loading.load_model(folder, "float32", "cpu").model.norm.weight, weights["model.norm.weight"])
         return
-    for load in (models.load_model, open_streamed):
-        where = "cpu" if load is models.load_model else tmp_path / "scratch"
+    for load in (loading.load_model, open_streamed):
+        where = "cpu" if load is loading.load_model else tmp_path / "scratch"
         with pytest.raises(
             ModelError, match=rf"holds '{added}' \(1 such tensors\), which its configuration has no place"
         ):
@@ -126,26 +126,26 @@ def test_damaged_files_are_one_clear_error(tiny_model, tmp_path, capsys):
     shutil.copytree(tiny_model, folder)
     (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     with pytest.raises(ModelError, match=r"model\.safetensors cannot be read.*\n.*git lfs pull"):
-        models.count_parameters(folder)
+        loading.count_parameters(folder)
     asked = ["--suite", "perplexity", "--data", "embedded", "--out", str(tmp_path / "run")]
     assert cli.main(["evaluate", str(folder), *asked]) == 2
     assert "git lfs pull" in capsys.readouterr().err
     for text, says in (("{", r"config\.json cannot be read"), ("[]", r"config\.json holds no configuration")):
         (folder / "config.json").write_text(text)
         with pytest.raises(ModelError, match=says):
-            models.load_model(folder, "float32", "cpu")
+            loading.load_model(folder, "float32", "cpu")
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     with pytest.raises(ModelError, match=r"model\.gguf cannot be read"):
-        models.count_parameters(tmp_path / "model.gguf")
+        loading.count_parameters(tmp_path / "model.gguf")
 
 
 def test_precision_and_device():
-    assert models.default_dtype("cpu") == "float32"
-    assert models.default_dtype("cuda") == "bfloat16"
+    assert devices.default_dtype("cpu") == "float32"
+    assert devices.default_dtype("cuda") == "bfloat16"
     with pytest.raises(ConfigError, match="device 'gpu'"):
-        models.check_device("gpu")
-    assert models.is_usable("cpu")
-    assert not models.is_usable("meta")
+        devices.check_device("gpu")
+    assert devices.is_usable("cpu")
+    assert not devices.is_usable("meta")
 
 
 @pytest.mark.real_model
@@ -169,7 +169,7 @@ def test_a_gguf_file_is_asked_for_in_plain_tensors(real_model, monkeypatch):
         ),
     )
     assert not config().dequantize
-    model = models.load_model(real_model.path, "bfloat16", "cpu")
+    model = loading.load_model(real_model.path, "bfloat16", "cpu")
     assert seen == [True]
     assert sum(type(module) is torch.nn.Linear for module in model.modules()) == 30 * 7 + 1
     assert not hasattr(model.config, "quantization_config")
@@ -233,11 +233,11 @@ def test_a_dry_run_fetches_no_weights_from_the_hub_and_a_run_does(tiny_model, tm
 
 LOOK = """
 import sys
-from kick import models
+from kick import devices, loading, models
 source = models.find_source("owner/tiny")
 try:
     path = models.fetch(source, weights=False)
-    print(models.bytes_to_fetch(source, path), models.count_parameters(path))
+    print(models.bytes_to_fetch(source, path), loading.count_parameters(path))
 except models.ModelError as error:
     print(error)
 """
@@ -249,7 +249,7 @@ def test_weights_are_there_once_all_parts_are(tiny_model, tmp_path):
     parts = sorted(file.name for file in repository.glob("*.safetensors"))
     assert len(parts) == 2
     sizes = [(repository / part).stat().st_size for part in parts]
-    parameters = models.count_parameters(repository)
+    parameters = loading.count_parameters(repository)
     (tmp_path / "look.py").write_text(LOOK)
     with HubServer("owner/tiny", repository) as hub:
         assert run_with(hub, cache, tmp_path / "look.py").split() == [str(sum(sizes)), str(parameters)]
@@ -273,6 +273,6 @@ def test_a_plan_runs_no_code_that_a_configuration_names(tiny_model, tmp_path):
     config = json.loads((tiny_model / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "attn_implementation": "who/kernel"}))
     with pytest.raises(ModelError, match="names code to fetch"):
-        models.load_skeleton(tmp_path, "float32")
+        loading.load_skeleton(tmp_path, "float32")
     with pytest.raises(ModelError, match="names code to fetch"):
         open_streamed(tmp_path, "float32", tmp_path / "scratch")

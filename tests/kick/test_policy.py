@@ -20,7 +20,8 @@ from kick.compressor import outlier_shares
 from kick.config import load
 from kick.errors import ConfigError, LevelError
 from kick.levels import Sparsity
-from kick.models import find_source, fingerprint, load_model, load_skeleton
+from kick.loading import load_model, load_skeleton
+from kick.models import find_source, fingerprint
 from kick.policy import OWL, LayerRule, Policy, allocate
 from kick.settings import Setting, parse_setting
 from kick.walk import BlockWalk

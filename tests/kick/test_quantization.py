@@ -41,7 +41,7 @@ def test_a_weight_off_its_grid_is_counted():
 def test_a_grid_holds_in_the_precision_of_the_weights():
     scale, zero = fit(torch.randn(3, 8, generator=torch.Generator().manual_seed(0)), 4, symmetric=False)
     grid = Grid(4, scale, zero, group_columns(8, -1))
-    weight = grid.values(torch.randint(0, 16, (3, 8)))
+    weight = grid.values(torch.randint(0, 16, (3, 8), generator=torch.Generator().manual_seed(0)))
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         assert grid.violations(weight.to(dtype)) == 0
 

@@ -12,6 +12,7 @@ from kick.blocks import find_decoder
 from kick.checkpoint import verify
 from kick.compress import Recipe, compress
 from kick.errors import ConfigError, ModelError
+from kick.loading import load_model
 from kick.models import find_source, fingerprint
 from kick.settings import parse_setting
 from kick.streaming import open_streamed, resident
@@ -112,7 +113,10 @@ def test_links_into_a_cache_are_followed(tiny_model, tmp_path):
     snapshot.mkdir(parents=True)
     for file in streamed.iterdir():
         (snapshot / file.name).symlink_to(file)
-    open_streamed(snapshot, "float32", tmp_path)
+    model, whole = open_streamed(snapshot, "float32", tmp_path), load_model(streamed, "float32", "cpu")
+    tokens = torch.arange(20)[None]
+    with torch.no_grad():
+        assert torch.equal(model(tokens).logits, whole(tokens).logits)
 
 
 def test_an_index_that_points_elsewhere_is_refused(tiny_model, tmp_path):

@@ -87,14 +87,17 @@ def test_scores_csv_has_the_columns_that_users_script_against(finished):
 
 
 def test_scores_are_the_means_of_the_samples(finished):
+    compared = 0
     for row in rows(finished / "scores.csv"):
         if row["group"] != "overall" or row["metric"] not in ("contains", "accuracy"):
             continue
         path = finished / "evaluations" / row["setting"] / row["suite"] / "samples.jsonl"
         samples = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
         key = {"contains": "contains", "accuracy": "correct"}[row["metric"]]
+        compared += 1
         assert int(row["n"]) == len(samples) == (20 if row["suite"] == "factoid_qa" else 24)
         assert float(row["score"]) == pytest.approx(sum(s["scores"][key] for s in samples) / len(samples), rel=1e-5)
+    assert compared == 6  # three settings, two suites
 
 
 def test_every_setting_is_asked_the_same_in_the_same_order(finished):

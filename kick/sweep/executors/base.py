@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
-from kick import models
+from kick import devices
 from kick.errors import ConfigError
 from kick.settings import DENSE
 from kick.sweep.clock import Watch
@@ -67,7 +67,7 @@ class Executor(ABC):
     def device(cls, spec: ExecutorSpec, asked: str) -> str:
         """What works compute on, `auto` decided. Raises ConfigError for a device that cannot be used."""
         del spec
-        return models.choose_device(asked)
+        return devices.choose_device(asked)
 
     @classmethod
     def works_here(cls, plan: Plan) -> int:

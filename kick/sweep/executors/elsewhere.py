@@ -16,7 +16,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from kick import models
+from kick import devices
 from kick.checkpoint import RECORD
 from kick.errors import KickError, RunError
 from kick.files import read_json, write_bytes
@@ -144,7 +144,7 @@ def device_elsewhere(asked: str, gpus: Any) -> str:
     if asked != "auto":
         return asked
     if gpus is None:
-        return models.default_device()
+        return devices.default_device()
     return "cuda" if gpus else "cpu"
 
 

@@ -8,11 +8,11 @@ import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from kick.errors import ConfigError
 from kick.extras import import_extra
-from kick.spec import Spec, explain
+from kick.spec import Spec, validated
 from kick.sweep.clock import Watch
 from kick.sweep.executors.base import Ended, Executor, Job
 from kick.sweep.executors.elsewhere import Came, carry_out_here, count, device_elsewhere, leave_mark
@@ -132,8 +132,4 @@ class Ray(Executor):
 
 
 def parse(spec: ExecutorSpec) -> Params:
-    try:
-        return Params(**spec.params)
-    except ValidationError as error:
-        known = ", ".join(Params.model_fields)
-        raise ConfigError(f"executor 'ray': {explain(error)}", f"Its parameters: {known}.") from error
+    return validated(Params, spec.params, "executor 'ray'")

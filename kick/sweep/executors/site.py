@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TextIO
 
 from kick import config as configs
-from kick import models, plugins
+from kick import devices, plugins
 from kick.errors import RunError
 from kick.sweep.clock import Watch
 from kick.sweep.executors.base import Job
@@ -26,18 +26,18 @@ class Site:
     rules: Rules
 
     @classmethod
-    def of(cls, job: Job, log: TextIO | None = None, root: Path | None = None) -> "Site":
+    def of(cls, job: Job, log: TextIO | None = None) -> "Site":
         """Raises RunError where this process comes to another plan: other versions, other data, another device."""
         for path in job.plugins:
             plugins.load_file(Path(path))
         plan = make_plan(configs.parse(job.config, "the job"))
-        models.check_device(plan.device)
+        devices.check_device(plan.device)
         if shown := differences(job.identity, plan.identity):
             raise RunError(
                 f"a worker would do something else than this sweep: {shown}.",
                 "Install the same versions there, and make models and data readable under the same paths.",
             )
-        store = Store(root or Path(job.root))
+        store = Store(Path(job.root))
         return cls(plan, store, Workshop(plan, store), Rules(job.timeout, job.debug, log))
 
     def carry_out(self, work: Work, watch: Watch) -> Iterator[str]:

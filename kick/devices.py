@@ -1,0 +1,50 @@
+"""What models compute on and in which precision, where that is left to kick."""
+
+from kick.errors import ConfigError, first_line
+
+
+def default_device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def default_dtype(device: str) -> str:
+    """float32 on a CPU, bfloat16 elsewhere: what each computes in without surprises."""
+    return "float32" if device.partition(":")[0] == "cpu" else "bfloat16"
+
+
+def choose(device: str, dtype: str) -> tuple[str, str]:
+    """(device, dtype) with `auto` decided. Raises ConfigError for a device that cannot be used."""
+    device = choose_device(device)
+    return device, choose_dtype(dtype, device)
+
+
+def choose_device(device: str) -> str:
+    device = default_device() if device == "auto" else device
+    check_device(device)
+    return device
+
+
+def choose_dtype(dtype: str, device: str) -> str:
+    return default_dtype(device) if dtype == "auto" else dtype
+
+
+def is_usable(device: str) -> bool:
+    try:
+        check_device(device)
+    except ConfigError:
+        return False
+    return True
+
+
+def check_device(device: str) -> None:
+    import torch
+
+    try:
+        if torch.empty(1, device=device).device.type not in ("cpu", "cuda"):
+            raise RuntimeError("nothing can be computed there.")
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(
+            f"device '{device}' cannot be used: {first_line(error)}", "Expected cpu, cuda or cuda:N."
+        ) from error
