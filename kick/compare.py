@@ -58,6 +58,12 @@ class Comparison:
     won: int | None
     n_to_decide: int | None
 
+    @classmethod
+    def empty(cls, verdict: statistics.Verdict | None) -> "Comparison":
+        """Of settings that answered nothing in common."""
+        nothing = float("nan")
+        return cls(0, nothing, nothing, Interval(nothing, nothing), verdict, nothing, None, None, None)
+
     @property
     def flips(self) -> int | None:
         return None if self.lost is None or self.won is None else self.lost + self.won
@@ -67,15 +73,16 @@ def estimate(score: Score) -> Estimate:
     """The score with its interval: Wilson for right-or-wrong answers, bootstrap for everything else."""
     metric = score.metric
     value, per = _at(score, score.ids)
-    binary = metric.per is None and statistics.is_binary(value)
     if score.n == 0:
         interval = Interval(float("nan"), float("nan"))
-    elif binary:
+    elif _right_or_wrong(score, value):
         interval = statistics.wilson(float(value.sum()), score.n)
     else:
         sums = statistics.resampled_sums(np.stack([value, per], axis=1))
         interval = statistics.percentile_interval(metric.combine(sums[:, 0], sums[:, 1]), score.n)
-    bounded = metric.higher_is_better
+    signal = score.n > 0
+    if signal and metric.higher_is_better:  # a perplexity has no level of chance
+        signal = statistics.has_signal(interval, metric.chance)
     return Estimate(
         metric=metric.name,
         group=score.group,
@@ -84,8 +91,13 @@ def estimate(score: Score) -> Estimate:
         interval=interval,
         truncated=score.truncated,
         failed=score.failed,
-        signal=score.n > 0 and (statistics.has_signal(interval, metric.chance) if bounded else True),
+        signal=signal,
     )
+
+
+def _right_or_wrong(score: Score, value: np.ndarray) -> bool:
+    """Whether each value is one answer; sums over clusters are none, though they may be 0 and 1."""
+    return score.metric.per is None and not score.clusters and statistics.is_binary(value)
 
 
 def compare(dense: Score, other: Score, signal: bool) -> Comparison:
@@ -93,18 +105,7 @@ def compare(dense: Score, other: Score, signal: bool) -> Comparison:
     metric = dense.metric
     shared = _shared(dense, other)
     if not shared:
-        nothing = Interval(float("nan"), float("nan"))
-        return Comparison(
-            0,
-            float("nan"),
-            float("nan"),
-            nothing,
-            None if metric.descriptive else "undecided" if signal else "no signal",
-            float("nan"),
-            None,
-            None,
-            None,
-        )
+        return Comparison.empty(None if metric.descriptive else "undecided" if signal else "no signal")
     (dense_value, dense_per), (value, per) = _at(dense, shared), _at(other, shared)
     n = len(dense_value)
     dense_point = float(metric.combine(dense_value.sum(), dense_per.sum()))
@@ -113,7 +114,7 @@ def compare(dense: Score, other: Score, signal: bool) -> Comparison:
     interval = _interval(dense, other, dense_value, value, n)
 
     lost = won = None
-    if metric.per is None and statistics.is_binary(dense_value) and statistics.is_binary(value):
+    if _right_or_wrong(dense, dense_value) and _right_or_wrong(other, value):
         lost = int(((dense_value == 1) & (value == 0)).sum())
         won = int(((dense_value == 0) & (value == 1)).sum())
         p_value = statistics.mcnemar(lost, won)
@@ -123,13 +124,23 @@ def compare(dense: Score, other: Score, signal: bool) -> Comparison:
         p_value = statistics.sign_flip(np.nan_to_num(differences))
     outcome = None if metric.descriptive else statistics.verdict(interval, signal)
     needed = statistics.n_to_decide(n, retained, interval) if outcome == "undecided" else None
-    return Comparison(n, dense_point, retained, interval, outcome, p_value, lost, won, needed)
+    return Comparison(
+        n=n,
+        dense=dense_point,
+        retained=retained,
+        interval=interval,
+        verdict=outcome,
+        p_value=p_value,
+        lost=lost,
+        won=won,
+        n_to_decide=needed,
+    )
 
 
 def _interval(dense: Score, other: Score, dense_value: np.ndarray, value: np.ndarray, n: int) -> Interval:
     """Of the retained share. Right-or-wrong answers of the same four counts have the same: it is computed once."""
     metric = dense.metric
-    if metric.per is None and statistics.is_binary(dense_value) and statistics.is_binary(value):
+    if _right_or_wrong(dense, dense_value) and _right_or_wrong(other, value):
         kinds = np.bincount((2 * dense_value + value).astype(np.int64), minlength=4)
         return _interval_of_counts(metric.higher_is_better, *kinds.tolist())
     return statistics.percentile_interval(resampled_retained(dense, other), n)

@@ -56,7 +56,10 @@ def document_of(results: Results, setting: str) -> dict[str, Any]:
             own[f"{metric},none"] = score.point if score.n else "N/A"
             own[f"{metric}_stderr,none"] = _standard_error(score)
             document["higher_is_better"].setdefault(task, {})[metric] = score.metric.higher_is_better
-            document["n-samples"][task] = {"original": len(score.ids), "effective": score.n}
+            document["n-samples"][task] = {
+                "original": len(score.ids) + score.truncated + score.failed,
+                "effective": score.n,
+            }
             document["configs"][task] = {"task": task, "metadata": run["suites"][suite]["params"]}
             document["versions"][task] = run["suites"][suite].get("plugin")
             document["n-shot"][task] = run["suites"][suite]["params"].get("shots", 0)

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -119,7 +120,7 @@ def test_ray_gives_what_one_process_gives(config, scores, cluster, tmp_path):
 
 
 def test_a_node_that_dies_costs_what_it_was_at(config, scores, cluster, tmp_path, monkeypatch):
-    """The first node is killed while it works; one that joined meanwhile does the rest."""
+    """The first node is killed while it works; one that joins then does the rest."""
     out = tmp_path / "run"
     killed = kill_a_node(cluster, monkeypatch, lambda: list(out.glob("evaluations/*/*/samples.jsonl")))
     summary, found = carry_out(config, out, "{name: ray, params: {num_cpus: 1}}")
@@ -156,7 +157,7 @@ def test_a_node_that_dies_far_from_the_run_directory_costs_no_more(config, clust
 
 
 def kill_a_node(cluster, monkeypatch, when):
-    """Kill the node that works once `when` gives files, after another joined; gives the suites that these are of."""
+    """Kill the node that works once `when` gives files, and have another join; gives the suites that these are of."""
     from kick.sweep.executors.ray import Ray
 
     first = [node for node in cluster.list_all_nodes() if node != cluster.head_node]
@@ -164,8 +165,8 @@ def kill_a_node(cluster, monkeypatch, when):
 
     def wait_and_kill(self, seconds):
         if first and (files := when()):
-            cluster.add_node(num_cpus=1)
             cluster.remove_node(first.pop(), allow_graceful=False)
+            cluster.add_node(num_cpus=1)
             killed.append([path.parent.name for path in files])
         return wait(self, 0.05 if first else seconds)
 
@@ -173,12 +174,21 @@ def kill_a_node(cluster, monkeypatch, when):
     return killed
 
 
-def test_results_come_back_as_bytes_where_the_run_directory_is_not_seen(config, scores, tmp_path):
+def test_results_come_back_as_bytes_where_the_run_directory_is_not_seen(config, scores, tmp_path, monkeypatch):
     """As on a machine without the file system: the mark that is asked for is not the one that lies there."""
+    from kick.sweep import workshop
+    from kick.sweep.executors import elsewhere
     from kick.sweep.executors.base import Job
     from kick.sweep.executors.elsewhere import carry_out_here
     from kick.sweep.work import Owed, Work
 
+    made, compress = [], workshop.compress
+
+    def compress_and_note(recipe, *more):
+        made.append(recipe.setting.name)
+        return compress(recipe, *more)
+
+    monkeypatch.setattr(workshop, "compress", compress_and_note)
     plan = make_plan(load(config))
     out = tmp_path / "run"
     with Store.open(out, plan) as store:
@@ -192,6 +202,9 @@ def test_results_come_back_as_bytes_where_the_run_directory_is_not_seen(config, 
                 assert came.take(store) is None
                 assert store.evaluation(setting.name, suite).result()["status"] == "complete"
                 assert store.record(setting.name) is not None
+        assert Counter(made) == dict.fromkeys(("dense", "magnitude@0.3", "magnitude@0.5"), 1)  # dense by the first
+        (folder,) = (Path(kept.name) for kept in elsewhere._folders.values())
+        assert [path.name for path in (folder / "checkpoints").iterdir()] == ["dense"]
     from kick.report import tables
     from kick.report.results import read_results
 

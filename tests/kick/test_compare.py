@@ -68,3 +68,15 @@ def test_pairing_makes_the_interval_narrow():
     assert found.retained == pytest.approx(math.exp(-0.02))
     assert found.interval.high - found.interval.low < 0.001
     assert found.verdict == "matching"
+
+
+def test_sums_over_conversations_are_no_answers():
+    """Four conversations of four turns, one right in each of three of them, by a suite without a divisor."""
+    values = np.array([1.0, 0, 0, 0] * 3 + [0.0] * 4)
+    ids = tuple(f"{talk}{turn}" for talk in "abcd" for turn in range(4))
+    rated = Score(ACCURACY, "overall", ids, values, np.ones(16), clusters=tuple(id[0] for id in ids))
+    found = compare.estimate(rated)
+    assert found.score == pytest.approx(3 / 16)
+    assert found.interval.low < 3 / 16 < found.interval.high
+    assert found.interval.high <= 0.25 + 1e-9  # a conversation has a quarter at most: Wilson's of 3 in 16 reaches .43
+    assert compare.compare(rated, rated, signal=True).flips is None

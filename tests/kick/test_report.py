@@ -414,7 +414,7 @@ def test_results_as_lm_eval_writes_them(run, tmp_path):
     assert own["contains_stderr,none"] == pytest.approx((p * (1 - p) / 96) ** 0.5)  # with n - 1, as lm-eval has it
     assert found["results"]["perplexity"]["perplexity_stderr,none"] == "N/A"
     assert found["higher_is_better"]["factoid_qa"]["contains"] is True
-    assert found["n-samples"]["factoid_qa"] == {"original": 97, "effective": 97}
+    assert found["n-samples"]["factoid_qa"] == {"original": 100, "effective": 97}
     assert found["results"]["factoid_qa:topic"]["alias"] == "factoid_qa:topic"
 
 

@@ -7,6 +7,7 @@ process left in it.
 
 import json
 import secrets
+import shutil
 import socket
 import sys
 import tempfile
@@ -31,6 +32,7 @@ from kick.sweep.work import Work
 MARK = ".seen"
 
 _sites: dict[str, Site] = {}  # of this process: a cluster may give it many works of a run
+_folders: dict[str, tempfile.TemporaryDirectory[str]] = {}  # likewise, where the run directory is not seen
 
 
 class Notes:
@@ -125,15 +127,28 @@ def _carry_out_apart(job: Job, work: Work) -> Iterator[Came]:
     """Do a work in a folder of its own; gives the files of each evaluation when it has ended."""
     if not work.owed:  # the weights of dense, which others would not see
         return
-    with tempfile.TemporaryDirectory(prefix="kick-") as folder:  # weights too: they stay here
-        own = Path(folder)
-        (own / RUN).write_text("{}", encoding="utf-8")
-        results, sent = Store(own).setting_path(work.setting), set[Path]()
-        for suite in _site(job, own).carry_out(work, Notes()):
+    own = _own_folder(job)  # weights too: they stay here
+    site = _site(job, own)
+    results, sent = site.store.setting_path(work.setting), set[Path]()
+    shutil.rmtree(results, ignore_errors=True)  # of an earlier try
+    try:
+        for suite in site.carry_out(work, Notes()):
             new = [path for path in results.rglob("*") if path.is_file() and path not in sent]
             sent.update(new)
             files = {str(path.relative_to(own)): path.read_bytes() for path in new}
-            yield Came(files, suite, parity=Store(own).parity())
+            yield Came(files, suite, parity=site.store.parity())
+    finally:
+        site.forget(work.setting)
+
+
+def _own_folder(job: Job) -> Path:
+    """Of this process, for a run: what all its works there start from, the dense checkpoint, is made once."""
+    key = digest(job.identity)
+    if key not in _folders:
+        _folders.clear()
+        _folders[key] = tempfile.TemporaryDirectory(prefix="kick-")
+        (Path(_folders[key].name) / RUN).write_text("{}", encoding="utf-8")
+    return Path(_folders[key].name)
 
 
 def device_elsewhere(asked: str, gpus: Any) -> str:

@@ -8,6 +8,7 @@ from typing import TextIO
 from kick import config as configs
 from kick import devices, plugins
 from kick.errors import RunError
+from kick.settings import DENSE
 from kick.sweep.clock import Watch
 from kick.sweep.executors.base import Job
 from kick.sweep.plan import Plan, make_plan
@@ -39,6 +40,12 @@ class Site:
             )
         store = Store(Path(job.root))
         return cls(plan, store, Workshop(plan, store), Rules(job.timeout, job.debug, log))
+
+    def forget(self, setting: str) -> None:
+        """Let go of a setting's checkpoint, but of dense, which others start from."""
+        if setting != DENSE:
+            self.workshop.checkpoints.pop(setting, None)
+            self.store.drop_checkpoint(setting)
 
     def carry_out(self, work: Work, watch: Watch) -> Iterator[str]:
         """Do `work`, and name each suite once its evaluation has ended."""
