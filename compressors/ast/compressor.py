@@ -34,6 +34,7 @@ from ..training.loop import train
 from ..training.spec import Training
 from ..training.text import TextData, find_domains
 from .objective import Method, SparseTraining
+from .slorb import check_blocks
 
 
 class AST(Compressor):
@@ -96,6 +97,8 @@ class AST(Compressor):
         if params.sharding == "fsdp":
             check_shards(decoder.linears, level, distributed.world())
         check_divisible(dict.fromkeys(decoder.linears, level))
+        if params.slorb:
+            check_blocks(decoder.linears, params.slorb)
         dtype, device = next(model.parameters()).dtype, str(next(model.parameters()).device)
         teacher = self._teacher(model, decoder.linears, device) if params.distillation else None
         model = model.float()  # weights are trained in float32 whatever they are stored in

@@ -6,12 +6,14 @@ An input that is constant on each block of k gets the dense output exactly. The 
 the N:M pattern: it is stored as a low-rank adapter, A = X and B = S.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kick.adapters import LowRank
+from kick.blocks import Linear
 from kick.errors import LevelError
 
 from .sparse import SparseLinear
@@ -32,6 +34,16 @@ def indicator(in_features: int, block: int) -> Tensor:
     return torch.eye(in_features // block).repeat_interleave(block, dim=1)
 
 
+def check_blocks(linears: Iterable[Linear], block: int) -> None:
+    """Raise LevelError for linears whose inputs do not fall into blocks of that size."""
+    for linear in linears:
+        inputs = linear.weight.shape[1]
+        if inputs % block:
+            raise LevelError(
+                f"{linear.name}: {block} does not divide its {inputs} inputs.", "Choose another slorb block."
+            )
+
+
 class Branch(nn.Module):
     """The branch of one linear: added to its output by a hook. `start`: means (the paper's) or zeros."""
 
@@ -40,10 +52,6 @@ class Branch(nn.Module):
         weight, mask = linear.dense.data, linear.mask
         if linear.transposed:
             weight, mask = weight.T, mask.T
-        if weight.shape[1] % block:
-            raise LevelError(
-                f"{linear.name}: {block} does not divide its {weight.shape[1]} inputs.", "Choose another slorb block."
-            )
         self.block = block
         lost = block_means(weight * ~mask, block)
         self.scale = nn.Parameter(lost if start == "means" else torch.zeros_like(lost))  # S [out, in/block]

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from kick import shapes
@@ -54,6 +54,13 @@ class LLMPruner(Compressor):
         sample_length: int = Field(default=128, ge=2, description="tokens of each")
         blocks_at_once: int = Field(default=0, ge=0, description="whose gradients are held together; 0: all")
 
+        @model_validator(mode="after")
+        def _says_nothing_in_vain(self) -> "LLMPruner.Params":
+            of_blocks = {"skip_first", "skip_last", "uniform", "multiple", "blocks_at_once"}
+            if self.structure != "block" and (unread := sorted(self.model_fields_set & of_blocks)):
+                raise ValueError(f"{unread[0]} is about structure: block, and structure: {self.structure} is asked for")
+            return self
+
     def compress(
         self,
         model: nn.Module,
@@ -74,8 +81,9 @@ class LLMPruner(Compressor):
             llama = llama.float()
         tokens = calibration.tokens[: self.params.samples, : self.params.sample_length]
         self.facts = {"tokens": tokens.numel(), "structure": self.params.structure}
-        if len(tokens) < self.params.samples:
-            self.warn(f"{self.params.samples} calibration samples were asked for; there are {len(tokens)}.")
+        if tokens.shape != (wanted := (self.params.samples, self.params.sample_length)):
+            asked, there = (f"{n} calibration samples of {length} tokens" for n, length in (wanted, tokens.shape))
+            self.warn(f"{asked} were asked for; there are {there}.")
         if self.params.structure == "layer":
             self._drop_layers(llama, level.fraction, whole)
         elif self.params.structure == "channel":

@@ -360,7 +360,7 @@ def test_what_cannot_be_is_refused_before_anything_is_trained(taught, tokenizer,
     with pytest.raises(LevelError, match="7 does not divide"):
         prune(taught, tokenizer, text, "2:7")
     with pytest.raises(LevelError, match="48 does not divide"):
-        prune(taught, tokenizer, text, slorb=48)
+        prune(taught, tokenizer, "no such text, which is not opened", slorb=48)
     half = prune(taught, tokenizer, text, steps=2)[0]
     with pytest.raises(ConfigError, match="already sparse"):
         prune(half, tokenizer, text)

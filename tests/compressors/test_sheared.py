@@ -99,7 +99,7 @@ def test_the_cut_model_is_the_masked_model(tied, heads, kv_heads, within):
     small = cut(model, z, target, within)
     masked = MaskedModel(model, within)
     masked.z = z
-    assert (logits(model) - logits(small)).abs().max() < 1e-5 * logits(small).abs().max()
+    torch.testing.assert_close(logits(model), logits(small), atol=1e-5, rtol=0)
     assert small.config.tie_word_embeddings == tied
     assert small.config.num_hidden_layers == 3
 
@@ -121,7 +121,7 @@ def test_each_mask_alone_is_its_cut(only):
     small = cut(model, z, target)
     masked = MaskedModel(model)
     masked.z = z
-    torch.testing.assert_close(logits(model), logits(small), atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(logits(model), logits(small), atol=1e-5, rtol=0)
     assert not torch.allclose(logits(model), logits(make_tiny_llama(num_hidden_layers=3)), atol=1e-2)
 
 
@@ -422,7 +422,7 @@ def test_models_like_llama_with_biases_and_no_head_dim_are_cut_right():
     small = cut(model, z, target)
     masked = MaskedModel(model)
     masked.z = z
-    torch.testing.assert_close(logits(model), logits(small), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(logits(model), logits(small), atol=1e-5, rtol=1e-5)
     assert small.config.head_dim == 8
 
 
@@ -478,7 +478,7 @@ def test_sampled_domains_follow_their_weights(tokenizer, domains):
 
 
 def test_masks_may_not_be_left_out_of_the_errors():
-    with pytest.raises(KickError, match="Expected a target shape"):
+    with pytest.raises(KickError, match="takes a target shape"):
         Sheared(Sheared.Params()).compress(copy.deepcopy(make_tiny_llama()), None, None)
 
 
