@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from scipy.optimize import brentq
 
 from kick import distributed
@@ -53,6 +53,13 @@ class Loading(Spec):
     clamp: bool = Field(default=True, description="false: losses below their reference lower a weight (authors' code)")
     floor: float = Field(default=0.0, ge=0, lt=1, description="share of a uniform mixture; 1e-4 in the authors' code")
     cap: float = Field(default=1.0, gt=0, le=1, description="the most that one domain gets")
+
+    @model_validator(mode="after")
+    def _knows_whose_losses(self) -> "Loading":
+        given = self.reference.values() if isinstance(self.reference, dict) else ()
+        if any(isinstance(losses, tuple) for losses in given) and "sizes" not in self.model_fields_set:
+            raise ValueError("reference holds the losses of three models: say in sizes how many parameters they have")
+        return self
 
     def measuring(self, domains: int, updates: int, length: int, parameters: int) -> float:
         """Operations that the losses of so many updates take, for sequences of `length` and a model of `parameters`."""

@@ -25,6 +25,7 @@ from kick_compressors.training.domains import (
 from kick_compressors.training.objective import Objective
 from kick_compressors.training.spec import Training
 from kick_compressors.training.text import open_mixture
+from pydantic import ValidationError
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from kick.errors import ConfigError, DataError, KickError, LevelError, UnknownNameError
@@ -450,6 +451,13 @@ def test_a_domain_that_was_never_seen_gains_weight(tokenizer, domains, seed):
     before = followed.update(Objective(model))["domain_weight"]["hard"]
     after = followed.update(Objective(model))["domain_weight"]["hard"]
     assert 0.5 < before < after
+
+
+def test_losses_of_models_of_unknown_sizes_are_refused():
+    losses = {"easy": (3.0, 2.5, 2.2)}
+    with pytest.raises(ValidationError, match="say in sizes how many parameters they have"):
+        Sheared.Params(reference=losses)
+    assert Sheared.Params(reference=losses, sizes=(1e8, 1e9, 1e10)).sizes == (1e8, 1e9, 1e10)
 
 
 def test_what_is_wrong_with_domains_is_said(tokenizer, domains):
