@@ -11,9 +11,11 @@ if TYPE_CHECKING:
     import openai
 
 
-def refuse_credentials(whose: str, url: str, key_env: str, query: Iterable[str] = ()) -> None:
-    """Raise ConfigError for a URL, or names of its query, that hold a key: it would stand in the record."""
+def check_url(whose: str, url: str, key_env: str, query: Iterable[str] = ()) -> None:
+    """Raise ConfigError for a URL that is none, or which, or whose query, holds a key: it would stand in the record."""
     parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.netloc:
+        raise ConfigError(f"{whose} URL '{url}' is none.", "For example http://127.0.0.1:8000/v1.")
     if parts.username or parts.password or parts.query or any("key" in name.lower() for name in query):
         raise ConfigError(
             f"{whose} URL holds a credential, which would stand in the record.",

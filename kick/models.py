@@ -113,6 +113,13 @@ def is_installed(name: str) -> bool:
 
 def _check_directory(path: Path, allow_pickle: bool = False) -> None:
     if not (path / "config.json").is_file():
+        if (path / "adapter_config.json").is_file():
+            raise ModelError(
+                f"the directory {path} holds an adapter, not a model.",
+                "Merge it into its base first (peft: merge_and_unload), and save that.",
+            )
+        if files := sorted(path.glob("*.gguf")):
+            raise ModelError(f"the directory {path} holds no config.json.", f"The model is {files[0]}: name that.")
         raise ModelError(
             f"the directory {path} holds no config.json.", "A model directory is one that save_pretrained wrote."
         )

@@ -121,7 +121,21 @@ def _load_checked(group: str, name: str, base: type) -> Any:
             f"the plugin '{name}' of {plugin.origin} calls itself '{called}'.",
             "The entry point and the class must have the same name.",
         )
+    _check_whole(group, loaded, plugin.origin)
     return loaded
+
+
+_REQUIRED = {
+    COMPRESSORS: ("knob", "knob = Knob.SPARSITY"),
+    SUITES: ("metrics", 'metrics = (Metric("accuracy", value="correct"),)'),
+}
+
+
+def _check_whole(group: str, loaded: type, origin: str) -> None:
+    """Raise KickError for a class without what no base class can say for it."""
+    attribute, example = _REQUIRED[group]
+    if not hasattr(loaded, attribute):
+        raise KickError(f"{loaded.__name__} of {origin} has no `{attribute}`.", f"For example {example}.")
 
 
 def load_file(path: Path) -> list[str]:
@@ -176,6 +190,7 @@ def _register(group: str, loaded: type, path: Path, version: str) -> None:
     name = getattr(loaded, "name", None)
     if not isinstance(name, str) or not name:
         raise KickError(f"{loaded.__name__} in {path} has no name.", "Give the class an attribute: name = 'mine'.")
+    _check_whole(group, loaded, path.name)
     taken = available(group).get(name)
     if taken is not None and taken.version != version:
         raise KickError(

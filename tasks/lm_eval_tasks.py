@@ -62,6 +62,8 @@ class LMEval(Suite):
         found = []
         for name, task in self._tasks.items():
             for number, doc in enumerate(self._docs(name)):
+                if number == 0 and task.OUTPUT_TYPE == "multiple_choice":
+                    _check_label(name, task, doc)
                 instances = self._instances(task, doc, number)
                 content = {
                     "task": name,
@@ -301,6 +303,19 @@ def _numbers(name: str, value: Any, kind: Kind | None) -> dict[str, float]:
     if math.isnan(value):  # lm-eval's nanmean leaves it out
         return {}
     return {name: -float(value) if kind == "perplexity" else float(value)}
+
+
+def _check_label(name: str, task: Any, doc: Any) -> None:
+    """Raise DataError where lm-eval would take every answer for wrong: the row's label is none of its options."""
+    options = task.doc_to_choice(doc)
+    label = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
+    for own in label if isinstance(label, list) else [label]:
+        if not (own in options if isinstance(own, str) else isinstance(own, int) and own < len(options)):
+            columns = ", ".join(map(str, doc)) if isinstance(doc, dict) else "unknown"
+            raise DataError(
+                f"the first row of '{name}' says that {own!r} is right, which is none of its {len(options)} options.",
+                f"Are these rows in the form that the task reads? Their columns: {columns}.",
+            )
 
 
 def _manager_of(task: str, include_path: str | None) -> Any:

@@ -248,7 +248,7 @@ def _record(
         lengths = {f"{evaluation.setting}/{s.id}": len((s.output or "").split()) for s in evaluation.samples}
         words.setdefault(name, {}).update(lengths)
     everything = [judgment for found in judgments.values() for judgment in found]
-    failed = Counter(judgment.failed.partition(":")[0] for judgment in everything if judgment.failed is not None)
+    failed = Counter(judgment.failed.partition(": ")[0] for judgment in everything if judgment.failed is not None)
     prompt_tokens, output_tokens = cache.used()
     return {
         "judge": spec.model_dump(mode="json"),

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from kick.endpoint import refuse_credentials
+from kick.endpoint import check_url
 from kick.errors import ConfigError
 from kick.spec import Spec
 
@@ -40,7 +40,7 @@ class JudgeSpec(Spec):
 
     def check(self) -> None:
         """Raise ConfigError for a budget that cannot be kept, and for a key in the URL."""
-        refuse_credentials("the judge's", self.base_url, self.key_env, self.query)
+        check_url("the judge's", self.base_url, self.key_env, self.query)
         if self.budget_usd is not None and (self.price_in is None or self.price_out is None):
             raise ConfigError(
                 f"a budget of {self.budget_usd:g} USD for '{self.model}' without its prices.",

@@ -16,7 +16,7 @@ import openai
 from pydantic import Field
 from transformers import AutoConfig
 
-from kick.endpoint import refuse_credentials, said
+from kick.endpoint import check_url, said
 from kick.errors import ConfigError, KickError, NotGivenError
 from kick.lm.base import Scored, TokenLM, context_length, room_of_engine
 from kick.lm.generation import Decoding, row_seeds, stop_tokens
@@ -63,7 +63,7 @@ class ServerLM(TokenLM):
 
     @classmethod
     def check(cls, params: Any, settings: Iterable[str]) -> dict[str, str]:
-        refuse_credentials("lm 'server': the endpoint's", params.base_url, params.key_env)
+        check_url("lm 'server': the endpoint's", params.base_url, params.key_env)
         missing = [setting for setting in settings if setting not in params.models]
         if missing:
             raise ConfigError(

@@ -1,10 +1,13 @@
 """One evaluation: one setting's model asked one suite's questions, sample by sample onto disk."""
 
+import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from kick.compare import estimate
+from kick.errors import KickError
 from kick.files import sha256_of
 from kick.suite import Sample
 from kick.sweep.clock import Watch
@@ -28,9 +31,9 @@ def evaluate(
     watch.skip(before)
     start = time.perf_counter()
     with store.appending() as appender:
-        for batch in batches[done:]:
+        for batch, wanted in zip(batches[done:], ids[done:], strict=True):
             answers = suite.answer_beside(lm, dense, batch) if suite.needs_dense else suite.answer(lm, batch)
-            for sample in answers:
+            for sample in _as_asked(answers, wanted, planned.name):
                 appender.add(sample)
             appender.sync()
             watch.advance(len(batch))
@@ -55,6 +58,30 @@ def evaluate(
     }
     store.finish(result)
     return result
+
+
+def _as_asked(answers: Iterable[Sample], wanted: Sequence[str], suite: str) -> Iterator[Sample]:
+    """`answers`, one for each id and in that order; a score that is no number makes its sample one that failed.
+
+    Raises KickError for a suite that answers anything else: what it left out would be in no count.
+    """
+    given = 0
+    for given, sample in enumerate(answers, 1):
+        if given > len(wanted) or sample.id != wanted[given - 1]:
+            expected = f"'{wanted[given - 1]}'" if given <= len(wanted) else "nothing more"
+            raise KickError(
+                f"the suite '{suite}' answered '{sample.id}' where {expected} was asked.",
+                "A suite yields one sample for each question, in their order (kick.testing.check_suite).",
+            )
+        if any(math.isnan(value) for value in sample.scores.values()) and sample.error is None:
+            sample = replace(sample, error="a score is not a number")
+        yield sample
+    if given < len(wanted):
+        raise KickError(
+            f"the suite '{suite}' answered {given} of {len(wanted)} questions; the first without an answer is "
+            f"'{wanted[given]}'.",
+            "A suite yields one sample for each question, in their order (kick.testing.check_suite).",
+        )
 
 
 class Counts:

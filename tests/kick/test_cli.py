@@ -185,6 +185,7 @@ METHOD = "    def compress(self, model, level, calibration, *, progress=None):\n
         ("x = 1", "defines no compressor and no suite"),
         (PLUGIN.format(name="wanda") + METHOD, "which llm-kick already provides"),
         (PLUGIN.format(name="") + METHOD, "has no name"),
+        (PLUGIN.format(name="mine").replace("    knob = Knob.NONE\n", "") + METHOD, "Mine of mine.py has no `knob`"),
         (PLUGIN.format(name="abstract"), "defines no compressor and no suite"),
     ],
 )

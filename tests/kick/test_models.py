@@ -276,3 +276,14 @@ def test_a_plan_runs_no_code_that_a_configuration_names(tiny_model, tmp_path):
         loading.load_skeleton(tmp_path, "float32")
     with pytest.raises(ModelError, match="names code to fetch"):
         open_streamed(tmp_path, "float32", tmp_path / "scratch")
+
+
+def test_folders_that_hold_something_else_than_a_model_say_what(tmp_path):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    with pytest.raises(ModelError, match="holds an adapter, not a model"):
+        models.find_source(str(tmp_path / "adapter"))
+    (tmp_path / "packed").mkdir()
+    (tmp_path / "packed" / "one.gguf").touch()
+    with pytest.raises(ModelError, match=r"The model is .*: name that"):
+        models.find_source(str(tmp_path / "packed"))

@@ -262,3 +262,26 @@ def test_answering_makes_no_documents_anew(local, lm, monkeypatch):
     before = list(made)
     assert len(list(suite.answer(lm, examples))) == ROWS
     assert made == before
+
+
+@pytest.mark.parametrize(
+    ("label", "right"),
+    [(1, True), (2, False), ("no", True), ("label", False), ([0, 1], True), (["yes", "label"], False), (None, False)],
+)
+def test_rows_whose_label_is_no_option_are_refused(label, right):
+    """As google/boolq's rows are to a task that reads super_glue's: lm-eval would count every answer as wrong."""
+    from types import SimpleNamespace
+
+    from kick_tasks.lm_eval_tasks import _check_label
+
+    from kick.errors import DataError
+
+    task = SimpleNamespace(
+        multiple_input=False, doc_to_choice=lambda doc: ["yes", "no"], doc_to_target=lambda doc: label
+    )
+    if right:
+        _check_label("boolq", task, {"question": "q", "answer": True})
+    else:
+        with pytest.raises(DataError, match="which is none of its 2 options") as caught:
+            _check_label("boolq", task, {"question": "q", "answer": True})
+        assert "question, answer" in caught.value.hint

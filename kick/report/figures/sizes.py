@@ -67,6 +67,7 @@ def _draw(runs: Sequence[Results], suite: str) -> tuple[Figure, str]:
     axes.set_ylabel(name_of(metric))
     if metric.transform == "exp":
         axes.set_yscale("log")
+        name_ticks(axes.yaxis, ",.4g")
     title(axes, f"{suite}: small and dense, or large and sparse")
     legend(axes, len(runs))
     label_points(axes, names, size=6.5)

@@ -18,6 +18,7 @@ from kick.report.figures.style import (
     label_lines,
     legend,
     name_of,
+    name_ticks,
     nth_style,
     scale_of,
     shown_settings,
@@ -179,5 +180,6 @@ def _finish(axes: Axes, xlabel: str, metric: Metric, heading: str) -> None:
     axes.set_ylabel(name_of(metric))
     if metric.transform == "exp":
         axes.set_yscale("log")
+        name_ticks(axes.yaxis, ",.4g")
     title(axes, heading)
     legend(axes, len(axes.get_legend_handles_labels()[0]))
