@@ -6,7 +6,7 @@ evaluations/SETTING/SUITE/judgments.jsonl    what was said of that evaluation's 
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
@@ -91,6 +91,7 @@ def judge_run(root: Path, spec: JudgeSpec, progress: Progress) -> Outcome:
                     progress.step(f"judge: {asked.suite}", done, len(missing), None)
             except BudgetSpent:
                 stopped = f"the budget is spent after {done} of {len(missing)} questions"
+        _stop_if_nothing_came(root, spec, cache, everything)
         for evaluation in evaluations:
             judgments = [_judgment(asked, cache, spec) for asked in evaluation.questions]
             scores = evaluation.planned.suite.score(evaluation.samples, judgments)
@@ -105,6 +106,19 @@ def judge_run(root: Path, spec: JudgeSpec, progress: Progress) -> Outcome:
         record = {**_record(spec, cache, evaluations, verdicts), "last_call": now}
         write_json(root / JUDGE, record)
         return Outcome(len(everything), cached, done, record["failed"], stopped, record)
+
+
+def _stop_if_nothing_came(root: Path, spec: JudgeSpec, cache: Cache, asked: Collection[str]) -> None:
+    """Raise RunError where this judge has answered nothing at all and another one's judgments would make way for it."""
+    if not (root / JUDGE).is_file() or any(cache.answer(key) is not None for key in asked):
+        return
+    reasons = Counter(verdict.failed for key in asked if (verdict := cache.get(key)) is not None and verdict.failed)
+    if reasons:
+        (reason, _), *_ = reasons.most_common(1)
+        raise RunError(
+            f"{spec.model} answered none of {len(asked)} questions; the judgments that are there stay.",
+            f"Most often: {reason}.",
+        )
 
 
 def find_evaluations(root: Path, spec: JudgeSpec) -> list[Evaluation]:

@@ -100,7 +100,8 @@ def test_what_no_other_model_beats_in_size_and_score():
 
 
 def test_a_varied_parameter_has_a_figure_of_its_own(tmp_path):
-    root = write_run(tmp_path / "run", [("dense", 0.0), ("magnitude@0.2", 0.2), ("magnitude@0.5", 0.5)], ["factoid_qa"])
+    settings = [("dense", 0.0), ("magnitude@0.2", 0.2), ("magnitude@0.5", 0.5)]
+    root = write_run(tmp_path / "run", settings, ["factoid_qa", "perplexity"])
     document = json.loads((root / "run.json").read_text())
     for samples, row in zip((8, 64), document["settings"][1:], strict=True):
         label = f"wanda@0.5 samples={samples}"
@@ -110,6 +111,8 @@ def test_a_varied_parameter_has_a_figure_of_its_own(tmp_path):
     write_report(root)
     svg = (root / "figures" / "factoid_qa-over-samples.svg").read_text(encoding="utf-8")
     assert "samples of calibration" in svg
+    logarithmic = (root / "figures" / "perplexity-over-samples.svg").read_text(encoding="utf-8")
+    assert "mathdefault" not in logarithmic  # what matplotlib writes there by itself is not drawn as a formula
     assert "wanda@0.5" in svg
     assert "wanda@0.5 samples=64: 0.2062 [" in svg  # 20 of 97, on hover
     assert not (root / "figures" / "factoid_qa-against-sparsity.svg").exists()  # two points at one level are no curve

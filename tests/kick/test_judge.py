@@ -621,3 +621,18 @@ def test_what_no_judge_can_grade_is_said(answered, capsys):
     assert "judge.suites names 'mmlu', which no judge can grade" in capsys.readouterr().err
     assert cli.main([*sweep, f"judge={{model: scripted, {url}}}", "--set", "suites=[mmlu]"]) == 2
     assert "none of the suites can be graded" in capsys.readouterr().err
+
+
+def test_a_judge_that_answers_nothing_does_not_take_the_place_of_one_that_did(run, capsys):
+    def graded(name, url):
+        return cli.main(["judge", str(run), "--judge", name, "--base-url", url, "--param", "retries=0"])
+
+    with JudgeServer(good) as server:
+        assert graded("scripted", server.url) == 0
+    kept = {path: path.read_bytes() for path in (run / "judge.json", *run.rglob("judgments.jsonl"), run / "scores.csv")}
+    assert len(kept) > 3
+    with JudgeServer(lambda prompt, _: status(500, "sorry")) as server:
+        assert graded("another", server.url) == 2
+    assert "another answered none of " in (said := capsys.readouterr().err)
+    assert "Most often: " in said
+    assert {path: path.read_bytes() for path in kept} == kept
