@@ -318,8 +318,10 @@ def _draw_figures(options: Namespace, names: Sequence[str]) -> int:
             "Give --out for a whole report.",
         )
     check_writable(options.run)
-    drawn = draw_all(read_results(options.run), options.run / "figures", names)
-    rows = [{"name": own.name, "file": str(options.run / "figures" / f"{own.name}.svg")} for own in drawn]
+    results = read_results(options.run)
+    results.perplexity_margin = options.perplexity_margin
+    drawn = draw_all(results, options.run / "figures", names)
+    rows = [{"name": own.name, "file": str(own.svg)} for own in drawn]
     return _print(options, "\n".join(row["file"] for row in rows), rows)
 
 

@@ -20,10 +20,10 @@ from kick.settings import DENSE, Setting, Stage, parse_setting, variation_in_wor
 from kick.spec import Spec, validated
 from kick.sweep.executors.spec import ExecutorSpec
 
-COLUMNS = frozenset({
+COLUMNS = (
     "place", "model", "setting", "method", "sparsity", "bits_per_weight", "million_parameters", "megabytes",
     "mean_retained", "mean_retained_ci_low", "mean_retained_ci_high", "run",
-})  # fmt: skip
+)  # fmt: skip
 """Of leaderboards, beside those that suites' labels name."""
 
 

@@ -1,7 +1,7 @@
 """What is installed, a row each: for `kick list`."""
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from kick import models as sources
@@ -11,46 +11,39 @@ from kick.lm import LMS
 
 
 def compressors() -> Iterable[dict[str, Any]]:
-    for name, plugin in sorted(plugins.available(plugins.COMPRESSORS).items()):
-        try:
-            kind = plugins.compressor(name)
-        except KickError as error:
-            yield _broken(name, plugin, error)
-            continue
-        yield {
-            "name": name,
+    def describe(kind: Any) -> dict[str, Any]:
+        return {
             "description": _first_line(sys.modules[kind.__module__].__doc__ or kind.__doc__),
             "levels": [str(knob.name).lower() for knob in kind.knob],
             "calibrated": kind.needs_calibration,
-            "params": kind.Params.model_json_schema().get("properties", {}),
-            "origin": f"{plugin.origin} {plugin.version}",
         }
+
+    return _installed(plugins.COMPRESSORS, plugins.compressor, describe)
 
 
 def suites() -> Iterable[dict[str, Any]]:
-    for name, plugin in sorted(plugins.available(plugins.SUITES).items()):
-        try:
-            kind = plugins.suite(name)
-        except KickError as error:
-            yield _broken(name, plugin, error)
-            continue
-        yield {
-            "name": name,
+    def describe(kind: Any) -> dict[str, Any]:
+        return {
             "description": kind.description or _first_line(kind.__doc__),
             "metrics": [metric.name for metric in kind.metrics],
             "needs_judge": kind.needs_judge,
-            "params": kind.Params.model_json_schema().get("properties", {}),
-            "origin": f"{plugin.origin} {plugin.version}",
         }
 
+    return _installed(plugins.SUITES, plugins.suite, describe)
 
-def _broken(name: str, plugin: plugins.Plugin, error: KickError) -> dict[str, Any]:
-    """A plugin that cannot be loaded is listed as such; the others are not its fault."""
-    return {
-        "name": name,
-        "description": f"cannot be loaded: {error.message}",
-        "origin": f"{plugin.origin} {plugin.version}",
-    }
+
+def _installed(
+    group: str, load: Callable[[str], Any], describe: Callable[[Any], dict[str, Any]]
+) -> Iterable[dict[str, Any]]:
+    for name, plugin in sorted(plugins.available(group).items()):
+        origin = f"{plugin.origin} {plugin.version}"
+        try:
+            kind = load(name)
+        except KickError as error:  # it is listed as such; the others are not its fault
+            yield {"name": name, "description": f"cannot be loaded: {error.message}", "origin": origin}
+            continue
+        params = kind.Params.model_json_schema().get("properties", {})
+        yield {"name": name, **describe(kind), "params": params, "origin": origin}
 
 
 def models() -> Iterable[dict[str, Any]]:

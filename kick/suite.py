@@ -20,6 +20,9 @@ from kick.settings import digest
 from kick.spec import Spec
 
 OVERALL = "overall"
+CHARACTERS_PER_TOKEN = 4
+"""Of English text, about: for estimates, and for prompts of a wanted length."""
+
 NOT_A_NUMBER = "a log-likelihood is not a number"
 """The error of a sample whose options cannot be ranked: the first of them would look like the answer."""
 

@@ -21,11 +21,9 @@ from kick.errors import ConfigError, KickError
 from kick.lm import generate
 from kick.rows import read_texts
 from kick.spec import Spec
-from kick.suite import DataSource, Example, Metric, Sample, Suite
+from kick.suite import CHARACTERS_PER_TOKEN, DataSource, Example, Metric, Sample, Suite
 
 from . import sources
-
-_CHARACTERS_PER_TOKEN = 4
 
 
 class Speed(Suite):
@@ -130,14 +128,14 @@ class Speed(Suite):
 
     def length(self, example: Example) -> int:
         return (
-            2 * _CHARACTERS_PER_TOKEN * example.content["batch"] * (self.params.prompt_tokens + self.params.new_tokens)
+            2 * CHARACTERS_PER_TOKEN * example.content["batch"] * (self.params.prompt_tokens + self.params.new_tokens)
         )
 
 
 def _prompts(batch: int, tokens: int, repeat: int) -> list[str]:
     """Texts of about `tokens` tokens that differ from their first word on, so that no prefix is shared."""
     text = " ".join(read_texts(sources.EMBEDDED / "perplexity" / "text.jsonl"))
-    size = tokens * _CHARACTERS_PER_TOKEN
+    size = tokens * CHARACTERS_PER_TOKEN
     text *= 1 + 2 * size // len(text)
     starts = [(size * (repeat * batch + row) * 7) % (len(text) - size) for row in range(batch)]
     return [f"{row + 1}. {text[start : start + size]}" for row, start in enumerate(starts)]

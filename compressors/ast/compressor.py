@@ -92,12 +92,11 @@ class AST(Compressor):
             raise LevelError(f"ast takes an N:M pattern, not '{level}'.", "For example ast@2:4.")
         params = self.params
         decoder = find_decoder(model)
-        if params.slorb:
-            adapters.refuse_attached(model, "ast with slorb")
         if params.sharding == "fsdp":
             check_shards(decoder.linears, level, distributed.world())
         check_divisible(dict.fromkeys(decoder.linears, level))
         if params.slorb:
+            adapters.refuse_attached(model, "ast with slorb")
             check_blocks(decoder.linears, params.slorb)
         dtype, device = next(model.parameters()).dtype, str(next(model.parameters()).device)
         teacher = self._teacher(model, decoder.linears, device) if params.distillation else None

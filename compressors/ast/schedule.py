@@ -21,7 +21,7 @@ def decay_at(step: int, steps: int, most: float, kind: Decay, ramp: float = 0.25
     return most * min(1.0, step / max(1.0, ramp * steps))
 
 
-_HALF = 0.5  # of the steps, in which masks come down to their pattern
+_RAMP = 0.5  # of the steps, in which masks come down to their pattern
 
 
 def pattern_at(step: int, steps: int, pattern: Pattern, kind: Masks) -> Pattern:
@@ -34,9 +34,9 @@ def pattern_at(step: int, steps: int, pattern: Pattern, kind: Masks) -> Pattern:
     ['3:4', '3:4', '2:4', '2:4']
     """
     removed = pattern.of - pattern.keep
-    done = min(1.0, (step + 1) / max(1.0, _HALF * steps))
+    done = min(1.0, (step + 1) / max(1.0, _RAMP * steps))
     if kind == "iterative":
-        now = min(removed, 1 + int(removed * step / max(1.0, _HALF * steps)))
+        now = min(removed, 1 + int(removed * step / max(1.0, _RAMP * steps)))
     elif kind == "gradual":
         now = max(1, round(removed * (1 - (1 - done) ** 3)))
     else:

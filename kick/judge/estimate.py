@@ -1,6 +1,6 @@
 """What a judge would be asked and what that costs, before it is asked."""
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,15 +8,15 @@ from kick.errors import RunError
 from kick.judge.cache import Cache
 from kick.judge.client import most_tokens
 from kick.judge.questions import Question
-from kick.judge.run import Asked, find_evaluations, unanswered
+from kick.judge.run import by_key, find_evaluations, unanswered
 from kick.judge.spec import JudgeSpec
 from kick.settings import DENSE
-from kick.suite import Sample
+from kick.suite import CHARACTERS_PER_TOKEN, Sample
 from kick.sweep.plan import Plan, PlannedSuite, judging_of
 from kick.sweep.store import JUDGE_CACHE
 
 _REPLY_TOKENS = 200
-_CHARACTERS_PER_TOKEN = 4
+_DENSE_SAYS = "one of dense "
 
 
 class Expected(NamedTuple):
@@ -43,7 +43,7 @@ def estimate_cost(root: Path, spec: JudgeSpec) -> dict[str, Any]:
     """What judging the run `root` would ask and cost; prompts at four characters a token, replies at a usual length."""
     evaluations = find_evaluations(root, spec)
     cache = Cache(root / JUDGE_CACHE, spec)
-    everything = {asked.key: asked for evaluation in evaluations for asked in evaluation.questions}
+    everything = by_key(evaluations)
     missing = unanswered(everything.values(), cache)
     expected = _of(asked.question for asked in missing)
     return {
@@ -52,7 +52,10 @@ def estimate_cost(root: Path, spec: JudgeSpec) -> dict[str, Any]:
         "settled_by_rule": sum(asked.question.settled is not None for asked in everything.values()),
         "cached": sum(cache.answer(key) is not None for key in everything),
         "to_ask": len(missing),
-        "by_suite": _by_suite(missing, [evaluation.planned.name for evaluation in evaluations]),
+        "by_suite": {
+            evaluation.planned.name: sum(asked.suite == evaluation.planned.name for asked in missing)
+            for evaluation in evaluations
+        },
         "estimated_prompt_tokens": expected.prompt_tokens,
         "estimated_output_tokens": expected.reply_tokens,
         "estimated_usd": expected.usd(spec),
@@ -66,10 +69,10 @@ def expected_of(plan: Plan, missing: Mapping[str, Collection[str]], out: Path | 
     total = _not_judged(out, spec) if out is not None else Expected()
     for suite in plan.suites:
         settings = [name for name, suites in missing.items() if suite.name in suites]
-        if suite.suite.judged_metrics and settings:
-            of_dense = _about_answers(suite, spec, "one of dense ")
-            total = total.plus(_about_answers(suite, spec, "another ").times(len(set(settings) - {DENSE})))
-            total = total.plus(of_dense.times(settings.count(DENSE)))
+        if suite.suite.judged_metrics:
+            for word, count in ((_DENSE_SAYS, settings.count(DENSE)), ("another ", len(set(settings) - {DENSE}))):
+                if count:
+                    total = total.plus(_about_answers(suite, spec, word).times(count))
     return total
 
 
@@ -78,37 +81,25 @@ def _not_judged(root: Path, spec: JudgeSpec) -> Expected:
         evaluations = find_evaluations(root, spec)
     except RunError:  # no suite of it is finished
         return Expected()
-    everything = {asked.key: asked for evaluation in evaluations for asked in evaluation.questions}
-    return _of(asked.question for asked in unanswered(everything.values(), Cache(root / JUDGE_CACHE, spec)))
+    missing = unanswered(by_key(evaluations).values(), Cache(root / JUDGE_CACHE, spec))
+    return _of(asked.question for asked in missing)
 
 
 def _about_answers(planned: PlannedSuite, spec: JudgeSpec, word: str) -> Expected:
-    """About one setting's answers, which are this word again and again; dense says "one of dense"."""
+    """About one setting's answers, which are this word again and again."""
     suite = planned.suite
     judging = judging_of(suite, planned.name, spec)
-    length = _CHARACTERS_PER_TOKEN * getattr(suite.params, "max_new_tokens", 256)
+    length = CHARACTERS_PER_TOKEN * getattr(suite.params, "max_new_tokens", 256)
+    examples = planned.by_sample()
 
-    def answers(word: str) -> list[Sample]:
+    def answers(word: str) -> dict[str, Sample]:
         text = (word * length)[:length]
-        return [
-            Sample(id=id, group=example.group, prompt="", output=text)
-            for example in planned.examples
-            for id in suite.sample_ids(example)
-        ]
+        return {id: Sample(id=id, group=own.group, prompt="", output=text) for id, own in examples.items()}
 
-    examples = {id: example for example in planned.examples for id in suite.sample_ids(example)}
-    dense = {sample.id: sample for sample in answers("one of dense ")}
-    return _of(
-        question
-        for question in suite.judge_questions(judging, examples, answers(word), dense)
-        if question.settled is None
-    )
+    questions = suite.judge_questions(judging, examples, list(answers(word).values()), answers(_DENSE_SAYS))
+    return _of(question for question in questions if question.settled is None)
 
 
 def _of(questions: Iterable[Question]) -> Expected:
     prompts = [most_tokens(question.messages(), {}) for question in questions]
-    return Expected(len(prompts), sum(prompts) // _CHARACTERS_PER_TOKEN)
-
-
-def _by_suite(asked: Sequence[Asked], suites: Sequence[str]) -> dict[str, int]:
-    return {suite: sum(own.suite == suite for own in asked) for suite in suites}
+    return Expected(len(prompts), sum(prompts) // CHARACTERS_PER_TOKEN)

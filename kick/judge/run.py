@@ -79,7 +79,7 @@ def judge_run(root: Path, spec: JudgeSpec, progress: Progress) -> Outcome:
         cache = Cache(root / JUDGE_CACHE, spec)
         budget = Budget(spec.budget_usd, spec.budget_tokens, spec.price_in, spec.price_out, *cache.spent())
         judge = Judge(spec, budget)
-        everything = {asked.key: asked for evaluation in evaluations for asked in evaluation.questions}
+        everything = by_key(evaluations)
         missing = unanswered(everything.values(), cache)
         cached = sum(cache.answer(key) is not None for key in everything)
         done, stopped = 0, None
@@ -143,6 +143,11 @@ def find_evaluations(root: Path, spec: JudgeSpec) -> list[Evaluation]:
     return found
 
 
+def by_key(evaluations: Iterable[Evaluation]) -> dict[str, Asked]:
+    """Each question once, by its content."""
+    return {asked.key: asked for evaluation in evaluations for asked in evaluation.questions}
+
+
 def _plan_again(suite: SuiteSpec, data: str, recorded: dict[str, Any]) -> PlannedSuite:
     """The suite with its questions, which must be the ones that were answered."""
     planned = plan_suite(suite, data)
@@ -165,8 +170,7 @@ def _questions(evaluation: Evaluation, everything: list[Evaluation], spec: Judge
         raise unknown_name("setting to compare with", whose, same, "A file of answers ends in .jsonl.")
     answers = same[whose].samples if whose in same else []
     usable = {sample.id: sample for sample in answers if sample.error is None and not sample.truncated}
-    examples = {id: example for example in planned.examples for id in planned.suite.sample_ids(example)}
-    questions = planned.suite.judge_questions(judging, examples, evaluation.samples, usable)
+    questions = planned.suite.judge_questions(judging, planned.by_sample(), evaluation.samples, usable)
     return [Asked(evaluation.setting, planned.name, question, _key(question, spec)) for question in questions]
 
 

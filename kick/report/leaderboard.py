@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from kick.config import COLUMNS
 from kick.errors import RunError
 from kick.files import check_writable, safe_name, write_json, write_text
 from kick.report import tables
@@ -17,10 +18,6 @@ from kick.report.template import inline, render, script
 from kick.settings import DENSE
 
 _SAME = ("suite", "plugin", "params", "questions", "data")  # of a suite, for two runs to be compared on it
-_COLUMNS = (
-    "place", "model", "setting", "method", "sparsity", "bits_per_weight", "million_parameters", "megabytes",
-    "mean_retained", "mean_retained_ci_low", "mean_retained_ci_high", "run",
-)  # fmt: skip
 _OF_A_SUITE = ("", "_ci_low", "_ci_high", "_verdict", "_n")
 
 
@@ -57,7 +54,7 @@ def write_leaderboard(runs: Sequence[Path], out: Path) -> list[dict[str, Any]]:
         }
         values |= {"figures": [] if "/" in name else figures, "inline": inline, **script("report.js")}
         write_text(out / name, render("leaderboard.html.j2", **values))
-    columns = [*_COLUMNS, *(f"{suite}{part}" for suite in suites for part in _OF_A_SUITE)]
+    columns = [*COLUMNS, *(f"{suite}{part}" for suite in suites for part in _OF_A_SUITE)]
     write_text(out / "leaderboard.csv", tables.csv_text(columns, rows))
     write_json(out / "leaderboard.json", rows)
     return rows

@@ -9,13 +9,13 @@ from kick.meter import product_speed
 from kick.models import bytes_to_fetch
 from kick.progress import duration
 from kick.settings import DENSE
+from kick.suite import CHARACTERS_PER_TOKEN
 from kick.sweep.costs import checkpoint_bytes, remarks, training_costs, worker_bytes
 from kick.sweep.executors import find_executor
 from kick.sweep.plan import Plan
 from kick.sweep.run import missing_evaluations
 from kick.sweep.store import RUN, Store, check_usable
 
-_CHARACTERS_PER_TOKEN = 4.0
 _A100 = 312e12  # operations a second in bfloat16
 _TRAINING_SHARE = 0.35  # of the speed of plain products that training reaches
 _OVERHEAD = 3.0
@@ -138,7 +138,7 @@ def _seconds(plan: Plan, store: Store, missing: dict[str, list[str]], parameters
                 total += rates[suite.name] * len(suite.examples)
                 continue
             speed = speed or _speed(plan, plan.dtype)
-            tokens = sum(map(suite.suite.length, suite.examples)) / _CHARACTERS_PER_TOKEN
+            tokens = sum(map(suite.suite.length, suite.examples)) / CHARACTERS_PER_TOKEN
             total += _OVERHEAD * tokens * 2 * parameters / speed
     calibrated = 2 * plan.config.calibration.samples * plan.config.calibration.sequence_length
     if missing:

@@ -47,6 +47,10 @@ class PlannedSuite:
     examples: list[Example]
     identity: dict[str, Any]
 
+    def by_sample(self) -> dict[str, Example]:
+        """The example that each sample is about, by the sample's id."""
+        return {id: example for example in self.examples for id in self.suite.sample_ids(example)}
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -144,10 +148,11 @@ class Plan:
         return digest({**self.identity, **own})
 
 
-def make_plan(config: SweepConfig, as_is: bool = False, weights: bool = True) -> Plan:
+def make_plan(config: SweepConfig, as_is: bool = False, weights: bool = True, repeated: bool = False) -> Plan:
     """Resolve and check everything that `config` names.
 
     as_is: a model that is a kick checkpoint keeps its setting, instead of being the dense model of a new sweep.
+    repeated: the process that started this one has made it before, and seen that nothing scored is learned from.
     weights: False for a plan to look at only, for which those of `config.model` are not fetched from the hub.
     """
     executor = find_executor(config.executor)
@@ -182,7 +187,8 @@ def make_plan(config: SweepConfig, as_is: bool = False, weights: bool = True) ->
         wanted = [s.calibration or config.calibration for s in settings if needs_calibration(prepare(s))]
         tokenizer = loading.load_tokenizer(path) if wanted else None
         calibrations = {spec: draw(spec, tokenizer, dtype, device) for spec in distinct(wanted)}
-        _check_apart(calibrations, settings, suites, tokenizer)
+        if not repeated:
+            _check_apart(calibrations, settings, suites, tokenizer)
     return Plan(
         config,
         source,
@@ -223,8 +229,9 @@ def _check_apart(
         return
     steps = {(step.stage.compressor, str(step.stage.params)): step for own in settings for step in prepare(own)}
     for step in steps.values():
+        learned = list(step.compressor.trained_on())
         for name, text in scored.items():
-            if passage := shared_passage([text], step.compressor.trained_on()):
+            if passage := shared_passage([text], learned):
                 raise ConfigError(
                     f"the text that {step.stage.compressor} trains on holds a passage that '{name}' scores: "
                     f"'{passage[:60]}...'.",

@@ -182,7 +182,6 @@ class _Scheduler:
             self.deaths[setting.name, suite.name] += 1
             tries = self.deaths[setting.name, suite.name]
             if tries <= self.plan.config.executor.retries:
-                self.store.evaluation(setting.name, suite.name).forget_result()
                 reason = died or (results[suite.name] or {}).get("reason", _NOTHING_CAME)
                 self.progress.note(f"trying again: {setting.name} on {suite.name}: {reason}")
                 again.append(suite)

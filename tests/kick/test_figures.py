@@ -65,6 +65,21 @@ def test_figures_are_listed_and_chosen(run, tmp_path, capsys):
     assert "This run has: perplexity-against-capability" in capsys.readouterr().err
 
 
+def test_figures_alone_are_drawn_with_the_margin_that_was_given(run, monkeypatch):
+    from kick.report import figures
+
+    margins, draw = [], figures.draw_all
+
+    def note(results, *more):
+        margins.append(results.perplexity_margin)
+        return draw(results, *more)
+
+    monkeypatch.setattr(figures, "draw_all", note)
+    asked = ["report", str(run), "--figures", "perplexity-against-capability", "--perplexity-margin", "0.3"]
+    assert cli.main(asked) == 0
+    assert margins == [0.3]
+
+
 def test_a_method_without_an_answer_yet_has_no_figure(tmp_path):
     failing = {("rtn@4", "factoid_qa"), ("wanda@0.1", "factoid_qa")}
     root = write_run(tmp_path / "run", [*SETTINGS[:4], ("rtn@4", 0.0)], ["factoid_qa"], failing)

@@ -165,12 +165,8 @@ def test_contexts_as_long_as_a_kept_prefix(tokenizer, more, most):
         assert value == pytest.approx(one_by_one(lm.model, *pair)[0], abs=1e-4)
 
 
-def test_long_questions_of_one_subject_are_computed_once_for_all_options(tokenizer):
-    """Tokens that pass the model: the few-shot part once, each stem once, each option's own tokens."""
-    lm = FastLM(make_tiny_llama(), tokenizer, params=FastLM.Params(row_tokens=64))
-    head = [10 + place % 50 for place in range(2 * PREFIX_STEP)]
-    stems = [[100 + question, *(60 + place % 30 for place in range(99))] for question in range(3)]
-    pairs = [(head + stem, [option]) for stem in stems for option in (2, 3, 4, 5)]
+def row_lengths(lm):
+    """How many tokens each row has that passes the model from now on."""
     forward, seen = lm.model.model.forward, []
 
     def count(*arguments, **options):
@@ -178,6 +174,16 @@ def test_long_questions_of_one_subject_are_computed_once_for_all_options(tokeniz
         return forward(*arguments, **options)
 
     lm.model.model.forward = count
+    return seen
+
+
+def test_long_questions_of_one_subject_are_computed_once_for_all_options(tokenizer):
+    """Tokens that pass the model: the few-shot part once, each stem once, each option's own tokens."""
+    lm = FastLM(make_tiny_llama(), tokenizer, params=FastLM.Params(row_tokens=64))
+    head = [10 + place % 50 for place in range(2 * PREFIX_STEP)]
+    stems = [[100 + question, *(60 + place % 30 for place in range(99))] for question in range(3)]
+    pairs = [(head + stem, [option]) for stem in stems for option in (2, 3, 4, 5)]
+    seen = row_lengths(lm)
     ask(lm, pairs)
     assert sum(seen) == len(head) + sum(map(len, stems))
 
@@ -192,13 +198,7 @@ def test_examples_after_a_common_preamble_are_computed_once_a_subject(tokenizer,
         shots = [100 + subject, *(60 + place % (30 + subject) for place in range(699))]
         stems = [[200 + number, *(150 + place % 20 for place in range(60))] for number in range(10)]
         pairs += [(head + shots + stem, [option]) for stem in stems for option in (2, 3, 4, 5)]
-    forward, seen = lm.model.model.forward, []
-
-    def count(*arguments, **options):
-        seen.append(options["input_ids"].shape[1])
-        return forward(*arguments, **options)
-
-    lm.model.model.forward = count
+    seen = row_lengths(lm)
     ask(lm, pairs)
     distinct = len({tuple(context[: end + 1]) for context, _ in pairs for end in range(len(context))})
     assert sum(seen) < 1.1 * distinct

@@ -47,12 +47,14 @@ def test_a_head_that_scales_or_caps_runs_where_logits_count(kind, tokenizer):
     assert torch.allclose(half.runner.exact_logits(found), exact, atol=1e-6)
 
 
-def test_a_head_that_is_something_else_is_left_to_the_model(tokenizer):
+@pytest.mark.parametrize("heeds", [True, False])
+def test_a_head_that_is_something_else_is_left_to_the_model(tokenizer, heeds):
+    """Which may give the logits that are asked for, or all of them whatever is asked."""
     from transformers import LlamaForCausalLM
 
     class Bent(LlamaForCausalLM):
-        def forward(self, *args, **kwargs):
-            found = super().forward(*args, **kwargs)
+        def forward(self, *args, logits_to_keep=0, **kwargs):
+            found = super().forward(*args, logits_to_keep=logits_to_keep if heeds else 0, **kwargs)
             found.logits = found.logits.sinh()
             return found
 
@@ -60,7 +62,8 @@ def test_a_head_that_is_something_else_is_left_to_the_model(tokenizer):
     model.__class__ = Bent
     lm = FastLM(model, tokenizer)
     assert not lm.runner.plain_head
-    pairs = [([11, 12, 13], [4, 5]), ([20], [21])]
+    assert lm.no_sharing is None
+    pairs = [([11, 12, 13], [4, 5]), ([11, 12], [13, 6]), ([20], [21])]
     for (value, _), pair in zip(ask(lm, pairs), pairs, strict=True):
         assert value == pytest.approx(one_by_one(lm.model, *pair)[0], abs=1e-4)
 
@@ -182,25 +185,6 @@ def test_frequencies_that_grow_beyond_the_models_own_context_are_nothing_to_fear
     record = FastLM(make_tiny_llama(rope_parameters=rope), tokenizer).record()
     assert record["shares_prefixes"]
     assert "alone_beyond" not in record
-
-
-def test_a_model_that_gives_all_logits_whatever_is_asked(tokenizer):
-    from transformers import LlamaForCausalLM
-
-    class Stubborn(LlamaForCausalLM):
-        def forward(self, *args, logits_to_keep=None, **kwargs):
-            found = super().forward(*args, **kwargs)
-            found.logits = found.logits.sinh()
-            return found
-
-    model = make_tiny_llama()
-    model.__class__ = Stubborn
-    lm = FastLM(model, tokenizer)
-    assert not lm.runner.plain_head
-    assert lm.no_sharing is None
-    pairs = [([11, 12, 13], [4, 5]), ([11, 12], [13, 6]), ([20], [21])]
-    for (value, _), pair in zip(ask(lm, pairs), pairs, strict=True):
-        assert value == pytest.approx(one_by_one(lm.model, *pair)[0], abs=1e-4)
 
 
 def test_prompts_that_are_padded_to_one_length_are_of_about_one_length(tokenizer, monkeypatch):

@@ -18,9 +18,9 @@ from kick.report.figures.style import (
     label_lines,
     label_points,
     legend,
+    logarithmic,
     method_style,
     name_of,
-    name_ticks,
     scale_of,
     title,
 )
@@ -82,8 +82,7 @@ def _score_against(axis: Axis, results: Results, suite: str) -> tuple[Figure, st
     axes.set_xlabel(_AXES[axis])
     axes.set_ylabel(name_of(metric))
     if metric.transform == "exp":
-        axes.set_yscale("log")
-        name_ticks(axes.yaxis, ",.0f")
+        logarithmic(axes, "y", ",.0f")
     if axis == "bits":
         axes.invert_xaxis()  # compression grows to the right everywhere
     else:

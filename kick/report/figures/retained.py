@@ -22,8 +22,8 @@ from kick.report.figures.style import (
     label_lines,
     label_points,
     legend,
+    logarithmic,
     method_style,
-    name_ticks,
     title,
 )
 from kick.report.results import Results, SettingResult
@@ -174,8 +174,7 @@ def _cost(results: Results) -> tuple[Figure, str]:
             words = f"{minutes:.1f} minutes" + (f", {tokens:,} tokens trained" if tokens else "")
             points.append(_Point(result, minutes, mean, words))
     _draw(axes, results, points)
-    axes.set_xscale("log")
-    name_ticks(axes.xaxis, "g")
+    logarithmic(axes, "x", "g")
     _finish(axes, "minutes to make it, here (logarithmic)", "Cost against what was retained")
     _name(axes, points)
     here = results.run.get("hardware", {}).get("processor", "this machine")
@@ -226,10 +225,9 @@ def _perplexity_against_capability(results: Results, suite: str) -> tuple[Figure
     reached = [end for point in points for end in (point.x, point.wide.high if point.wide else 0.0) if isfinite(end)]
     largest = max([1.0, *reached])
     axes.axvspan(1.0, 1 + results.perplexity_margin, color="0.25", alpha=0.08, linewidth=0)
-    axes.set_xscale("log")
     smallest = min([0.95, *(point.x for point in points), *(p.wide.low for p in points if p.wide and p.wide.low > 0)])
     axes.set_xlim(left=0.95 * smallest, right=1.25 * max(largest, 1 + 2 * results.perplexity_margin))
-    name_ticks(axes.xaxis, "g")
+    logarithmic(axes, "x", "g")
     _finish(axes, "perplexity over the dense model's", "Perplexity against capability")
     _name(axes, points)
     caption = (

@@ -14,8 +14,8 @@ from kick.report.figures.style import (
     interval_in_words,
     label_points,
     legend,
+    logarithmic,
     name_of,
-    name_ticks,
     nth_style,
     scale_of,
     title,
@@ -61,13 +61,11 @@ def _draw(runs: Sequence[Results], suite: str) -> tuple[Figure, str]:
             hint(axes, x, y, f"{name} {result.name}: {interval_in_words(found.score, found.interval)}, {x:.0f} MB")
     dense.sort()
     axes.plot([x for x, _ in dense], [y for _, y in dense], color="0.35", linewidth=1.2, zorder=2)
-    axes.set_xscale("log")
-    name_ticks(axes.xaxis, ",g")
+    logarithmic(axes, "x", ",g")
     axes.set_xlabel("megabytes of weights, packed (logarithmic)")
     axes.set_ylabel(name_of(metric))
     if metric.transform == "exp":
-        axes.set_yscale("log")
-        name_ticks(axes.yaxis, ",.4g")
+        logarithmic(axes, "y", ",.4g")
     title(axes, f"{suite}: small and dense, or large and sparse")
     legend(axes, len(runs))
     label_points(axes, names, size=6.5)

@@ -17,8 +17,8 @@ from kick.report.figures.style import (
     interval_in_words,
     label_lines,
     legend,
+    logarithmic,
     name_of,
-    name_ticks,
     nth_style,
     scale_of,
     shown_settings,
@@ -179,7 +179,6 @@ def _finish(axes: Axes, xlabel: str, metric: Metric, heading: str) -> None:
     axes.set_xlabel(xlabel)
     axes.set_ylabel(name_of(metric))
     if metric.transform == "exp":
-        axes.set_yscale("log")
-        name_ticks(axes.yaxis, ",.4g")
+        logarithmic(axes, "y", ",.4g")
     title(axes, heading)
     legend(axes, len(axes.get_legend_handles_labels()[0]))

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from xml.sax.saxutils import escape
 
 import matplotlib
@@ -254,8 +254,13 @@ def _runs(heights: np.ndarray) -> Iterator[tuple[int, int]]:
             start = index
 
 
-def name_ticks(axis: Any, form: str) -> None:
-    """Ticks of a logarithmic axis at 1, 2 and 5, over many decades at 1 alone, written in `form`. Once drawn."""
+def logarithmic(axes: Axes, which: Literal["x", "y"], form: str) -> None:
+    """Make an axis logarithmic, with ticks at 1, 2 and 5, over many decades at 1 alone, in `form`. Once all is drawn.
+
+    Matplotlib's own ticks would be formulas, which are not drawn as such here.
+    """
+    axes.set(**{f"{which}scale": "log"})
+    axis: Any = getattr(axes, f"{which}axis")
     low, high = sorted(axis.get_view_interval())
     axis.set_major_formatter(FuncFormatter(lambda value, _: format(value, form)))
     axis.set_minor_formatter(NullFormatter())

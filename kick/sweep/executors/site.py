@@ -31,7 +31,7 @@ class Site:
         """Raises RunError where this process comes to another plan: other versions, other data, another device."""
         for path in job.plugins:
             plugins.load_file(Path(path))
-        plan = make_plan(configs.parse(job.config, "the job"))
+        plan = make_plan(configs.parse(job.config, "the job"), repeated=True)
         devices.check_device(plan.device)
         if shown := differences(job.identity, plan.identity):
             raise RunError(
