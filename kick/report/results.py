@@ -25,6 +25,10 @@ Key = tuple[str, str]
 """(metric, group)"""
 
 PERPLEXITY_MARGIN = 0.10
+"""Perplexity that rises by no more than this share of the dense model's is often called fine."""
+
+NOT_YET = "not answered yet"
+
 FEWEST_IN_MEANS = 5
 """Samples of a suite below which its retained share may be anything, and would be the whole interval of a mean."""
 
@@ -128,6 +132,12 @@ class Evaluation:
     suite_record: dict[str, Any] = field(default_factory=dict)  # what was decided when the model was known
     grades: dict[str, float] = field(default_factory=dict)  # the judge's mean rating of each sample
 
+    @property
+    def status(self) -> str:
+        if self.reason is None:
+            return "complete"
+        return self.reason if self.reason == NOT_YET else "failed"
+
 
 @dataclass
 class Results:
@@ -140,7 +150,6 @@ class Results:
     evaluations: dict[tuple[str, str], Evaluation]
     judge: dict[str, Any] | None = None  # judge.json
     perplexity_margin: float = PERPLEXITY_MARGIN
-    """Perplexity that rises by at most this share of the dense model's looks fine."""
     _metrics: dict[str, Metric] = field(default_factory=dict, repr=False)
 
     def get(self, setting: str, suite: str) -> Evaluation:
@@ -280,7 +289,7 @@ def read_results(path: Path) -> Results:
 def _read_evaluation(store: EvaluationStore, setting: str, name: str, suite: Suite) -> Evaluation:
     result = store.result()
     if result is None or result["status"] != "complete":
-        return Evaluation(setting, name, reason=result["reason"] if result else "not answered yet")
+        return Evaluation(setting, name, reason=result["reason"] if result else NOT_YET)
     if not store.is_complete(result["key"]):
         return Evaluation(setting, name, reason="its samples are not the ones that were scored; run the sweep again")
     samples = store.samples()

@@ -17,9 +17,6 @@ SCORE_COLUMNS = tuple(
 )
 
 
-"""A perplexity that rises by no more than this is often called fine."""
-
-
 def scores_csv(results: Results) -> str:
     """One row for each setting, suite, metric and group. p_value is unadjusted; flips counts both directions.
 
@@ -100,6 +97,7 @@ def _leader(results: Results, result: SettingResult) -> dict[str, Any]:
             f"{suite}_verdict": (pair and pair.verdict) or "",
             f"{suite}_n": found.n if found else 0,
             f"{suite}_left_out": found.truncated + found.failed if found else 0,
+            f"{suite}_status": results.get(result.name, suite).status,
         }
     return row
 
@@ -181,7 +179,7 @@ def mean_cell(row: dict[str, Any]) -> str:
 
 def score_cell(row: dict[str, Any], suite: str) -> str:
     if row[suite] is None:
-        return "failed"
+        return row[suite + "_status"]
     interval = f"{number(row[suite])} [{number(row[suite + '_ci_low'])}, {number(row[suite + '_ci_high'])}]"
     left_out = f", {row[suite + '_left_out']} left out" if row[suite + "_left_out"] else ""
     return f"{interval} (n {row[suite + '_n']}{left_out}) {row[suite + '_verdict']}".rstrip()

@@ -125,7 +125,8 @@ def test_what_a_setting_has_not_answered_is_one_line_of_the_page(tmp_path):
         (run / "evaluations" / "magnitude@0.5" / suite / "scores.json").unlink()
     write_report(run)
     page = (run / "report.html").read_text(encoding="utf-8")
-    assert page.count("not answered yet") == 1
+    assert page.count("not answered yet") == 1 + len(suites)  # and in its cells of the leaderboard
+    assert "failed" not in (run / "leaderboard.md").read_text(encoding="utf-8")
     assert "magnitude@0.5 on factoid_qa, perplexity: not answered yet" in page
 
 
