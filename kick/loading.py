@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     import torch
 
 _OTHER = "Is its config.json its own?"
+_AS_BROUGHT = (
+    "Its weights are quantised. A sweep of its dense model unpacks and measures them as a model compressed elsewhere: "
+    "docs/compressors.md. --debug shows the whole error."
+)
 
 
 def load_tokenizer(path: Path) -> Any:
@@ -51,7 +55,8 @@ def load_model(path: Path, dtype: str, device: str) -> "torch.nn.Module":
         )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise ModelError(
-            f"the model {path.name} cannot be loaded: {first_line(error)}", "--debug shows the whole error."
+            f"the model {path.name} cannot be loaded: {first_line(error)}",
+            _AS_BROUGHT if _is_quantized(path) else "--debug shows the whole error.",
         ) from error
     if path.is_file():
         _forget_quantization(model)
@@ -68,6 +73,10 @@ def load_model(path: Path, dtype: str, device: str) -> "torch.nn.Module":
     if path.is_dir():
         adapters.attach(model, adapters.load(path))
     return model
+
+
+def _is_quantized(path: Path) -> bool:
+    return path.is_dir() and "quantization_config" in read_json(path / "config.json")
 
 
 def without_a_place(path: Path, names: list[str]) -> ModelError:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -119,6 +120,15 @@ def test_linears_that_were_left_out_are_named(tiny_model, tmp_path):
     config = json.loads((out / "config.json").read_text())["quantization_config"]
     assert list(config["dynamic"]) == [f"-:^model\\.layers\\.{i}\\.mlp\\.down_proj$" for i in range(2)]
     assert load_file(out / "model.safetensors")["model.layers.0.mlp.down_proj.weight"].dtype == torch.float16
+
+
+@pytest.mark.skipif(find_spec("gptqmodel") is not None, reason="with gptqmodel transformers reads it")
+def test_a_packed_checkpoint_by_itself_is_told_the_way_in(tiny_model, tmp_path, capsys):
+    made = make(tiny_model, tmp_path / "made", "rtn", "4", group_size=16)
+    out = find_format("gptq")(made, tmp_path / "packed", "auto")
+    asked = ["evaluate", str(out), "--suite", "factoid_qa", "--limit", "2", "--data", "embedded"]
+    assert main([*asked, "--out", str(tmp_path / "run")]) != 0
+    assert "Its weights are quantised" in capsys.readouterr().err
 
 
 def test_only_quantised_checkpoints_are_packed(tiny_model, tmp_path):
