@@ -9,7 +9,7 @@ import faulthandler
 import gc
 import traceback
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, TextIO
@@ -61,81 +61,92 @@ class Rules:
     log: TextIO | None = None
 
 
-def carry_out(plan: Plan, store: Store, workshop: Workshop, work: Work, watch: Watch, rules: Rules) -> Iterator[str]:
+def carry_out(workshop: Workshop, work: Work, watch: Watch, rules: Rules) -> Iterator[str]:
     """Do `work`, and name each suite once its evaluation has ended.
 
     What fails is recorded and the rest goes on, unless nothing can be recorded: then RunError.
     """
     workshop.begin()
-    with store.alone_with(work.setting):
-        yield from _carry_out(plan, store, workshop, work, watch, rules)
+    with workshop.store.alone_with(work.setting):
+        yield from _UnderWay(workshop, work, watch, rules).suites()
 
 
-def _carry_out(plan: Plan, store: Store, workshop: Workshop, work: Work, watch: Watch, rules: Rules) -> Iterator[str]:
-    setting = next(setting for setting in plan.settings if setting.name == work.setting)
-    by_name = {suite.name: suite for suite in plan.suites}
-    halvings = dict(work.owed)
-    suites = [by_name[name] for name in halvings]
-    with _limited(rules):
-        if setting.name == DENSE:
-            check_parity(plan, store, workshop, watch)
-        if not suites:
-            try:
-                workshop.checkpoint(setting, watch)
-            except Exception as error:  # told again by each evaluation that needs it
-                _stop_if_full(error)
-    for spec in lms_of(plan, setting, suites):
-        left = deque(suite for suite in suites if plan.lm_of(setting, suite) == spec)
-        while left:  # once, unless an engine ends under a suite
-            yield from _ask(plan, store, workshop, setting, spec, left, halvings, watch, rules)
+class _UnderWay:
+    """A work that is being done: what all its suites have in common."""
 
+    def __init__(self, workshop: Workshop, work: Work, watch: Watch, rules: Rules) -> None:
+        self.workshop, self.watch, self.rules = workshop, watch, rules
+        self.plan, self.store = workshop.plan, workshop.store
+        self.setting = next(setting for setting in self.plan.settings if setting.name == work.setting)
+        self.halvings = dict(work.owed)
 
-def _ask(
-    plan: Plan,
-    store: Store,
-    workshop: Workshop,
-    setting: Setting,
-    spec: LMSpec,
-    left: deque[PlannedSuite],
-    halvings: Mapping[str, int],
-    watch: Watch,
-    rules: Rules,
-) -> Iterator[str]:
-    """Ask one LM the suites that are `left`, as long as it lives."""
-    try:
-        with _limited(rules):
-            path = workshop.checkpoint(setting, watch).path
-            lm = load_lm(spec, path, plan.dtype_of(setting), plan.device, setting.name)
-    except Exception as error:  # whatever a compressor does wrong costs its own setting only
-        while left:
-            suite = left.popleft()
-            _failed(plan, store, setting, suite, error, watch, rules)
-            yield suite.name
-        return
-    with closing(lm):
-        lives = True
-        while left and lives:
-            suite = left.popleft()
-            watch.start(f"{setting.name}: {suite.name}", suite.name, len(suite.examples))
-            try:
-                with _limited(rules):
-                    evaluate(
-                        lm,
-                        workshop.dense_lm(setting, suite, lm, watch) if suite.suite.needs_dense else None,
-                        suite,
-                        store.evaluation(setting.name, suite.name),
-                        plan.key(setting, suite),
-                        max(1, suite.suite.at_once(spec.batch_size) >> halvings[suite.name]),
-                        watch,
-                    )
-            except Exception as error:  # likewise for a suite
-                _failed(plan, store, setting, suite, error, watch, rules)
-                lives = not isinstance(error, EngineError)
-            watch.stop()
-            yield suite.name
-    workshop.forget_dense()
-    del lm
-    gc.collect()
+    def suites(self) -> Iterator[str]:
+        by_name = {suite.name: suite for suite in self.plan.suites}
+        suites = [by_name[name] for name in self.halvings]
+        with _limited(self.rules):
+            if self.setting.name == DENSE:
+                check_parity(self.workshop, self.watch)
+            if not suites:
+                try:
+                    self.workshop.checkpoint(self.setting, self.watch)
+                except Exception as error:  # told again by each evaluation that needs it
+                    _stop_if_full(error)
+        for spec in lms_of(self.plan, self.setting, suites):
+            left = deque(suite for suite in suites if self.plan.lm_of(self.setting, suite) == spec)
+            while left:  # once, unless an engine ends under a suite
+                yield from self._ask(spec, left)
+
+    def _ask(self, spec: LMSpec, left: deque[PlannedSuite]) -> Iterator[str]:
+        """Ask one LM the suites that are `left`, as long as it lives."""
+        try:
+            with _limited(self.rules):
+                path = self.workshop.checkpoint(self.setting, self.watch).path
+                lm = load_lm(spec, path, self.plan.dtype_of(self.setting), self.plan.device, self.setting.name)
+        except Exception as error:  # whatever a compressor does wrong costs its own setting only
+            while left:
+                suite = left.popleft()
+                self._failed(suite, error)
+                yield suite.name
+            return
+        with closing(lm):
+            lives = True
+            while left and lives:
+                suite = left.popleft()
+                self.watch.start(f"{self.setting.name}: {suite.name}", suite.name, len(suite.examples))
+                try:
+                    with _limited(self.rules):
+                        self._evaluate(lm, spec, suite)
+                except Exception as error:  # likewise for a suite
+                    self._failed(suite, error)
+                    lives = not isinstance(error, EngineError)
+                self.watch.stop()
+                yield suite.name
+        self.workshop.forget_dense()
+        del lm
+        gc.collect()
+
+    def _evaluate(self, lm: Any, spec: LMSpec, suite: PlannedSuite) -> None:
+        dense = self.workshop.dense_lm(self.setting, suite, lm, self.watch) if suite.suite.needs_dense else None
+        evaluate(
+            lm,
+            dense,
+            suite,
+            self.store.evaluation(self.setting.name, suite.name),
+            self.plan.key(self.setting, suite),
+            max(1, suite.suite.at_once(spec.batch_size) >> self.halvings[suite.name]),
+            self.watch,
+        )
+
+    def _failed(self, suite: PlannedSuite, error: Exception) -> None:
+        """Record why an evaluation could not be done; where nothing more can be done in this process, end it."""
+        _stop_if_full(error)
+        if not isinstance(error, KickError) and not _still_computes(self.plan.device):
+            raise error
+        reason = str(error) if isinstance(error, KickError) else f"{type(error).__name__}: {error}"
+        if self.rules.debug:
+            self.watch.note("".join(traceback.format_exception(error)))
+        may_go = is_out_of_memory(error) or isinstance(error, EngineError)
+        record_failure(self.plan, self.store, self.setting, suite, reason, may_go)
 
 
 @contextmanager
@@ -152,20 +163,6 @@ def _limited(rules: Rules) -> Iterator[None]:
         yield
     finally:
         faulthandler.cancel_dump_traceback_later()
-
-
-def _failed(
-    plan: Plan, store: Store, setting: Setting, suite: PlannedSuite, error: Exception, watch: Watch, rules: Rules
-) -> None:
-    """Record why an evaluation could not be done; where nothing more can be done in this process, end it instead."""
-    _stop_if_full(error)
-    if not isinstance(error, KickError) and not _still_computes(plan.device):
-        raise error
-    reason = str(error) if isinstance(error, KickError) else f"{type(error).__name__}: {error}"
-    if rules.debug:
-        watch.note("".join(traceback.format_exception(error)))
-    may_go = is_out_of_memory(error) or isinstance(error, EngineError)
-    record_failure(plan, store, setting, suite, reason, may_go)
 
 
 def _still_computes(device: str) -> bool:
@@ -201,8 +198,9 @@ def _stop_if_full(error: Exception) -> None:
         ) from error
 
 
-def check_parity(plan: Plan, store: Store, workshop: Workshop, watch: Watch) -> None:
+def check_parity(workshop: Workshop, watch: Watch) -> None:
     """Where several LMs answer, whether they say the same of the dense model; once a run, kept in run.json."""
+    plan, store = workshop.plan, workshop.store
     first, *others = distinct(spec.model_copy(update={"batch_size": 1}) for spec in lms(plan.config))
     if not others or store.parity() is not None:
         return

@@ -324,8 +324,8 @@ def test_an_lm_that_fails_the_check_of_parity_is_closed_before_the_next_is_loade
     specs = [LMSpec(name="fast"), LMSpec(name="vllm")]
     monkeypatch.setattr(work, "lms", lambda config: specs)
     plan = SimpleNamespace(config=None, settings=[None], dtype="float32", device="cpu")
-    workshop = SimpleNamespace(checkpoint=lambda *_: SimpleNamespace(path=None))
-    work.check_parity(plan, store, workshop, SimpleNamespace(note=events.append))
+    workshop = SimpleNamespace(plan=plan, store=store, checkpoint=lambda *_: SimpleNamespace(path=None))
+    work.check_parity(workshop, SimpleNamespace(note=events.append))
     assert events[:4] == ["load fast", "close fast", "load vllm", "close vllm"]
     assert kept
 

@@ -17,7 +17,7 @@ class Inline(Executor):
 
     def submit(self, work: Work) -> None:
         self._workshop = self._workshop or Workshop(self.plan, self.store)
-        for _ in carry_out(self.plan, self.store, self._workshop, work, self.watch(), Rules(debug=self.job.debug)):
+        for _ in carry_out(self._workshop, work, self.watch(), Rules(debug=self.job.debug)):
             pass
         self._ended = Ended(work)
 

@@ -49,4 +49,4 @@ class Site:
 
     def carry_out(self, work: Work, watch: Watch) -> Iterator[str]:
         """Do `work`, and name each suite once its evaluation has ended."""
-        return carry_out(self.plan, self.store, self.workshop, work, watch, self.rules)
+        return carry_out(self.workshop, work, watch, self.rules)
