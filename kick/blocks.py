@@ -138,6 +138,15 @@ def largest_block_list(model: nn.Module, order: list[nn.Module] | None = None) -
     return name, layers
 
 
+def count_block_weights(model: nn.Module) -> int:
+    """Weights of the linears inside the decoder blocks, also of a model on the meta device."""
+    return sum(
+        module.weight.numel()
+        for module in largest_block_list(model)[1].modules()
+        if isinstance(module, nn.Linear | Conv1D)
+    )
+
+
 def _has_linear(module: nn.Module) -> bool:
     return any(isinstance(child, nn.Linear | Conv1D) for child in module.modules())
 

@@ -205,6 +205,8 @@ def compress(options: Namespace) -> int:
 
 def _what_to_compress(options: Namespace) -> tuple[str, Setting, CalibrationSpec]:
     """Model, setting and calibration, from the arguments or from a sweep file that holds a setting of that name."""
+    from kick.sweep.sizes import with_sizes_as_levels
+
     if not options.model.endswith((".yaml", ".yml")):
         asked = parse_setting(options.setting)
         own, calibration = compress_params(options.param, [stage.compressor for stage in asked.stages])
@@ -212,15 +214,16 @@ def _what_to_compress(options: Namespace) -> tuple[str, Setting, CalibrationSpec
         setting = Setting(compressor=first.compressor, level=first.level, params=first.params, then=tuple(then))
         return options.model, setting, calibration
     config = configs.load(Path(options.model))
-    found = {setting.name: setting for setting in config.all_settings()}
-    if options.setting not in found:
-        raise unknown_name("setting", options.setting, found, f"{options.model} names them.")
     if options.param:
         raise ConfigError(f"--param {options.param[0]} beside {options.model}.", "Change it in the file.")
     if not isinstance(config.model, str):
         raise ConfigError(f"{options.model} names several models.", "Give one of them, and the setting with --param.")
     options.dtype = config.dtype if options.dtype == "auto" else options.dtype
     options.device = config.device if options.device == "auto" else options.device
+    _, dtype = devices.choose(options.device, options.dtype)
+    found = {setting.name: setting for setting in with_sizes_as_levels(config, dtype).all_settings()}
+    if options.setting not in found:
+        raise unknown_name("setting", options.setting, found, f"{options.model} names them.")
     setting = found[options.setting]
     return config.model, setting, setting.calibration or config.calibration
 

@@ -39,6 +39,15 @@ def check_label(label: str) -> str:
 Varied = dict[str, Annotated[tuple[Any, ...], Field(min_length=1)]]
 
 
+class SameSize(Spec):
+    """Levels by the sizes of other models, dense, in the run's precision: see kick.sweep.sizes."""
+
+    models: tuple[str, ...] = Field(min_length=1, description="as `model`")
+    by: Literal["bytes", "parameters"] = Field(
+        default="bytes", description="of weights that are not zero and a bit for each that may be, or their number"
+    )
+
+
 class Grid(Policy):
     """One compressor at several levels and seeds: a setting for each combination. `then` holds later stages."""
 
@@ -47,6 +56,9 @@ class Grid(Policy):
         default=("",),
         min_length=1,
         description="sparsities, patterns, bits or shapes; `sparsities`, `patterns`, `bits`: the usual ones",
+    )
+    same_size: SameSize | None = Field(
+        default=None, description="instead of levels: as sparse as it takes to be worth what smaller models are"
     )
     params: dict[str, Any] = Field(
         default_factory=dict, description="of that compressor: `kick list compressors --json`"
@@ -76,6 +88,12 @@ class Grid(Policy):
             texts = (level if isinstance(level, str) else repr(level) for level in given)
             return tuple(level for text in texts for level in USUAL_LEVELS.get(text, (text,)))
         return levels
+
+    @model_validator(mode="after")
+    def _levels_once(self) -> "Grid":
+        if self.same_size is not None and self.levels != ("",):
+            raise ValueError("levels and same_size are two ways to say how far: give one of them")
+        return self
 
     def settings(self, calibration: CalibrationSpec) -> list[Setting]:
         """calibration: the sweep's. Raises ConfigError for a key that a calibration does not have."""

@@ -26,6 +26,7 @@ from kick.spec import distinct, validated
 from kick.suite import DataSource, Example, Suite, data_fingerprint, repeated_id, subset
 from kick.sweep.executors import find_executor
 from kick.sweep.overlap import shared_passage
+from kick.sweep.sizes import with_sizes_as_levels
 
 WORKER_BYTES = 1.0e9
 """Memory of a process without a model: libraries and questions."""
@@ -107,14 +108,13 @@ class Plan:
             "dtype": self.dtype,
             "device": self.device,
             "engines": self.engines,
-            "calibration": self._calibration(self.config.calibration),
             "versions": {name: version for name, version in meter.versions().items() if name in _RELEVANT_VERSIONS},
             "settings": {
                 setting.name: {
                     **setting.model_dump(mode="json"),
                     "plugins": [_plugin_version(plugins.COMPRESSORS, stage.compressor) for stage in setting.stages],
                     **({"inputs": inputs} if any(inputs := self.inputs.get(setting.name, [])) else {}),
-                    **({"calibration": self._calibration(setting.calibration)} if setting.calibration else {}),
+                    **self._calibration(setting),
                 }
                 for setting in self.settings
             },
@@ -127,12 +127,18 @@ class Plan:
             },
         }
 
-    def _calibration(self, spec: CalibrationSpec) -> dict[str, Any]:
-        drawn = self.calibrations.get(spec)
+    def _calibration(self, setting: Setting) -> dict[str, Any]:
+        """Nothing where the setting needs none, so that it may stand in a run beside any."""
+        if self.given is not None or not needs_calibration(prepare(setting)):
+            return {}
+        spec = setting.calibration or self.config.calibration
+        drawn = self.calibrations[spec]
         return {
-            **spec.model_dump(mode="json"),
-            "tokens": drawn.fingerprint if drawn else "",
-            "precision": drawn.precision if drawn else "",
+            "calibration": {
+                **spec.model_dump(mode="json"),
+                "tokens": drawn.fingerprint,
+                "precision": drawn.precision,
+            }
         }
 
     def lm_of(self, setting: Setting, suite: PlannedSuite) -> LMSpec:
@@ -157,6 +163,9 @@ def make_plan(config: SweepConfig, as_is: bool = False, weights: bool = True, re
     """
     executor = find_executor(config.executor)
     executor.check(config.executor)
+    device = executor.device(config.executor, config.device)
+    dtype = devices.choose_dtype(config.dtype, device)
+    config = with_sizes_as_levels(config, dtype)
     settings = config.all_settings()
     inputs = {setting.name: [step.compressor.inputs() for step in prepare(setting)] for setting in settings}
     if config.judge is not None:  # what would stop the judge at the end is said at the beginning
@@ -179,8 +188,6 @@ def make_plan(config: SweepConfig, as_is: bool = False, weights: bool = True, re
             )
     names = [setting.name for setting in settings]
     engines = [find_lm(spec.name).check(params_of(spec), names) for spec in lms(config)]
-    device = executor.device(config.executor, config.device)
-    dtype = devices.choose_dtype(config.dtype, device)
     path = models.fetch(source, weights=weights)
     calibrations = {}
     if given is None:

@@ -42,6 +42,9 @@ from kick.sweep.plan import Plan
 RUN = "run.json"
 JUDGE, JUDGE_CACHE = "judge.json", "judge-cache.jsonl"
 FORMAT = 1
+_MAY_GROW = ("settings", "suites")
+_OF_PLAN = ("config", "settings", "suites", "seeds", "identity")
+"""Keys of run.json that a longer sweep file changes; the others tell of the machine that began the run."""
 
 
 class Store:
@@ -56,15 +59,15 @@ class Store:
     @staticmethod
     @contextmanager
     def open(root: Path, plan: Plan, fresh: bool = False) -> Iterator["Store"]:
-        """The run directory for `plan`, created or taken up again, locked until the block ends.
+        """The run directory for `plan`, created, taken up again or extended, locked until the block ends.
 
-        Raises RunError if it holds a run of another configuration, is in use, or is a folder of something else.
+        Raises RunError if it holds a run that `plan` does not go on with, is in use, or is a folder of something else.
         """
         check_usable(root, plan, fresh)
         root.mkdir(parents=True, exist_ok=True)
         with lock(root) as lock_file:
             if not fresh:
-                check_same(root, plan.identity)  # another may have begun it before the lock was ours
+                check_continues(root, plan.identity)  # another may have begun it before the lock was ours
             if fresh:
                 for part in ("evaluations", "checkpoints", "figures", "logs"):
                     shutil.rmtree(root / part, ignore_errors=True)
@@ -76,8 +79,11 @@ class Store:
             yield store
 
     def _begin(self, plan: Plan) -> None:
-        if (self.root / RUN).exists():
+        """Write run.json, or what settings and suites add to it."""
+        held = read_json(self.root / RUN) if (self.root / RUN).exists() else {}
+        if held and not differences(held["identity"], plan.identity):
             return
+        kept = {key: held[key] for key in held if key not in _OF_PLAN}
         source = {
             "name": plan.source.name,
             "kind": plan.source.kind,
@@ -111,6 +117,7 @@ class Store:
                 "versions": meter.versions(),
                 "hardware": meter.hardware(plan.device),
                 "identity": plan.identity,
+                **kept,
             },
         )
 
@@ -341,11 +348,14 @@ def check_usable(root: Path, plan: Plan, fresh: bool) -> None:
             f"{root} is not empty and holds no {RUN}.", "Choose another --out: kick writes into folders of its own."
         )
     if not fresh:
-        check_same(root, plan.identity)
+        check_continues(root, plan.identity)
 
 
-def check_same(root: Path, identity: dict[str, Any]) -> None:
-    """Raise RunError if the run in `root` was made by something else than `identity`; no run there is fine."""
+def check_continues(root: Path, identity: dict[str, Any]) -> None:
+    """Raise RunError if a run of `identity` does not go on with the one in `root`; no run there is fine.
+
+    It may have more settings and suites: what was answered stays as it is, and the rest is asked.
+    """
     if not (root / RUN).is_file():
         return
     try:
@@ -354,10 +364,12 @@ def check_same(root: Path, identity: dict[str, Any]) -> None:
         raise RunError(
             f"{root / RUN} cannot be read.", "Choose another --out, or --fresh to start that folder again."
         ) from error
-    if shown := differences(held, identity):
+    known = {part: {name: own for name, own in identity[part].items() if name in held[part]} for part in _MAY_GROW}
+    if shown := differences(held, {**identity, **known}):
         raise RunError(
             f"{root} holds a run of another configuration: {shown}.",
-            "Choose another --out, or --fresh to start that folder again.",
+            "Settings and suites may be added to a run. Else choose another --out, or --fresh to start that folder "
+            "again.",
         )
 
 

@@ -340,6 +340,55 @@ def test_a_folder_of_another_configuration(finished, config, tmp_path, capsys):
     assert json.loads((out / "run.json").read_text())["dtype"] == "bfloat16"
 
 
+LONGER = """
+model: {model}
+data: embedded
+settings: ["wanda@0.5", magnitude@0.5]
+calibration: {{samples: 2, sequence_length: 32}}
+suites:
+  - {{suite: divergence, limit: 4}}
+  - {{suite: factoid_qa, params: {{shots: 2, max_new_tokens: 6}}, limit: 20}}
+lm: {{batch_size: 4}}
+"""
+
+
+def test_settings_and_suites_may_be_added_to_a_run(tmp_path, tiny_model, capsys):
+    """What was answered is not asked again, and all of it is what one run of the longer file gives."""
+    longer, shorter = tmp_path / "longer.yaml", tmp_path / "shorter.yaml"
+    longer.write_text(LONGER.format(model=tiny_model))
+    lines = LONGER.format(model=tiny_model).replace('"wanda@0.5", ', "").split("\n")
+    shorter.write_text("\n".join(line for line in lines if "divergence" not in line))
+    assert cli.main(["sweep", str(longer), "--out", str(tmp_path / "whole")]) == 0
+    out = tmp_path / "run"
+    assert cli.main(["sweep", str(shorter), "--out", str(out)]) == 0
+    answered = {path: path.stat().st_mtime_ns for path in out.glob("evaluations/*/factoid_qa/samples.jsonl")}
+    begun = json.loads((out / "run.json").read_text())
+    capsys.readouterr()
+    assert cli.main(["sweep", str(longer), "--out", str(out), "--dry-run"]) == 0
+    assert "6 evaluations, 2 already there, 4 to do" in capsys.readouterr().out
+    assert json.loads((out / "run.json").read_text()) == begun
+    assert cli.main(["sweep", str(longer), "--out", str(out)]) == 0
+    assert len(answered) == 2
+    assert all(path.stat().st_mtime_ns == when for path, when in answered.items())
+    assert (out / "scores.csv").read_bytes() == (tmp_path / "whole" / "scores.csv").read_bytes()
+    extended = json.loads((out / "run.json").read_text())
+    whole = json.loads((tmp_path / "whole" / "run.json").read_text())
+    assert extended["started"] == begun["started"]
+    assert {**extended, "started": 0} == {**whole, "started": 0}
+    assert cli.main(["sweep", str(longer), "--out", str(out)]) == 0  # and it is taken up again as any run
+
+
+def test_nothing_may_be_taken_from_a_run(finished, config, tmp_path, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    lines = config.read_text().replace("magnitude@0.5, ", "").split("\n")
+    config.write_text("\n".join(line for line in lines if "mmlu" not in line))
+    assert cli.main(["sweep", str(config), "--out", str(out)]) == 2
+    error = capsys.readouterr().err
+    assert "settings.magnitude@0.5 is there, here not; suites.mmlu is there, here not" in error
+    assert "may be added" in error
+
+
 def test_a_folder_of_something_else(config, tmp_path, capsys):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").write_bytes(b"")
