@@ -158,7 +158,7 @@ def agreement(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> str:
     """In words: answers that differ, the largest difference of a log-likelihood, the score of each."""
     if any(a["prompt"] != b["prompt"] for a, b in zip(ours, theirs, strict=True)):
         raise SystemExit("The two were asked different prompts: their times say nothing about each other.")
-    different = sum(a["output"] != b["output"] for a, b in zip(ours, theirs, strict=True))
+    different = sum(_answer(a) != _answer(b) for a, b in zip(ours, theirs, strict=True))
     pairs = [
         abs(x - y) for a, b in zip(ours, theirs, strict=True) for x, y in zip(a["values"], b["values"], strict=True)
     ]
@@ -167,6 +167,12 @@ def agreement(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> str:
         words += f", log-likelihoods by at most {max(pairs):.1e}"
     scores = [sum(row["score"] for row in rows) / len(rows) for rows in (ours, theirs)]
     return f"{words}, score {scores[0]:.3f} and {scores[1]:.3f}"
+
+
+def _answer(row: dict[str, Any]) -> Any:
+    """Suites of lm-eval only rank options: there it is the likeliest one."""
+    values = row["values"]
+    return row["output"] if row["output"] is not None else max(range(len(values)), key=values.__getitem__)
 
 
 # One measurement, in a process of its own
