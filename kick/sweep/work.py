@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, TextIO
 
 import torch
 
+from kick.checkpoint import Checkpoint
 from kick.errors import EngineError, KickError, RunError
 from kick.lm import load_lm
 from kick.lm.memory import is_out_of_memory
@@ -88,7 +89,7 @@ class _UnderWay:
                 check_parity(self.workshop, self.watch)
             if not suites:
                 try:
-                    self.workshop.checkpoint(self.setting, self.watch)
+                    self._checkpoint()
                 except Exception as error:  # told again by each evaluation that needs it
                     _stop_if_full(error)
         for spec in lms_of(self.plan, self.setting, suites):
@@ -100,7 +101,7 @@ class _UnderWay:
         """Ask one LM the suites that are `left`, as long as it lives."""
         try:
             with _limited(self.rules):
-                path = self.workshop.checkpoint(self.setting, self.watch).path
+                path = self._checkpoint().path
                 lm = load_lm(spec, path, self.plan.dtype_of(self.setting), self.plan.device, self.setting.name)
         except Exception as error:  # whatever a compressor does wrong costs its own setting only
             while left:
@@ -124,6 +125,9 @@ class _UnderWay:
         self.workshop.forget_dense()
         del lm
         gc.collect()
+
+    def _checkpoint(self) -> Checkpoint:
+        return self.workshop.checkpoint(self.setting, _Moving(self.watch, self.rules))
 
     def _evaluate(self, lm: Any, spec: LMSpec, suite: PlannedSuite) -> None:
         dense = self.workshop.dense_lm(self.setting, suite, lm, self.watch) if suite.suite.needs_dense else None
@@ -155,14 +159,30 @@ def _limited(rules: Rules) -> Iterator[None]:
 
     A process that has nobody to start it again has no log to leave that in, and is not ended.
     """
-    if rules.timeout is None or rules.log is None:
-        yield
-        return
-    faulthandler.dump_traceback_later(rules.timeout, exit=True, file=rules.log)
+    _start_timeout(rules)
     try:
         yield
     finally:
         faulthandler.cancel_dump_traceback_later()
+
+
+def _start_timeout(rules: Rules) -> None:
+    """From now on; the one before counts no more."""
+    if rules.timeout is not None and rules.log is not None:
+        faulthandler.dump_traceback_later(rules.timeout, exit=True, file=rules.log)
+
+
+class _Moving:
+    """A watch of what may take hours, as training does: whenever something is shown, the timeout starts again."""
+
+    def __init__(self, watch: Watch, rules: Rules) -> None:
+        self._watch, self._rules = watch, rules
+        self.start, self.skip, self.advance = watch.start, watch.skip, watch.advance
+        self.stop, self.note = watch.stop, watch.note
+
+    def show(self, *progress: object) -> None:
+        _start_timeout(self._rules)
+        self._watch.show(*progress)
 
 
 def _still_computes(device: str) -> bool:

@@ -244,6 +244,33 @@ def test_what_hangs_is_ended_by_the_timeout(config, tmp_path):
     assert "it took longer than the timeout of 15 s" in scores["reason"]
 
 
+SLOW = """
+import time
+from kick_compressors.magnitude import Magnitude
+
+class Slow(Magnitude):
+    name = "slow"
+    def compress(self, model, level, calibration, progress):
+        for step in range(4):
+            time.sleep({pause})
+            progress(step, 4, "a step")
+        return super().compress(model, level, calibration, progress=progress)
+"""
+
+
+@pytest.mark.parametrize(("pause", "goes_on"), [(4, True), (3600, False)])
+def test_a_compression_may_take_longer_than_the_timeout_as_long_as_it_moves(config, tmp_path, pause, goes_on):
+    (tmp_path / "slow.py").write_text(SLOW.format(pause=pause))
+    sweep = config.read_text().replace("[magnitude@0.3, magnitude@0.5]", "[slow@0.5]")
+    (tmp_path / "sweep.yaml").write_text(sweep.replace("workers: 1", "workers: 1, retries: 0, timeout: 10"))
+    command = ["sweep", tmp_path / "sweep.yaml", "--out", tmp_path / "run", "--plugin", tmp_path / "slow.py"]
+    code, _, err = finish(kick(*command))
+    assert code == (0 if goes_on else 1), err
+    scores = json.loads((tmp_path / "run/evaluations/slow@0.5/mmlu/scores.json").read_text())
+    assert scores["status"] == ("complete" if goes_on else "failed")
+    assert goes_on or "it took longer than the timeout of 10 s" in scores["reason"]
+
+
 def test_what_runs_out_of_memory_is_tried_again_with_smaller_batches(config, tmp_path):
     trouble = "if len(examples) > 1: raise MemoryError('too many')"
     code, _, err = finish(kick(*troubled(tmp_path, config, trouble)))

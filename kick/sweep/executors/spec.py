@@ -16,5 +16,7 @@ class ExecutorSpec(Spec):
         description="works at once; auto: one a GPU, on a CPU what cores and memory allow; clusters queue",
     )
     retries: int = Field(default=2, ge=0, description="of an evaluation that its process did not survive")
-    timeout: float | None = Field(default=None, gt=0, description="seconds for one evaluation, or one compression")
+    timeout: float | None = Field(
+        default=None, gt=0, description="seconds for one evaluation; for a compression, without any progress"
+    )
     params: dict[str, Any] = Field(default_factory=dict, description="of ray and slurm: see docs/clusters.md")
