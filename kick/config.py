@@ -11,7 +11,7 @@ import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from kick.calibration import CalibrationSpec
-from kick.errors import ConfigError
+from kick.errors import ConfigError, did_you_mean
 from kick.judge.spec import JudgeSpec
 from kick.levels import USUAL_LEVELS
 from kick.lm.spec import LMSpec
@@ -342,9 +342,10 @@ def _explain(error: ValidationError, content: dict[str, Any], where: str) -> tup
     first = found[0]
     path = ".".join(map(str, place))
     more = f" ({len(faults) - 1} more)" if len(faults) > 1 else ""
-    allowed = f"Allowed there: {', '.join(_model_at(place[:-1]).model_fields)}."
+    known = _model_at(place[:-1]).model_fields
+    allowed = f"Allowed there: {', '.join(known)}."
     if first["type"] == "extra_forbidden":
-        return f"{where}: unknown key '{path}'{more}.", allowed
+        return f"{where}: unknown key '{path}'{more}.{did_you_mean(str(place[-1]), known)}", allowed
     if first["type"] == "missing":
         return f"{where}: the key '{path}' is missing{more}.", allowed
     messages = dict.fromkeys(fault["msg"] for fault in found)

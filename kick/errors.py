@@ -68,10 +68,15 @@ class TrackerError(KickError):
 def unknown_name(kind: str, name: str, known: Iterable[str], hint: str = "") -> UnknownNameError:
     """An error for `name` that lists what is known, the nearest first in the message."""
     known = sorted(known)
-    near = get_close_matches(name, known, n=1, cutoff=0.5)
-    message = f"no {kind} named '{name}'." + (f" Did you mean '{near[0]}'?" if near else "")
+    message = f"no {kind} named '{name}'.{did_you_mean(name, known)}"
     listing = f"Known: {', '.join(known)}." if known else f"No {kind} is installed."
     return UnknownNameError(message, f"{listing} {hint}".rstrip())
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A question after a full stop, or nothing where nothing known is near."""
+    near = get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" Did you mean '{near[0]}'?" if near else ""
 
 
 def first_line(error: BaseException) -> str:

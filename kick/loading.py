@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import torch
 
 _OTHER = "Is its config.json its own?"
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 _AS_BROUGHT = (
     "Its weights are quantised. A sweep of its dense model unpacks and measures them as a model compressed elsewhere: "
     "docs/compressors.md. --debug shows the whole error."
@@ -26,6 +27,11 @@ def load_tokenizer(path: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, **options, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
+        if path.is_dir() and not any((path / name).is_file() for name in _TOKENIZERS):
+            raise ModelError(
+                f"{path} holds no tokenizer: none of {', '.join(_TOKENIZERS)}.",
+                "Copy there the tokenizer files of the model that it was made of.",
+            ) from error
         raise ModelError(
             f"the tokenizer of {path.name} cannot be loaded: {first_line(error)}", "--debug shows the whole error."
         ) from error

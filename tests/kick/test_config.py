@@ -85,7 +85,7 @@ def make_all(config):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        (MINIMAL + "modle: x\n", ["unknown key 'modle'", "Allowed there: model, settings"]),
+        (MINIMAL + "modle: x\n", ["unknown key 'modle'", "Did you mean 'model'?", "Allowed there: model, settings"]),
         (MINIMAL + "lm: {batch: 3}\n", ["unknown key 'lm.batch'", "Allowed there: name, batch_size"]),
         ("model: m\nsuites: [{suite: mmlu, shots: 5}]\n", ["unknown key 'suites.0.shots'", "params"]),
         (MINIMAL + "lm: {batch_size: many}\n", ["lm.batch_size is 'many'", "valid integer"]),

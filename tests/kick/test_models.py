@@ -139,6 +139,12 @@ def test_damaged_files_are_one_clear_error(tiny_model, tmp_path, capsys):
         loading.count_parameters(tmp_path / "model.gguf")
 
 
+def test_a_folder_without_a_tokenizer(tmp_path):
+    make_tiny_llama().save_pretrained(tmp_path / "weights")
+    with pytest.raises(ModelError, match=r"weights holds no tokenizer.*\n.*Copy there"):
+        loading.load_tokenizer(tmp_path / "weights")
+
+
 def test_precision_and_device():
     assert devices.default_dtype("cpu") == "float32"
     assert devices.default_dtype("cuda") == "bfloat16"
