@@ -171,6 +171,8 @@ def _run(plan: "Plan", out: Path, options: Namespace) -> tuple[int, str, dict[st
         )
     if unjudged:
         text += f"\n{unjudged} questions have no answer of the judge; the same command asks them again."
+    if config.judge is None and (lacking := results.not_judged):
+        text += f"\n{len(lacking)} evaluations are not judged yet, {lacking[0]} among them: kick judge {out}"
     if judge_error:
         text += f"\nThe judge could not grade: {judge_error}"
     if tracker_error:
@@ -220,8 +222,10 @@ def _what_to_compress(options: Namespace) -> tuple[str, Setting, CalibrationSpec
         raise ConfigError(f"{options.model} names several models.", "Give one of them, and the setting with --param.")
     options.dtype = config.dtype if options.dtype == "auto" else options.dtype
     options.device = config.device if options.device == "auto" else options.device
-    _, dtype = devices.choose(options.device, options.dtype)
-    found = {setting.name: setting for setting in with_sizes_as_levels(config, dtype).all_settings()}
+    found = {setting.name: setting for setting in config.all_settings()}
+    if options.setting not in found:  # it may be one that is named by a size
+        _, dtype = devices.choose(options.device, options.dtype)
+        found = {setting.name: setting for setting in with_sizes_as_levels(config, dtype).all_settings()}
     if options.setting not in found:
         raise unknown_name("setting", options.setting, found, f"{options.model} names them.")
     setting = found[options.setting]

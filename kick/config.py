@@ -40,11 +40,14 @@ Varied = dict[str, Annotated[tuple[Any, ...], Field(min_length=1)]]
 
 
 class SameSize(Spec):
-    """Levels by the sizes of other models, dense, in the run's precision: see kick.sweep.sizes."""
+    """Levels by the sizes of other models, dense, in the run's precision. Worked out by kick.sweep.sizes."""
 
     models: tuple[str, ...] = Field(min_length=1, description="as `model`")
     by: Literal["bytes", "parameters"] = Field(
         default="bytes", description="of weights that are not zero and a bit for each that may be, or their number"
+    )
+    levels: dict[str, str] | None = Field(
+        default=None, description="kick's own: the sparsity for each of the models whose size can be reached"
     )
 
 
@@ -97,9 +100,10 @@ class Grid(Policy):
 
     def settings(self, calibration: CalibrationSpec) -> list[Setting]:
         """calibration: the sweep's. Raises ConfigError for a key that a calibration does not have."""
+        levels = self.levels if self.same_size is None else dict.fromkeys((self.same_size.levels or {}).values())
         return [
             self._setting(level, seed, variation, calibration)
-            for level in self.levels
+            for level in levels
             for variation in combinations(self.vary)
             for seed in self.seeds
         ]

@@ -62,7 +62,7 @@ def load_model(path: Path, dtype: str, device: str) -> "torch.nn.Module":
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise ModelError(
             f"the model {path.name} cannot be loaded: {first_line(error)}",
-            _AS_BROUGHT if _is_quantized(path) else "--debug shows the whole error.",
+            _AS_BROUGHT if is_quantized(path) else "--debug shows the whole error.",
         ) from error
     if path.is_file():
         _forget_quantization(model)
@@ -81,7 +81,8 @@ def load_model(path: Path, dtype: str, device: str) -> "torch.nn.Module":
     return model
 
 
-def _is_quantized(path: Path) -> bool:
+def is_quantized(path: Path) -> bool:
+    """Whether a directory holds packed weights; those of a .gguf file are unpacked as they are read."""
     return path.is_dir() and "quantization_config" in read_json(path / "config.json")
 
 

@@ -206,14 +206,14 @@ def n_to_decide(n: int, retained: float, interval: Interval, tolerance: float = 
     return max(n + 1, int(np.ceil(n * (toward / distance) ** 2)))
 
 
-def frontier(levels: Sequence[tuple[float, Verdict]]) -> float | None:
+def frontier(levels: Sequence[tuple[float, str]]) -> float | None:
     """The largest level up to which every tested level matches; None if the smallest already does not.
 
-    levels: (how far, verdict), any order; a level with several verdicts (seeds) matches if all of them do. Verdicts are
-    not monotone: a level that matches beyond one that does not, or that is undecided, does not count. Verdicts without
-    signal are left out.
+    levels: (how far, verdict, or why there is none), any order; a level with several verdicts (seeds) matches if all of
+    them do. Verdicts are not monotone: a level that matches beyond one that does not, or that is undecided, does not
+    count. Verdicts without signal are left out.
     """
-    by_level: dict[float, list[Verdict]] = {}
+    by_level: dict[float, list[str]] = {}
     for level, outcome in levels:
         if outcome != "no signal":
             by_level.setdefault(level, []).append(outcome)

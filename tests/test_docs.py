@@ -34,7 +34,7 @@ def run(line, *changes):
 
 def test_the_commands_of_the_first_sweep(tmp_path, monkeypatch, tiny_model, capsys):
     monkeypatch.chdir(tmp_path)
-    sweep, _ = blocks("docs/first-sweep.md", "yaml")
+    sweep, *_ = blocks("docs/first-sweep.md", "yaml")
     (tmp_path / "first.yaml").write_text(sweep.replace("smollm2-135m", str(tiny_model)))
     lines = [line for block in blocks("docs/first-sweep.md", "console") for line in block.strip().split("\n")]
     assert len(lines) == 8
@@ -145,10 +145,13 @@ def test_the_table_of_keys_is_complete():
 def test_the_documented_study_has_a_setting_and_a_suite_for_each_value():
     from kick.config import parse, read_yaml
 
-    _, study = blocks("docs/first-sweep.md", "yaml")
+    _, study, by_size = blocks("docs/first-sweep.md", "yaml")
     config = parse({"model": "m", **read_yaml(study, "the page")}, "the page")
     assert len(config.all_settings()) == 1 + 3
     assert len(config.all_suites()) == 3
+    same = parse(read_yaml(by_size, "the page"), "the page").settings[0].same_size
+    assert same is not None
+    assert same.by == "bytes"
 
 
 def test_the_documented_executors_are_valid():

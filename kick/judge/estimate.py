@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from kick.errors import RunError
+from kick.errors import ConfigError, RunError
 from kick.judge.cache import Cache
 from kick.judge.client import most_tokens
 from kick.judge.questions import Question
@@ -13,7 +13,7 @@ from kick.judge.spec import JudgeSpec
 from kick.settings import DENSE
 from kick.suite import CHARACTERS_PER_TOKEN, Sample
 from kick.sweep.plan import Plan, PlannedSuite, judging_of
-from kick.sweep.store import JUDGE_CACHE
+from kick.sweep.store import JUDGE_CACHE, read_run
 
 _REPLY_TOKENS = 200
 _DENSE_SAYS = "one of dense "
@@ -77,9 +77,11 @@ def expected_of(plan: Plan, missing: Mapping[str, Collection[str]], out: Path | 
 
 
 def _not_judged(root: Path, spec: JudgeSpec) -> Expected:
+    known = {name: own for name, own in spec.suites.items() if name in read_run(root)["suites"]}
+    spec = spec.model_copy(update={"suites": known})
     try:
         evaluations = find_evaluations(root, spec)
-    except RunError:  # no suite of it is finished
+    except (RunError, ConfigError):  # no suite of it is finished, or judged ones are only now being added
         return Expected()
     missing = unanswered(by_key(evaluations).values(), Cache(root / JUDGE_CACHE, spec))
     return _of(asked.question for asked in missing)

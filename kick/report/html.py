@@ -10,7 +10,7 @@ from kick.levels import Bits, Sparsity
 from kick.report import tables
 from kick.report.figures import Drawn
 from kick.report.pairs import changed_answers
-from kick.report.results import Results
+from kick.report.results import NOT_YET, Results
 from kick.report.template import inline, render, script
 from kick.settings import DENSE
 from kick.spec import distinct
@@ -88,10 +88,10 @@ def _frontier(results: Results) -> list[dict[str, Any]]:
     return rows
 
 
-_WORST_FIRST: tuple[statistics.Verdict, ...] = ("not matching", "undecided", "matching")
+_WORST_FIRST = ("not matching", "undecided", "failed", "not judged", NOT_YET, "matching")
 
 
-def _frontier_cell(verdicts: list[tuple[float, statistics.Verdict]]) -> str:
+def _frontier_cell(verdicts: list[tuple[float, str]]) -> str:
     """How far it matches, and what is known of the next level: "20 % (30 %: undecided)", "4 bits (3 bits: ...)"."""
 
     def name(level: float) -> str:

@@ -18,7 +18,7 @@ from kick.report.template import inline, render, script
 from kick.settings import DENSE
 
 _SAME = ("suite", "plugin", "params", "questions", "data")  # of a suite, for two runs to be compared on it
-_OF_A_SUITE = ("", "_ci_low", "_ci_high", "_verdict", "_n")
+_OF_A_SUITE = ("", "_ci_low", "_ci_high", "_verdict", "_n", "_status")
 
 
 def write_leaderboard(runs: Sequence[Path], out: Path) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kick import checkpoint as checkpoints
-from kick import compare, statistics
+from kick import compare
 from kick.compare import Comparison, Estimate
 from kick.config import SuiteSpec
 from kick.files import read_json
@@ -132,12 +132,6 @@ class Evaluation:
     suite_record: dict[str, Any] = field(default_factory=dict)  # what was decided when the model was known
     grades: dict[str, float] = field(default_factory=dict)  # the judge's mean rating of each sample
 
-    @property
-    def status(self) -> str:
-        if self.reason is None:
-            return "complete"
-        return self.reason if self.reason == NOT_YET else "failed"
-
 
 @dataclass
 class Results:
@@ -181,6 +175,20 @@ class Results:
     def estimate(self, setting: str, suite: str) -> Estimate | None:
         """The primary metric over all questions."""
         return self.get(setting, suite).estimates.get(self.primary(suite))
+
+    def status(self, setting: str, suite: str) -> str:
+        """`complete`, or why there is no score, in a word or two."""
+        reason = self.get(setting, suite).reason
+        if reason is not None:
+            return NOT_YET if reason == NOT_YET else "failed"
+        by_a_judge = self.metric(suite).name in {metric.name for metric in self.suites[suite].judged_metrics}
+        return "not judged" if by_a_judge and self.estimate(setting, suite) is None else "complete"
+
+    @property
+    def not_judged(self) -> list[str]:
+        """Evaluations whose answers are there, of suites that a judge has graded for other settings."""
+        pairs = ((result.name, suite) for suite in self.suites for result in self.settings)
+        return [f"{setting} on {suite}" for setting, suite in pairs if self.status(setting, suite) == "not judged"]
 
     def comparison(self, setting: str, suite: str) -> Comparison | None:
         return self.get(setting, suite).comparisons.get(self.primary(suite))
@@ -246,15 +254,20 @@ class Results:
         pair = self.comparison(setting, suite)
         return pair is not None and pair.n >= FEWEST_IN_MEANS
 
-    def verdicts(self, family: str, suite: str) -> list[tuple[float, statistics.Verdict]]:
-        """(sparsity, verdict) for each sparsity of a method, or (-bits, verdict), the least compressed first."""
-        levels: list[tuple[float, statistics.Verdict]] = []
+    def verdicts(self, family: str, suite: str) -> list[tuple[float, str]]:
+        """(sparsity, verdict) for each sparsity of a method, or (-bits, verdict), the least compressed first.
+
+        Without a score its status stands in place of the verdict.
+        """
+        levels: list[tuple[float, str]] = []
         for result in self.compressed:
             level = result.level
             if result.family == family and isinstance(level, Sparsity | Bits):
                 found = self.comparison(result.name, suite)
                 amount = level.fraction if isinstance(level, Sparsity) else -float(level.width)
-                levels.append((amount, (found and found.verdict) or "undecided"))  # failed: nothing is known
+                status = self.status(result.name, suite)
+                unsaid = "undecided" if status == "complete" else status
+                levels.append((amount, (found and found.verdict) or unsaid))
         return sorted(levels)
 
 

@@ -20,7 +20,8 @@ SCORE_COLUMNS = tuple(
 def scores_csv(results: Results) -> str:
     """One row for each setting, suite, metric and group. p_value is unadjusted; flips counts both directions.
 
-    A setting that failed on a suite has one row with n 0, the primary metric and empty numbers.
+    A setting that failed on a suite, or has not answered it yet, has one row with n 0, the primary metric and empty
+    numbers.
     """
     return csv_text(SCORE_COLUMNS, _score_rows(results))
 
@@ -97,7 +98,7 @@ def _leader(results: Results, result: SettingResult) -> dict[str, Any]:
             f"{suite}_verdict": (pair and pair.verdict) or "",
             f"{suite}_n": found.n if found else 0,
             f"{suite}_left_out": found.truncated + found.failed if found else 0,
-            f"{suite}_status": results.get(result.name, suite).status,
+            f"{suite}_status": results.status(result.name, suite),
         }
     return row
 

@@ -5,6 +5,7 @@ from kick.compressor import Compressor, Cost
 from kick.devices import is_usable
 from kick.loading import load_skeleton
 from kick.meter import slow_precision
+from kick.sweep import sizes
 from kick.sweep.plan import MODELS_AT_ONCE, WORKER_BYTES, Plan
 
 
@@ -39,7 +40,7 @@ def remarks(plan: Plan) -> list[str]:
                     f"{setting.name}: sharding: fsdp shares the model among processes of torchrun (docs/train.md); a "
                     "sweep trains in one, which needs the memory of all"
                 )
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys([*found, *sizes.remarks(plan.config)]))
 
 
 def checkpoint_bytes(plan: Plan, to_make: int, workers: int) -> float:

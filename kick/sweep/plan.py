@@ -65,7 +65,7 @@ class Plan:
     suites: list[PlannedSuite]
     calibrations: dict[CalibrationSpec, Calibration]  # each drawn once for all settings that need it
     inputs: dict[str, list[dict[str, str]]]  # what the stages of a setting read besides the source
-    engines: list[dict[str, str]]  # versions of what answers outside this interpreter
+    engines: list[tuple[LMSpec, dict[str, str]]]  # of each LM the versions of what answers outside this interpreter
     given: checkpoints.Checkpoint | None = None  # evaluated as it is: the plan's only setting
 
     @cached_property
@@ -107,14 +107,15 @@ class Plan:
             "model": self.fingerprint,
             "dtype": self.dtype,
             "device": self.device,
-            "engines": self.engines,
             "versions": {name: version for name, version in meter.versions().items() if name in _RELEVANT_VERSIONS},
             "settings": {
                 setting.name: {
-                    **setting.model_dump(mode="json"),
+                    **setting.model_dump(mode="json", exclude={"calibration"}),
                     "plugins": [_plugin_version(plugins.COMPRESSORS, stage.compressor) for stage in setting.stages],
                     **({"inputs": inputs} if any(inputs := self.inputs.get(setting.name, [])) else {}),
                     **self._calibration(setting),
+                    **(self._engine(setting.variant.lm) if setting.is_dense and setting.variant.lm else {}),
+                    **({"as_is": True} if self.given is not None else {}),
                 }
                 for setting in self.settings
             },
@@ -122,6 +123,7 @@ class Plan:
                 suite.name: {
                     **suite.identity,
                     "lm": (suite.spec.lm or self.config.lm).model_dump(mode="json"),
+                    **self._engine(suite.spec.lm or self.config.lm),
                 }
                 for suite in self.suites
             },
@@ -140,6 +142,10 @@ class Plan:
                 "precision": drawn.precision,
             }
         }
+
+    def _engine(self, lm: LMSpec) -> dict[str, Any]:
+        found = next(versions for spec, versions in self.engines if spec == lm)
+        return {"engine": found} if found else {}
 
     def lm_of(self, setting: Setting, suite: PlannedSuite) -> LMSpec:
         """The LM that answers `suite` for `setting`."""
@@ -187,7 +193,7 @@ def make_plan(config: SweepConfig, as_is: bool = False, weights: bool = True, re
                 "Ask it in a sweep, where `dense` is always run.",
             )
     names = [setting.name for setting in settings]
-    engines = [find_lm(spec.name).check(params_of(spec), names) for spec in lms(config)]
+    engines = [(spec, find_lm(spec.name).check(params_of(spec), names)) for spec in lms(config)]
     path = models.fetch(source, weights=weights)
     calibrations = {}
     if given is None:

@@ -19,9 +19,9 @@ from kick.sweep.clock import COMPRESS, Clock
 from kick.sweep.costs import checkpoint_bytes
 from kick.sweep.executors import find_executor
 from kick.sweep.executors.base import Ended, Executor, Job
-from kick.sweep.plan import Plan, PlannedSuite, lms
+from kick.sweep.plan import Plan, PlannedSuite
 from kick.sweep.store import Store
-from kick.sweep.work import Owed, Work, lms_of, record_failure
+from kick.sweep.work import Owed, Work, knows_parity, lms_of, record_failure
 
 _NOTHING_CAME = "it ended without a result"
 _LOOK_AGAIN = 0.5  # seconds, while the dense checkpoint is awaited
@@ -145,7 +145,7 @@ class _Scheduler:
         """Whether there is something to be done with the dense model although it has answered everything."""
         if self.plan.given is not None:
             return False
-        return not self.store.has_checkpoint(DENSE) or (len(lms(self.plan.config)) > 1 and self.store.parity() is None)
+        return not (self.store.has_checkpoint(DENSE) and knows_parity(self.plan, self.store))
 
     def _must_wait_for_dense(self) -> bool:
         """Whether the dense work is under way, and what it makes for the others is not there yet."""

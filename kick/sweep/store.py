@@ -10,6 +10,7 @@ checkpoints/SETTING/                        weights, while they are needed
 """
 
 import fcntl
+import glob
 import json
 import os
 import shutil
@@ -42,9 +43,11 @@ from kick.sweep.plan import Plan
 RUN = "run.json"
 JUDGE, JUDGE_CACHE = "judge.json", "judge-cache.jsonl"
 FORMAT = 1
-_MAY_GROW = ("settings", "suites")
+_MAY_GROW = {"settings": "{}/*/samples.jsonl", "suites": "*/{}/samples.jsonl"}
+"""Parts of an identity, and where under evaluations/ the answers of one of their names are."""
+
 _OF_PLAN = ("config", "settings", "suites", "seeds", "identity")
-"""Keys of run.json that a longer sweep file changes; the others tell of the machine that began the run."""
+"""Keys of run.json that another sweep file changes; the others are as they were when the run began."""
 
 
 class Store:
@@ -79,7 +82,7 @@ class Store:
             yield store
 
     def _begin(self, plan: Plan) -> None:
-        """Write run.json, or what settings and suites add to it."""
+        """Write run.json, or what another sweep file changes in it."""
         held = read_json(self.root / RUN) if (self.root / RUN).exists() else {}
         if held and not differences(held["identity"], plan.identity):
             return
@@ -354,23 +357,32 @@ def check_usable(root: Path, plan: Plan, fresh: bool) -> None:
 def check_continues(root: Path, identity: dict[str, Any]) -> None:
     """Raise RunError if a run of `identity` does not go on with the one in `root`; no run there is fine.
 
-    It may have more settings and suites: what was answered stays as it is, and the rest is asked.
+    It may have more settings and suites: what was answered stays as it is, and the rest is asked. It may lack those of
+    which nothing was answered.
     """
     if not (root / RUN).is_file():
         return
     try:
         held = read_json(root / RUN)["identity"]
-    except (ValueError, KeyError) as error:
+        parts = {part: dict(held[part]) for part in _MAY_GROW}
+    except (ValueError, KeyError, TypeError) as error:
         raise RunError(
             f"{root / RUN} cannot be read.", "Choose another --out, or --fresh to start that folder again."
         ) from error
-    known = {part: {name: own for name, own in identity[part].items() if name in held[part]} for part in _MAY_GROW}
-    if shown := differences(held, {**identity, **known}):
+    for part, known in parts.items():
+        asked, answers = identity[part], _MAY_GROW[part]
+        held = {**held, part: {name: own for name, own in known.items() if name in asked or _any(root, answers, name)}}
+        identity = {**identity, part: {name: own for name, own in asked.items() if name in known}}
+    if shown := differences(held, identity):
         raise RunError(
             f"{root} holds a run of another configuration: {shown}.",
-            "Settings and suites may be added to a run. Else choose another --out, or --fresh to start that folder "
-            "again.",
+            "Settings and suites may be added to a run, and those be left out whose answers are deleted (under "
+            "evaluations/). Else choose another --out, or --fresh to start that folder again.",
         )
+
+
+def _any(root: Path, answers: str, name: str) -> bool:
+    return any((root / "evaluations").glob(answers.format(glob.escape(safe_name(name)))))
 
 
 def differences(held: dict[str, Any], wanted: dict[str, Any]) -> str:

@@ -69,10 +69,10 @@ def carry_out(workshop: Workshop, work: Work, watch: Watch, rules: Rules) -> Ite
     """
     workshop.begin()
     with workshop.store.alone_with(work.setting):
-        yield from _UnderWay(workshop, work, watch, rules).suites()
+        yield from _AtWork(workshop, work, watch, rules).suites()
 
 
-class _UnderWay:
+class _AtWork:
     """A work that is being done: what all its suites have in common."""
 
     def __init__(self, workshop: Workshop, work: Work, watch: Watch, rules: Rules) -> None:
@@ -221,9 +221,9 @@ def _stop_if_full(error: Exception) -> None:
 def check_parity(workshop: Workshop, watch: Watch) -> None:
     """Where several LMs answer, whether they say the same of the dense model; once a run, kept in run.json."""
     plan, store = workshop.plan, workshop.store
-    first, *others = distinct(spec.model_copy(update={"batch_size": 1}) for spec in lms(plan.config))
-    if not others or store.parity() is not None:
+    if knows_parity(plan, store):
         return
+    first, *others = _compared(plan)
     asked: list[tuple[LMSpec, Answers | str]] = []
     for spec in (first, *others):  # one after the other: each may want all of a GPU
         try:
@@ -242,6 +242,16 @@ def check_parity(workshop: Workshop, watch: Watch) -> None:
                 what = row.reason or f"by {row.difference:.3g}"
                 watch.note(f"lm '{spec.name}' disagrees with '{first.name}' on {row.kind}: {what}")
     store.keep_parity(rows)
+
+
+def knows_parity(plan: Plan, store: Store) -> bool:
+    """Whether there is nothing to compare any more: a run that is extended may bring another LM."""
+    rows = store.parity() or []
+    return all(any((row["lm"], row["params"]) == (own.name, own.params) for row in rows) for own in _compared(plan)[1:])
+
+
+def _compared(plan: Plan) -> list[LMSpec]:
+    return distinct(spec.model_copy(update={"batch_size": 1}) for spec in lms(plan.config))
 
 
 def lms_of(plan: Plan, setting: Setting, suites: Iterable[PlannedSuite]) -> list[LMSpec]:

@@ -92,6 +92,21 @@ def test_another_kind_of_machine_comes_to_the_same_plan(config, monkeypatch):
     assert make_plan(parse(sent, "the job")).identity == plan.identity
 
 
+@pytest.mark.parametrize(
+    "grid",
+    [
+        "{compressor: COMPRESSOR, levels: [LEVEL], seeds: [0, 1]}",
+        "{compressor: COMPRESSOR, levels: [LEVEL], calibration: {samples: 2}}",
+        "{compressor: COMPRESSOR, levels: [LEVEL], vary: {calibration.samples: [2, 3]}}",
+    ],
+)
+@pytest.mark.parametrize(("compressor", "level"), [("magnitude", "0.5"), ("rtn", "4"), ("wanda", "0.5")])
+def test_whatever_a_grid_calibrates_on_a_worker_comes_to_the_same_plan(config, grid, compressor, level):
+    """Also where the compressor needs no calibration at all."""
+    plan = make_plan(load(config, [f"settings=[{grid.replace('COMPRESSOR', compressor).replace('LEVEL', level)}]"]))
+    assert make_plan(parse(plan.decided.model_dump(mode="json"), "the job")).identity == plan.identity
+
+
 # Ray
 
 

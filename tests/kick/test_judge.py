@@ -93,6 +93,32 @@ def cli_json(run):
         return json.dumps(list(csv.DictReader(file)))
 
 
+def test_what_is_added_to_a_judged_run_is_not_judged_yet(run, answered, capsys):
+    with JudgeServer(good) as server:
+        judge_run(run, spec(server), Silent())
+    longer = ["sweep", str(answered.parent / "sweep.yaml"), "--set", "settings=[magnitude@0.5, magnitude@0.7]"]
+    assert cli.main([*longer, "--out", str(run)]) == 0
+    assert "2 evaluations are not judged yet, magnitude@0.7 on mt_bench among them" in capsys.readouterr().out
+    row = next(line for line in (run / "leaderboard.md").read_text().splitlines() if "magnitude@0.7" in line)
+    assert row.count("not judged") == 2
+    assert (run / "report.html").read_text().count("not judged") >= 2
+    with JudgeServer(good) as server:
+        outcome = judge_run(run, spec(server), Silent())
+    assert outcome.asked > 0
+    cli.main(["report", str(run)])
+    assert "not judged" not in (run / "leaderboard.md").read_text()
+
+
+def test_the_first_judged_suite_may_be_added_with_its_judge(answered, tmp_path, capsys):
+    sweep = ["sweep", str(answered.parent / "sweep.yaml"), "--out", str(tmp_path / "run")]
+    facts = "{suite: factoid_qa, limit: 2}"
+    assert cli.main([*sweep, "--set", f"suites=[{facts}]"]) == 0
+    more = ["--set", f"suites=[{facts}, {{suite: mt_bench, params: {{max_new_tokens: 6}}, limit: 1}}]"]
+    judged = ["--set", "judge={model: x, base_url: http://localhost:1/v1, suites: {mt_bench: {kinds: [single]}}}"]
+    assert cli.main([*sweep, *more, *judged, "--dry-run"]) == 0
+    assert "judge" in capsys.readouterr().out
+
+
 def test_every_answer_is_graded_and_reported(run):
     with JudgeServer(good) as server:
         outcome = judge_run(run, spec(server), Silent())

@@ -1,10 +1,12 @@
 """Levels by the size of other models: what comes out is counted on the weights."""
 
 import json
+import shutil
 
 import pytest
+import torch
 from conftest import make_tiny_llama
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from kick import cli
 from kick.config import parse
@@ -13,6 +15,15 @@ from kick.report.figures.retained import packed_bytes
 from kick.sweep.sizes import with_sizes_as_levels
 
 SIZES = {"small": 2, "middle": 3, "large": 6}  # blocks
+
+
+@pytest.fixture
+def narrow(tmp_path):
+    folder = tmp_path / "narrow"
+    make_tiny_llama(num_hidden_layers=1, hidden_size=16, intermediate_size=16, num_attention_heads=2).save_pretrained(
+        folder
+    )
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -76,12 +87,56 @@ def test_sizes_that_a_model_is_not_above_are_left_out(models):
     assert float(found["large"][0]) > float(found["large"][1])  # the smaller the sparser
 
 
-def test_a_size_that_zeros_alone_do_not_reach_is_left_out(models):
-    """Of the small model nothing is left but a bit for each weight of the large one, which has too many."""
-    assert levels(sweep(models, same_size={"models": [str(models / "small")]}), "bfloat16")
-    narrow = make_tiny_llama(num_hidden_layers=1, hidden_size=16, intermediate_size=16, num_attention_heads=2)
-    narrow.save_pretrained(models / "narrow")
-    assert levels(sweep(models, same_size={"models": [str(models / "narrow")]})) == []
+def test_a_size_that_zeros_alone_do_not_reach_is_left_out_and_said(models, narrow, tmp_path, capsys):
+    """The large model's embeddings alone are larger."""
+    config = sweep(models, same_size={"models": [str(narrow), str(models / "small")]})
+    assert len(levels(config)) == 1
+    (tmp_path / "sweep.yaml").write_text(json.dumps(config.model_dump(mode="json") | {"data": "embedded"}))
+    assert cli.main(["sweep", str(tmp_path / "sweep.yaml"), "--out", str(tmp_path / "run"), "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert f"zeros do not make {models / 'large'} as small as {narrow} (bytes)" in said
+    assert f"magnitude@{levels(config)[0]} is worth the bytes of {models / 'small'}" in said
+
+
+def test_models_of_one_size_are_one_level(models):
+    twice = {"models": [str(models / "small"), str(models / "small") + "/"]}
+    assert len(levels(sweep(models, same_size=twice))) == 1
+
+
+def test_weights_are_counted_once_whatever_their_files_hold(models, tmp_path):
+    """A tied head that is stored too, masks among the tensors, a second set of files."""
+    shutil.copytree(models / "small", tmp_path / "small")
+    shutil.copytree(models / "large", tmp_path / "large")
+    for name in ("small", "large"):
+        tensors = load_file(tmp_path / name / "model.safetensors")
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        tensors["model.mask"] = torch.ones(200, 200)
+        save_file(tensors, tmp_path / name / "model.safetensors", metadata={"format": "pt"})
+        save_file(tensors, tmp_path / name / "consolidated.safetensors", metadata={"format": "pt"})
+    assert levels(sweep(tmp_path)) == levels(sweep(models))
+
+
+def test_layers_of_several_widths_count_as_they_are(models, tmp_path):
+    """A pruned checkpoint's configuration says too much."""
+    out = str(tmp_path / "pruned")
+    params = ["importance=l2", "skip_first=1", "skip_last=1", "calibration.samples=2"]
+    asked = [word for param in params for word in ("--param", param)]
+    assert cli.main(["compress", str(models / "large"), "llm_pruner@0.3", *asked, "--out", out]) == 0
+    assert (tmp_path / "pruned" / "shapes.json").is_file()
+    (tmp_path / "small").symlink_to(models / "small")
+    (level,) = levels(sweep(tmp_path, "pruned", same_size={"models": [str(tmp_path / "small")], "by": "parameters"}))
+    linears = load_file(tmp_path / "pruned" / "model.safetensors")
+    prunable = sum(t.numel() for name, t in linears.items() if name.endswith("_proj.weight"))
+    own, small = (sum(t.numel() for t in parameters(folder)) for folder in (tmp_path / "pruned", models / "small"))
+    assert float(level) == pytest.approx((own - small) / prunable, abs=1e-4)
+
+
+def test_quantised_weights_have_no_size_that_shapes_tell(models, tmp_path):
+    shutil.copytree(models / "small", tmp_path / "packed")
+    config = json.loads((tmp_path / "packed" / "config.json").read_text())
+    (tmp_path / "packed" / "config.json").write_text(json.dumps(config | {"quantization_config": {"bits": 4}}))
+    with pytest.raises(ModelError, match="packed holds quantised weights"):
+        levels(sweep(models, same_size={"models": [str(tmp_path / "packed")]}))
 
 
 @pytest.mark.parametrize(
@@ -89,6 +144,7 @@ def test_a_size_that_zeros_alone_do_not_reach_is_left_out(models):
     [
         ({"compressor": "gptq"}, "same_size is given to 'gptq'"),
         ({"compressor": "llm_pruner"}, "same_size is given to 'llm_pruner'"),
+        ({"compressor": "dense"}, "same_size is given to 'dense'"),
         ({"then": ["rtn@8"]}, "beside layers, allocation or then"),
         ({"layers": [{"first": 1, "skip": True}]}, "beside layers, allocation or then"),
         ({"levels": ["0.5"]}, "levels and same_size are two ways"),
@@ -111,4 +167,7 @@ def test_the_plan_and_the_run_hold_the_numbers(models, tmp_path):
     run = json.loads((out / "run.json").read_text())
     (level,) = levels(config)
     assert [setting["name"] for setting in run["settings"]] == ["dense", f"magnitude@{level}"]
-    assert run["config"]["settings"][0]["levels"] == [level]
+    assert run["config"]["settings"][0]["same_size"]["levels"] == {str(models / "small"): level}
+    assert cli.main(["sweep", str(tmp_path / "sweep.yaml"), "--out", str(out), "--executor", "local"]) == 0
+    assert cli.main(["sweep", str(tmp_path / "sweep.yaml"), "--out", str(tmp_path / "two"), "--executor", "local"]) == 0
+    assert (out / "scores.csv").read_bytes() == (tmp_path / "two" / "scores.csv").read_bytes()

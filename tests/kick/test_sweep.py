@@ -378,6 +378,47 @@ def test_settings_and_suites_may_be_added_to_a_run(tmp_path, tiny_model, capsys)
     assert cli.main(["sweep", str(longer), "--out", str(out)]) == 0  # and it is taken up again as any run
 
 
+def test_a_suite_of_another_lm_may_be_added(tmp_path, tiny_model):
+    """It is compared with the run's own, which a variant that only asks in other batches need not be."""
+    text = LONGER.format(model=tiny_model).replace('"wanda@0.5", magnitude@0.5', "")
+    (tmp_path / "sweep.yaml").write_text(text)
+    sweep = ["sweep", str(tmp_path / "sweep.yaml"), "--out", str(tmp_path / "run")]
+    assert cli.main(sweep) == 0
+    mmlu = "  - {suite: mmlu, limit: 4, lm: {params: {row_tokens: 64}}}\nlm:"
+    variant = "settings: [{compressor: dense, params: {lm: {batch_size: 1}}, label: one by one}]"
+    (tmp_path / "sweep.yaml").write_text(text.replace("lm:", mmlu).replace("settings: []", variant))
+    assert cli.main(sweep) == 0
+    parity = json.loads((tmp_path / "run" / "run.json").read_text())["parity"]
+    assert {(row["lm"], tuple(row["params"].items())) for row in parity} == {("fast", (("row_tokens", 64),))}
+
+
+def test_what_was_never_answered_may_be_left_out(finished, config, tmp_path, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    text = config.read_text()
+    config.write_text(text.replace("magnitude@0.5", "magnitude@0.5, magnitude@0.9"))
+    asked = ["sweep", str(config), "--out", str(out)]
+    assert cli.main(asked) == 0
+    config.write_text(text)
+    assert cli.main(asked) == 2
+    assert "settings.magnitude@0.9 is there, here not" in capsys.readouterr().err
+    shutil.rmtree(out / "evaluations" / "magnitude@0.9")
+    assert cli.main(asked) == 0
+    assert (out / "scores.csv").read_bytes() == (finished / "scores.csv").read_bytes()
+
+
+def test_answers_of_a_checkpoint_as_it_is_are_no_part_of_a_sweep_of_it(tmp_path, tiny_model, capsys):
+    made, out = str(tmp_path / "made"), str(tmp_path / "run")
+    assert cli.main(["compress", str(tiny_model), "magnitude@0.5", "--out", made]) == 0
+    asked = ["--suite", "factoid_qa", "--limit", "4", "--data", "embedded"]
+    assert cli.main(["evaluate", made, *asked, "--out", out]) == 0
+    (tmp_path / "sweep.yaml").write_text(
+        f"model: {made}\ndata: embedded\nsettings: [magnitude@0.5]\nsuites: [{{suite: factoid_qa, limit: 4}}]\n"
+    )
+    assert cli.main(["sweep", str(tmp_path / "sweep.yaml"), "--out", out]) == 2
+    assert "settings.magnitude@0.5.as_is is there, here not" in capsys.readouterr().err
+
+
 def test_nothing_may_be_taken_from_a_run(finished, config, tmp_path, capsys):
     out = tmp_path / "run"
     shutil.copytree(finished, out)
