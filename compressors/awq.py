@@ -5,25 +5,29 @@
 Lin et al., "AWQ: Activation-aware Weight Quantization for LLM Compression and Acceleration", arXiv 2306.00978. For each
 group of linears that share an input, s = mean|X|^alpha with the alpha out of 20 that gives the smallest output error
 ||(Q(W s) / s - W) X||; 1/s goes into the norm or the linear before them. Where nothing can take it, s is 1.
-Zeros stay zero, so a pruned model keeps its mask.
+Then the largest weights of each row and group are cut to where the same error is smallest, but for queries and keys,
+whose product is not linear in either (section 3.2 and the authors' code). Zeros stay zero: pruned models keep masks.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from kick.blocks import Block, Group
 from kick.folding import Fold, find_fold, multiply_adapter
 from kick.levels import Bits
-from kick.quantization import Quantized
+from kick.quantization import Quantized, group_columns
 from kick.walk import BlockWalk
 
 from .rounding import Quantizer
 from .statistics import Hessian
 
 _ALPHAS = 20
+_CUTS = tuple(1 - 0.05 * step for step in range(10))  # of the largest weight of a row and group, the first is none
+_QUERIES_AND_KEYS = ("q_", "k_", "query", "key", "qkv")  # in a linear's own name
 
 
 class Activations(Hessian):
@@ -59,6 +63,9 @@ class AWQ(Quantizer):
     name = "awq"
     statistic = Activations
 
+    class Params(Quantizer.Params):
+        clip: bool = Field(default=True, description="cut the largest weights of each group where that rounds better")
+
     def compress(self, *args: Any, **kwargs: Any) -> nn.Module:
         self._unscaled: list[str] = []
         model = super().compress(*args, **kwargs)
@@ -79,11 +86,13 @@ class AWQ(Quantizer):
         """Weights that stand for scale and rounding together, as their errors do; `leave_block` takes them apart."""
         whole = [weight.float() for weight in weights]
         fold = self._folds.get(self.group)  # none for the head: it is in no block
+        matrix = statistic.matrix
         if fold is None or len(weights) != len(self.group.linears):
             self._unscaled.append(self._at)
-            return [self.round(weight, level) for weight in whole]
+            return [self._round(number, weight, matrix, level) for number, weight in enumerate(whole)]
         scale = self._search(torch.cat(whole), statistic, level)
-        quantized = [self.round(weight * scale, level) for weight in whole]
+        scaled = matrix / scale / scale[:, None]
+        quantized = [self._round(number, weight * scale, scaled, level) for number, weight in enumerate(whole)]
         self._scaled.append(_Scaled(self.group, fold, scale, quantized))
         return [part.weight / scale for part in quantized]
 
@@ -105,7 +114,8 @@ class AWQ(Quantizer):
     def _search(self, weight: Tensor, statistic: Activations, level: Bits) -> Tensor:
         """The best scale [in] for weight [out, in]."""
         matrix = statistic.matrix
-        magnitude = statistic.mean_magnitude.clamp(min=1e-4)
+        magnitude = statistic.mean_magnitude
+        magnitude = magnitude.clamp(min=1e-4 * float(magnitude.max()))
         best, smallest = torch.ones_like(magnitude), float("inf")
         for step in range(_ALPHAS):
             scale = magnitude ** (step / _ALPHAS)
@@ -115,3 +125,30 @@ class AWQ(Quantizer):
             if error < smallest:
                 best, smallest = scale, error
         return best
+
+    def _round(self, number: int, weight: Tensor, matrix: Tensor, level: Bits) -> Quantized:
+        """The `number`th weight [out, in] of the group on its grids. matrix [in, in]: second moments of its inputs."""
+        linears = self.group.linears
+        name = linears[number].name.rpartition(".")[2] if number < len(linears) else ""
+        if self.params.clip and not any(part in name.lower() for part in _QUERIES_AND_KEYS):
+            weight = self._clip(weight, matrix, level)
+        return self.round(weight, level)
+
+    def _clip(self, weight: Tensor, matrix: Tensor, level: Bits) -> Tensor:
+        """weight [out, in], in each row and group cut to the size whose rounding changes the outputs least."""
+        size = weight.shape[1] if self.params.group_size == -1 else self.params.group_size
+        groups = [slice(start, start + size) for start in range(0, weight.shape[1], size)]
+        group_of = group_columns(weight.shape[1], self.params.group_size, weight.device)
+        largest = torch.stack([weight[:, own].abs().amax(dim=1) for own in groups], dim=1)  # [out, groups]
+        limit, smallest = largest, torch.full_like(largest, float("inf"))
+
+        def cut(limit: Tensor) -> Tensor:
+            return weight.clamp(-limit[:, group_of], limit[:, group_of])
+
+        for share in _CUTS:
+            change = self.round(cut(share * largest), level).weight - weight
+            errors = [((change[:, own] @ matrix[own, own]) * change[:, own]).sum(dim=1) for own in groups]
+            error = torch.stack(errors, dim=1)
+            limit = torch.where(error < smallest, share * largest, limit)
+            smallest = torch.minimum(error, smallest)
+        return cut(limit)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from kick.compressor import Statistic
+from kick.errors import KickError
 
 from .obs import Factor, inverse_factor
 
@@ -49,9 +50,13 @@ class Hessian(Statistic):
 
     @property
     def matrix(self) -> Tensor:
-        """[in, in], float32. The identity if no token came by: every input counts the same."""
+        """[in, in], float32. The identity if no token came by: every input counts the same. Raises KickError."""
         if self.tokens == 0:
             return torch.eye(self.in_features, device=self.device)
+        if not bool(self.sum.diagonal().isfinite().all()):
+            raise KickError(
+                "the Hessian is not finite: the activations overflow.", "Use float32, or other calibration text."
+            )
         upper = self.sum.triu()
         return (upper + upper.triu(1).T) / self.tokens
 

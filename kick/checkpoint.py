@@ -70,6 +70,8 @@ class Measured:
 
     layers: dict[str, dict[str, Any]]
     uncovered: list[str]
+    uncovered_weights: int  # inside the blocks, in no linear: the experts of a mixture, say
+    uncovered_bits: int  # as stored
     coverage: float
     parameters: int
     broken: list[str]  # tensors that hold values that are not finite
@@ -78,6 +80,12 @@ class Measured:
     def sparsity(self) -> float:
         """Share of zeros over all linears inside the blocks, and over the head if it is compressed."""
         weights = sum(layer["weights"] for layer in self.layers.values())
+        return sum(layer["zeros"] for layer in self.layers.values()) / weights if weights else 0.0
+
+    @property
+    def sparsity_of_blocks(self) -> float:
+        """The same over all weights of the blocks: what no compressor reached counts as dense."""
+        weights = sum(layer["weights"] for layer in self.layers.values()) + self.uncovered_weights
         return sum(layer["zeros"] for layer in self.layers.values()) / weights if weights else 0.0
 
     @property
@@ -90,9 +98,10 @@ class Measured:
 
     @property
     def bits_per_weight(self) -> float:
-        """Mean over the same linears: packed where they are quantised, as stored where they are not."""
-        weights = sum(layer["weights"] for layer in self.layers.values())
-        return sum(layer["weights"] * layer["bits_per_weight"] for layer in self.layers.values()) / weights
+        """Mean over all weights of the blocks: packed where they are quantised, as stored where they are not."""
+        weights = sum(layer["weights"] for layer in self.layers.values()) + self.uncovered_weights
+        bits = sum(layer["weights"] * layer["bits_per_weight"] for layer in self.layers.values()) + self.uncovered_bits
+        return bits / weights
 
 
 def measure(model: nn.Module, decoder: Decoder | None = None, structure: Structure | None = None) -> Measured:
@@ -117,10 +126,13 @@ def measure(model: nn.Module, decoder: Decoder | None = None, structure: Structu
     if structure.head and decoder.head is not None:
         head = decoder.head
         layers[head.name] = {**structure.count(head.name, head.weight), "transposed": head.transposed}
-    missed = sum(parameters[name].numel() for name in decoder.uncovered)
+    outside = [parameters[name] for name in decoder.uncovered]
+    missed = sum(weight.numel() for weight in outside)
     return Measured(
         layers=layers,
         uncovered=list(decoder.uncovered),
+        uncovered_weights=missed,
+        uncovered_bits=sum(8 * weight.numel() * weight.itemsize for weight in outside),
         coverage=covered / (covered + missed) if covered else 0.0,
         parameters=sum(parameter.numel() for parameter in parameters.values())
         + sum(adapter.size for adapter in structure.adapters.values()),
@@ -196,7 +208,7 @@ def save(
         "format": FORMAT,
         **record,
         "parameters": measured.parameters,
-        "sparsity": measured.sparsity,
+        "sparsity": measured.sparsity_of_blocks,
         "bits_per_weight": measured.bits_per_weight,
         "pattern_violations": measured.violations,
         "grid_violations": measured.grid_violations,

@@ -9,7 +9,7 @@ import numpy as np
 
 from kick import statistics
 from kick.statistics import Interval
-from kick.suite import Score
+from kick.suite import Metric, Score
 
 
 @dataclass(frozen=True)
@@ -122,8 +122,9 @@ def compare(dense: Score, other: Score, signal: bool) -> Comparison:
         with np.errstate(divide="ignore", invalid="ignore"):
             differences = value / per - dense_value / dense_per
         p_value = statistics.sign_flip(np.nan_to_num(differences))
-    outcome = None if metric.descriptive else statistics.verdict(interval, signal)
-    needed = statistics.n_to_decide(n, retained, interval) if outcome == "undecided" else None
+    whole = len(shared) >= (1 - statistics.TOLERANCE) * len(dense.ids)
+    outcome = None if metric.descriptive else statistics.verdict(interval, signal, whole)
+    needed = statistics.n_to_decide(n, retained, interval) if outcome == "undecided" and whole else None
     return Comparison(
         n=n,
         dense=dense_point,
@@ -157,20 +158,35 @@ def _interval_of_counts(higher_is_better: bool, *kinds: int) -> Interval:
 def resampled_retained(dense: Score, other: Score, seed: int = 0) -> np.ndarray:
     """Bootstrap draws [resamples] of the retained share, over the samples that both answered.
 
-    Scores within [0, 1] are resampled with half a pseudo-observation in each corner (see statistics.corners), so that
-    a small sample in which nothing changed does not claim certainty.
+    Scores within bounds are resampled with half a pseudo-observation in each corner (see statistics.corners), so that a
+    small sample in which nothing changed does not claim certainty.
     """
     metric = dense.metric
     shared = _shared(dense, other)
     (dense_value, dense_per), (value, per) = _at(dense, shared), _at(other, shared)
-    pseudo = statistics.corners(dense_value, value) if metric.per is None else None
-    if pseudo is not None:
-        sums = statistics.resampled_sums(np.stack([dense_value, value], axis=1), seed=seed, pseudo=pseudo)
+    rows = np.stack([dense_value, dense_per, value, per], axis=1)
+    pseudo = pseudo_units(metric, rows)
+    if pseudo is not None and metric.per is None:
+        sums = statistics.resampled_sums(rows[:, [0, 2]], seed=seed, pseudo=pseudo[:, [0, 2]])
         return retained_share(sums[:, 0], sums[:, 1], metric.higher_is_better)
-    sums = statistics.resampled_sums(np.stack([dense_value, dense_per, value, per], axis=1), seed=seed)
+    sums = statistics.resampled_sums(rows, seed=seed, pseudo=pseudo)
     return retained_share(
         metric.combine(sums[:, 0], sums[:, 1]), metric.combine(sums[:, 2], sums[:, 3]), metric.higher_is_better
     )
+
+
+def pseudo_units(metric: Metric, rows: np.ndarray) -> np.ndarray | None:
+    """What stands in each corner (see statistics.corners), of the size of a usual unit; None for scores without bounds.
+
+    rows: (value, per) of the dense model and of the other, [units, 4], and so is what is returned, [4, 4].
+    """
+    if metric.per is not None and metric.bounds is None:
+        return None
+    found = statistics.corners(rows[:, 0], rows[:, 2], metric.bounds)
+    if found is None or len(rows) == 0:
+        return None
+    before, after = rows[:, 1].mean(), rows[:, 3].mean()
+    return np.stack([before * found[:, 0], np.full(4, before), after * found[:, 1], np.full(4, after)], axis=1)
 
 
 def _shared(dense: Score, other: Score) -> Sequence[str]:

@@ -290,7 +290,7 @@ class LayerwiseCompressor(Compressor):
 
 @torch.no_grad()
 def outlier_shares(walk: BlockWalk, decoder: Decoder, outlier: float) -> list[float]:
-    """For each block the share of weights whose |W_ij| ||X_j|| exceeds `outlier` times its matrix's mean."""
+    """For each block the share of weights whose |W_ij| ||X_j|| exceeds `outlier` times their mean."""
     return [_outlier_share(walk, block, outlier) for block in decoder.blocks]
 
 
@@ -303,15 +303,17 @@ def _outlier_share(walk: BlockWalk, block: Block, outlier: float) -> float:
 
         return add
 
-    above = weights = 0
-    with resident(block.module):
-        walk.collect(block, {group: listener(group) for group in block.groups})
+    def scores() -> Iterator[Tensor]:
         for group, total in squares.items():
             norm = total.sqrt() if isinstance(total, Tensor) else 1.0  # no token came by: inputs count as equal
             for linear in group.linears:
-                score = linear.weight.float().abs() * norm
-                above += int((score > outlier * score.mean()).sum())
-                weights += score.numel()
+                yield linear.weight.float().abs() * norm
+
+    with resident(block.module):
+        walk.collect(block, {group: listener(group) for group in block.groups})
+        weights = sum(linear.weight.numel() for linear in block.linears)
+        mean = sum(float(score.double().sum()) for score in scores()) / weights
+        above = sum(int((score > outlier * mean).sum()) for score in scores())
         walk.propagate(block)
     return above / weights
 

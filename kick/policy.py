@@ -60,7 +60,7 @@ class OWL(Spec):
     """Sparsity of a block by its share of outliers: the more, the less is pruned.
 
     Yin et al., "Outlier Weighed Layerwise Sparsity", arXiv 2310.05175. A weight is an outlier if |W_ij| ||X_j|| exceeds
-    `outlier` times the mean of its matrix. The blocks' outlier shares are scaled to a span of 2 * `spread` and centred,
+    `outlier` times the mean of its block. The blocks' outlier shares are scaled to a span of 2 * `spread` and centred,
     so that the mean sparsity of the linears that no rule covers is the one asked for, and none differs from it by more
     than 2 * `spread`.
     """

@@ -38,7 +38,7 @@ class Grid:
 
         A weight kept in few bits, such as bfloat16, may lie nearer to a neighbour of the code that it was rounded from.
         """
-        scale, zero = self.scale[:, self.group_of], self.zero[:, self.group_of]
+        scale, zero = self._of_columns(weight.device)
         codes = encode(weight.float(), scale, zero, self.bits)
         if weight.dtype != torch.float32:
             for step in (-1, 1):
@@ -49,7 +49,13 @@ class Grid:
 
     def values(self, codes: Tensor) -> Tensor:
         """What codes [out, in] mean: [out, in] float32."""
-        return (codes.float() - self.zero[:, self.group_of]) * self.scale[:, self.group_of]
+        scale, zero = self._of_columns(codes.device)
+        return (codes.float() - zero) * scale
+
+    def _of_columns(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Scale and zero of each weight [out, in], there: grids that were read from a file stand on the CPU."""
+        columns = self.group_of.to(device)
+        return self.scale.to(device)[:, columns], self.zero.to(device)[:, columns]
 
     def violations(self, weight: Tensor) -> int:
         """How many weights [out, in] are not on the grid, in the precision that `weight` is kept in."""

@@ -11,11 +11,12 @@ from functools import cache
 from typing import Literal
 
 import numpy as np
-from scipy.special import ndtr, ndtri, stdtrit
+from scipy.special import ndtr, ndtri, stdtr, stdtrit
 from scipy.stats import binomtest
 
 RESAMPLES = 10_000
 CONFIDENCE = 0.95
+POWER = 0.8
 TOLERANCE = 0.05
 """A compressed model matches if it loses at most this share of the dense score (LLM-KICK, arXiv 2310.01382)."""
 
@@ -97,21 +98,23 @@ CORNERS = np.array([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
 """Pairs of right-or-wrong answers: wrong in both, gained, lost, right in both."""
 
 
-def corners(first: np.ndarray, second: np.ndarray) -> np.ndarray | None:
-    """The four extreme pairs [4, 2] of two scores within [0, 1]; None for scores without bounds.
+def corners(first: np.ndarray, second: np.ndarray, bounds: tuple[float, float] | None = None) -> np.ndarray | None:
+    """The four extreme pairs [4, 2] of two scores within [0, 1], or within `bounds`; None for scores without bounds.
 
     Half an observation in each corner is what Agresti and Min (Statistics in Medicine 24, 2005) add for matched pairs
-    of right-or-wrong answers. Of graded scores (ROUGE, F1) the corners lie at the quartiles of all that were seen: at 0
-    and 1 they would outweigh a dozen texts that all score between 0.1 and 0.3, and without any, intervals of F1 over
-    ten questions hold the truth every other time.
+    of right-or-wrong answers. Of graded scores (ROUGE, F1) the corners lie at the lower quartile of all that were seen
+    and the upper one of those above 0: at 0 and 1 they would outweigh a dozen texts that all score between 0.1 and 0.3,
+    and without any, intervals of F1 over ten questions hold the truth every other time. Most answers may score 0.
     """
+    if bounds is not None:
+        return bounds[0] + (bounds[1] - bounds[0]) * CORNERS
     both = np.concatenate([first, second])
     if both.size == 0 or both.min() < 0 or both.max() > 1:
         return None
     if is_binary(both):
         return CORNERS
-    low, high = np.quantile(both, [0.25, 0.75])
-    return low + (high - low) * CORNERS
+    low, high = np.quantile(both, 0.25), np.quantile(both[both > 0], 0.75)
+    return low + (high - low) * CORNERS if low < high else CORNERS
 
 
 @cache
@@ -157,10 +160,15 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted.tolist()
 
 
-def verdict(retained: Interval, signal: bool, tolerance: float = TOLERANCE) -> Verdict:
-    """Whether a loss of `tolerance` lies above, below or inside the interval of the loss, 1 - retained."""
+def verdict(retained: Interval, signal: bool, whole: bool = True, tolerance: float = TOLERANCE) -> Verdict:
+    """Whether a loss of `tolerance` lies above, below or inside the interval of the loss, 1 - retained.
+
+    whole: False where so many answers are missing that they could turn it.
+    """
     if not signal:
         return "no signal"
+    if not whole:
+        return "undecided"
     if retained.low > 1 - tolerance:
         return "matching"
     if retained.high < 1 - tolerance:
@@ -168,23 +176,22 @@ def verdict(retained: Interval, signal: bool, tolerance: float = TOLERANCE) -> V
     return "undecided"
 
 
-def verdict_p(retained: float, interval: Interval, tolerance: float = TOLERANCE) -> float:
+def verdict_p(retained: float, interval: Interval, n: int, tolerance: float = TOLERANCE) -> float:
     """Two-sided p-value of a loss of exactly `tolerance`, read off the interval: below 0.05 where the line is outside.
 
-    The interval's half toward the line counts as so many standard errors as such halves have. NaN where there is none.
+    The interval's half toward the line counts as so many standard errors as halves of t intervals of n samples have.
+    NaN where there is none, and for an interval without width: nothing was seen to vary.
     """
     line = 1 - tolerance
     toward = interval.high - retained if retained < line else retained - interval.low
-    if not np.isfinite(toward) or not np.isfinite(retained):
+    if not np.isfinite(toward) or not np.isfinite(retained) or toward <= 0 or n < 2:
         return float("nan")
-    if toward <= 0:
-        return float(retained == line)
-    return float(2 * ndtr(-ndtri((1 + CONFIDENCE) / 2) * abs(retained - line) / toward))
+    return float(2 * stdtr(n - 1, -stdtrit(n - 1, (1 + CONFIDENCE) / 2) * abs(retained - line) / toward))
 
 
-def has_signal(dense: Interval, chance: float | None) -> bool:
-    """Whether the dense model is clearly above chance (0 where nothing can be guessed)."""
-    return bool(dense.low > (chance or 0.0))
+def has_signal(dense: Interval, chance: float | None, tolerance: float = TOLERANCE) -> bool:
+    """Whether dense is so clearly above chance (0 where nothing can be guessed) that a guesser would not match it."""
+    return bool(dense.low * (1 - tolerance) > (chance or 0.0))
 
 
 def point_verdict(retained: float, tolerance: float = TOLERANCE) -> bool:
@@ -193,9 +200,10 @@ def point_verdict(retained: float, tolerance: float = TOLERANCE) -> bool:
 
 
 def n_to_decide(n: int, retained: float, interval: Interval, tolerance: float = TOLERANCE) -> int | None:
-    """About how many samples would decide an undecided verdict if the estimate stayed: width shrinks as 1/sqrt(n).
+    """About how many samples would decide an undecided verdict four times of five, if what was estimated is the truth.
 
-    None if the estimate lies on the line itself or is not a number.
+    The interval's half shrinks as 1/sqrt(n); besides it, the estimate itself has to fall on the right side. None if it
+    lies on the line or is not a number.
     """
     distance = abs(retained - (1 - tolerance))
     if not np.isfinite(distance) or distance < 1e-9:
@@ -203,7 +211,8 @@ def n_to_decide(n: int, retained: float, interval: Interval, tolerance: float = 
     toward = interval.high - retained if retained < 1 - tolerance else retained - interval.low
     if not np.isfinite(toward):
         return None
-    return max(n + 1, int(np.ceil(n * (toward / distance) ** 2)))
+    wanted = 1 + float(ndtri(POWER) / ndtri((1 + CONFIDENCE) / 2))
+    return max(n + 1, int(np.ceil(n * (wanted * toward / distance) ** 2)))
 
 
 def frontier(levels: Sequence[tuple[float, str]]) -> float | None:

@@ -87,6 +87,7 @@ class Metric:
     """How samples add up: transform(sum of scores[value] / sum of scores[per]); per=None counts each sample as one.
 
     `chance` is what guessing gives; a dense model not clearly above it says nothing on this metric.
+    `bounds` are the least and the most that it can be, for what is graded in clusters: 1 and 10 of a rating.
     `descriptive` metrics (a length, a speed) describe answers: no verdict is given on them, and they enter no mean.
     """
 
@@ -98,6 +99,7 @@ class Metric:
     chance: float | None = None
     unit: str = ""
     descriptive: bool = False
+    bounds: tuple[float, float] | None = None
 
     def combine(self, value: Any, per: Any) -> Any:
         """The metric from sums over samples (numbers or arrays)."""

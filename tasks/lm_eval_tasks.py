@@ -11,6 +11,7 @@ left out; the record names it.
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -51,6 +52,7 @@ class LMEval(Suite):
         super().__init__(params)
         self._tasks: dict[str, Any] = {}
         self._made: dict[str, Any] = {}  # the documents of each task
+        self._shares: dict[str, float] = {}  # of each task, see _commonest
         self._left_out: set[str] = set()
 
     # Questions
@@ -188,7 +190,7 @@ class LMEval(Suite):
         generated = instances[0].request_type == "generate_until"
         ranked = task.OUTPUT_TYPE == "multiple_choice"
         if ranked:
-            scores["chance"] = 1.0 / len(task.doc_to_choice(instances[0].doc))
+            scores["chance"] = max(1.0 / len(task.doc_to_choice(instances[0].doc)), self._commonest(task))
         tokens = len(lm.tok_encode(instances[0].args[0]))
         room = Decoding.of(dict(instances[0].args[1])).most if generated else 0
         return Sample(
@@ -204,6 +206,15 @@ class LMEval(Suite):
             n_output_tokens=len(lm.tok_encode(instances[0].resps[0], add_special_tokens=False)) if generated else 0,
             error=None if generated or not any(map(_is_not_a_number, instances)) else NOT_A_NUMBER,
         )
+
+    def _commonest(self, task: Any) -> float:
+        """What always the same answer gets, where all questions have the same options (yes and no); else 0."""
+        if task.task_name not in self._shares:
+            docs = self._docs(task.task_name)
+            same = len({tuple(task.doc_to_choice(doc)) for doc in docs}) == 1
+            golds = Counter(str(task.doc_to_target(doc)) for doc in docs) if same else Counter[str]()
+            self._shares[task.task_name] = max(golds.values(), default=0) / max(1, golds.total())
+        return self._shares[task.task_name]
 
     # Scores
 
@@ -255,9 +266,9 @@ def _is_truncated(lm: Any, instances: list[Any], room: int) -> bool:
 
 
 def _is_not_a_number(instance: Any) -> bool:
-    """Whether the log-likelihood that was found, of a pair or of a text, is one that compares with nothing."""
+    """Whether the log-likelihood that was found, of a pair or of a text, is none that can be compared or added up."""
     value = instance.resps[0]
-    return math.isnan(value[0] if isinstance(value, tuple | list) else value)
+    return not math.isfinite(value[0] if isinstance(value, tuple | list) else value)
 
 
 Kind = Literal["mean", "perplexity", "weighted_perplexity", "bits_per_byte"]

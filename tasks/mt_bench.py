@@ -31,9 +31,12 @@ def _counted(name: str, unit: str, higher_is_better: bool = True) -> Metric:
     return Metric(name, value=name, per="turns", unit=unit, higher_is_better=higher_is_better, descriptive=True)
 
 
-RATING = Metric("rating", value="ratings", per="rated", unit="1 to 10", chance=1.0)  # the lowest says nothing
-WIN_RATE = Metric("win_rate", value="wins", per="compared", unit="share of turns, ties half")
-_LOWEST = 1.0
+_LOWEST, _HIGHEST = 1.0, 10.0
+RATING = Metric(
+    "rating", value="ratings", per="rated", unit="1 to 10", chance=_LOWEST, bounds=(_LOWEST, _HIGHEST)
+)  # the lowest says nothing
+WIN_RATE = Metric("win_rate", value="wins", per="compared", unit="share of turns, ties half", descriptive=True)
+"""No share of the dense model's, which is one half: a judge that cannot tell would make every model match."""
 
 _SINGLE = """\
 You grade the answers of AI assistants. Judge how well the answer serves the user: whether it does what was asked, is \
@@ -173,7 +176,9 @@ def _by_conversation(metric: Metric, group: str, samples: Sequence[Sample], valu
         value=np.array([sum(values[sample.id]) for sample in scored], dtype=np.float64),
         per=np.array([float(len(values[sample.id])) for sample in scored]),
         truncated=sum(sample.truncated for sample in samples),
-        failed=sum(sample.error is not None or values.get(sample.id) == [] for sample in samples),
+        failed=sum(
+            not sample.truncated and (sample.error is not None or values.get(sample.id) == []) for sample in samples
+        ),
     )
 
 

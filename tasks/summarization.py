@@ -34,7 +34,7 @@ INSTRUCTION = (
     f"Summarize the following story in under {LIMIT} words. The summary should be coherent, consistent with the story, "
     "fluent, and limited to what is relevant."
 )
-_LOWEST = 1.0
+_LOWEST, _HIGHEST = 1.0, 10.0
 
 _CRITERIA_EXPLAINED = """\
 coherence: it is well organised and reads as one text; consistency: everything in it is supported by the story; \
@@ -53,7 +53,9 @@ _RATE_BOTH = (
 
 
 def _judged(name: str) -> Metric:
-    return Metric(name, value=name, per="rated", unit="1 to 10", chance=_LOWEST)  # the lowest says nothing
+    return Metric(
+        name, value=name, per="rated", unit="1 to 10", chance=_LOWEST, bounds=(_LOWEST, _HIGHEST)
+    )  # the lowest says nothing
 
 
 class Summarization(Suite):
@@ -170,16 +172,21 @@ def score_summary(summary: str, article: str, highlights: str) -> dict[str, floa
     own, source = lexical.words(summary), lexical.words(article)
     rouge = _rouge().score(highlights, summary)
     length = len(summary.split())
-    return {
+    found = {
         **{name: rouge[name].fmeasure for name in ("rouge1", "rouge2", "rougeL")},
         "words": float(length),
         "empty": float(length == 0),
         "over_limit": float(length > LIMIT),
-        "compression": len(article.split()) / max(1, length),
-        "copied_4grams": lexical.copied(own, source, 4),
-        "novel_2grams": 1 - lexical.copied(own, source, 2) if len(own) > 1 else 0.0,
-        "repetition": lexical.repetition(own),
     }
+    if length:  # what is not there copies nothing and is no compression
+        found |= {
+            "compression": len(article.split()) / length,
+            "copied_4grams": lexical.copied(own, source, 4),
+            "repetition": lexical.repetition(own),
+        }
+    if len(own) > 1:
+        found["novel_2grams"] = 1 - lexical.copied(own, source, 2)
+    return found
 
 
 def _rouge() -> Any:

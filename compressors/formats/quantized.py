@@ -55,7 +55,11 @@ def _unpack_gptq(model: Foreign, config: dict) -> None:
             bits = stored["qweight"].shape[0] * 32 / len(index)
         else:
             bits = float(config["bits"])
-        weight, grid = unpack_linear(stored, _whole(bits, name), minus_one=kind == "gptq")
+        try:
+            size = int(config.get("group_size") or -1)
+            weight, grid = unpack_linear(stored, _whole(bits, name), kind == "gptq", size)
+        except ValueError as error:
+            raise ModelError(f"{model.path}: {name}: {error}.", INCOMPLETE) from error
         _put(model, name, weight, grid, stored["scales"])
 
 

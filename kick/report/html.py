@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kick import statistics
+from kick.compare import Comparison
 from kick.levels import Bits, Sparsity
 from kick.report import tables
 from kick.report.figures import Drawn
@@ -175,6 +176,7 @@ class _Row:
     adjusted: float
     holds: bool  # the verdict, among all of them
     by_point: str
+    above_chance: float | None
 
 
 def _comparisons(results: Results) -> list[_Row]:
@@ -190,13 +192,29 @@ def _comparisons(results: Results) -> list[_Row]:
                 found.append((result.name, suite, estimate, pair))
     adjusted = statistics.holm([pair.p_value for *_, pair in found])
     lines = [
-        statistics.verdict_p(pair.retained, pair.interval) if pair.verdict != "no signal" else math.nan
+        statistics.verdict_p(pair.retained, pair.interval, pair.n) if pair.verdict != "no signal" else math.nan
         for *_, pair in found
     ]
     return [
-        _Row(setting, suite, estimate, pair, p, line < 1 - statistics.CONFIDENCE, _by_point(pair.retained))
+        _Row(
+            setting,
+            suite,
+            estimate,
+            pair,
+            p,
+            line < 1 - statistics.CONFIDENCE,
+            _by_point(pair.retained),
+            _above_chance(pair, results.metric(suite).chance),
+        )
         for (setting, suite, estimate, pair), p, line in zip(found, adjusted, statistics.holm(lines), strict=True)
     ]
+
+
+def _above_chance(pair: Comparison, chance: float | None) -> float | None:
+    """Of what the dense model has above chance, the share that is left; below 0 for less than guessing gives."""
+    if chance is None or pair.verdict == "no signal" or not pair.dense > chance:
+        return None
+    return (pair.retained * pair.dense - chance) / (pair.dense - chance)
 
 
 def _by_point(retained: float) -> str:

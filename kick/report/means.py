@@ -8,10 +8,10 @@ from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy.special import ndtri
+from scipy.stats import studentized_range
 
 from kick import statistics
-from kick.compare import Comparison, by_unit, retained_share
+from kick.compare import Comparison, by_unit, pseudo_units, retained_share
 from kick.statistics import CONFIDENCE, RESAMPLES, Interval
 from kick.suite import Metric, Score
 
@@ -34,8 +34,9 @@ def means_and_places(
     """For each setting `names`, all of which answered all `suites`, its mean retained share with an interval; places.
 
     Suites that ask the same questions (MMLU in two formats) are resampled with the same draws, though some be cut. A
-    place is one more than the number of `compressed` settings that are clearly better: the paired 95 % interval of the
-    difference of means lies above 0. Settings that share a place need not be equal; nothing here tells them apart.
+    place is one more than the number of `compressed` settings that are clearly better: the paired interval of the
+    difference of means lies above 0, in 95 % of runs those of all pairs together (Tukey's studentized range). Settings
+    that share a place need not be equal; nothing here tells them apart.
     """
     if not suites or not names:
         return {}, {}
@@ -52,11 +53,14 @@ def means_and_places(
 
 def _places(names: list[str], points: np.ndarray, draws: np.ndarray) -> dict[str, int]:
     """Intervals of differences from the covariance of the draws: normal ones, of all pairs at once."""
+    if len(names) < 2:
+        return dict.fromkeys(names, 1)
     covariance = np.atleast_2d(np.cov(draws[:, np.isfinite(draws).all(axis=0)]))
     variance = np.diag(covariance)
     error = np.sqrt(np.maximum(variance[:, None] + variance[None, :] - 2 * covariance, 0.0))
     ahead = points[None, :] - points[:, None]  # [own, other]
-    better = ahead > np.maximum(float(ndtri((1 + CONFIDENCE) / 2)) * error, 1e-12)
+    errors = float(studentized_range.ppf(CONFIDENCE, len(names), np.inf)) / np.sqrt(2)
+    better = ahead > np.maximum(errors * error, 1e-12)
     return {name: 1 + int(own.sum()) for name, own in zip(names, better, strict=True)}
 
 
@@ -106,7 +110,7 @@ def retained_draws(
 
     units: of more questions than dense answered, those of its own among them.
 
-    As compare.resampled_retained: scores within [0, 1] have half a pseudo-observation in each of their corners. Also by
+    As compare.resampled_retained: scores within bounds have half a pseudo-observation in each of their corners. Also by
     how much these draw each share aside [others].
     """
     units = list(by_unit(dense)) if units is None else units
@@ -122,14 +126,13 @@ def retained_draws(
     corners = []
     for whole, own in zip(before, rows, strict=True):
         answered = own[:, 1] > 0
-        corners.append(None if metric.per else statistics.corners(whole[answered, 0], own[answered, 0]))
+        corners.append(pseudo_units(metric, np.concatenate([whole[answered], own[answered]], axis=1)))
     pairs = [own for own in corners if own is not None]
     if len(pairs) == len(others):
         chances = np.concatenate([np.full(n, 2.0), np.ones(4)])
-        values = np.stack(pairs)  # [others, 4, (dense, other)]
-        pseudo = np.stack([values, np.ones_like(values)], axis=-1)  # [others, 4, (dense, other), (value, per)]
-        before = np.concatenate([before, pseudo[:, :, 0]], axis=1)
-        rows = np.concatenate([rows, pseudo[:, :, 1]], axis=1)
+        pseudo = np.stack(pairs)  # [others, 4, (value, per) of dense and of the other]
+        before = np.concatenate([before, pseudo[:, :, :2]], axis=1)
+        rows = np.concatenate([rows, pseudo[:, :, 2:]], axis=1)
     rng = np.random.default_rng(seed)
     found = np.empty((len(others), RESAMPLES))
     step = max(1, _CHUNK // len(chances))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kick import checkpoint as checkpoints
-from kick import compare
+from kick import compare, statistics
 from kick.compare import Comparison, Estimate
 from kick.config import SuiteSpec
 from kick.files import read_json
@@ -251,8 +251,10 @@ class Results:
         return means_and_places(names, asked, {result.name for result in self.compressed})
 
     def _answered(self, setting: str, suite: str) -> bool:
-        pair = self.comparison(setting, suite)
-        return pair is not None and pair.n >= FEWEST_IN_MEANS
+        pair, dense = self.comparison(setting, suite), self.estimate(DENSE, suite)
+        if pair is None or dense is None:
+            return False
+        return pair.n >= max(FEWEST_IN_MEANS, (1 - statistics.TOLERANCE) * dense.n)
 
     def verdicts(self, family: str, suite: str) -> list[tuple[float, str]]:
         """(sparsity, verdict) for each sparsity of a method, or (-bits, verdict), the least compressed first.

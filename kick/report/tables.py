@@ -104,7 +104,7 @@ def _leader(results: Results, result: SettingResult) -> dict[str, Any]:
 
 
 def unseen_by_perplexity(results: Results) -> list[dict[str, Any]]:
-    """Settings whose perplexity rose by no more than the margin while a suite says that they do not match."""
+    """Settings whose perplexity rose by no more than the margin while a task says that they do not match."""
     measure = results.perplexity_suite
     rows: list[dict[str, Any]] = []
     if measure is None:
@@ -116,7 +116,7 @@ def unseen_by_perplexity(results: Results) -> list[dict[str, Any]]:
         lost = [
             {"suite": suite, "pair": pair}
             for suite in results.suites
-            if suite != measure
+            if results.metric(suite).higher_is_better
             and (pair := results.comparison(result.name, suite)) is not None
             and pair.verdict == "not matching"
         ]
@@ -157,7 +157,7 @@ def leaderboard_markdown(results: Results) -> str:
         "Mean retained: share of the dense score left, over "
         + (", ".join(results.task_suites) or "no suite with a signal")
         + ".",
-        "Place: settings that the questions cannot tell apart share one (paired 95 % intervals of the mean).",
+        "Place: settings that the questions cannot tell apart share one (paired intervals, 95 % for all pairs).",
         "Bits: of a weight in the blocks, packed with scales and zero points where it is quantised.",
         "Zeros and quantised weights are stored dense: they make no file smaller and no model faster.",
     ]

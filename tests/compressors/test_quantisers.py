@@ -9,6 +9,7 @@ from kick_compressors.rounding import round_to_nearest
 from kick_compressors.rtn import RTN
 from kick_compressors.sparsegpt import SparseGPT
 from test_pruners import calibration, groups_of, stored_inputs
+from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from kick.blocks import find_decoder
 from kick.checkpoint import Structure, measure
@@ -173,6 +174,66 @@ def test_a_huge_activation_does_not_hide_a_wrong_fold():
 
     model.model.layers[0].mlp.register_forward_hook(shout)
     assert folds(model)[3].name == "mlp.up_proj"
+
+
+@pytest.mark.parametrize("share", [0.1, 0.03])
+@pytest.mark.parametrize("size", [0.02, 0.2])
+def test_a_small_mlp_hides_no_wrong_fold(share, size):
+    """Beside a large attention a gate that takes up_proj's scales changes little of what the block adds."""
+    model = make_tiny_llama(initializer_range=size)
+    for layer in model.model.layers:
+        layer.mlp.down_proj.weight.data.mul_(share)
+    assert folds(model)[3].name == "mlp.up_proj"
+
+
+def test_large_norm_weights_are_scaled_as_gemma_means_them():
+    config = Gemma2Config(
+        vocab_size=600, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, initializer_range=0.2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = Gemma2ForCausalLM(config).eval()
+    for layer in model.model.layers:
+        layer.pre_feedforward_layernorm.weight.data.fill_(60.0)
+    found = {fold.name: fold.kind for fold in folds(model) if fold is not None}
+    assert found["pre_feedforward_layernorm"] == "norm_plus_one"
+    assert "mlp.up_proj" in found
+
+
+def test_awq_cuts_each_group_where_its_outputs_change_least():
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randn(5, 32, generator=generator)
+    weight[1, 3], weight[2, 20] = 9.0, -7.0
+    inputs = torch.randn(200, 32, generator=generator) * torch.rand(32, generator=generator)
+    inputs[:, 3] *= 0.01  # nothing is lost where the 9 is cut
+    compressor, moments = AWQ(AWQ.Params(group_size=16)), inputs.T @ inputs / 200
+    found = compressor._clip(weight, moments, Bits(width=3))
+    changed = 0
+    for row in range(5):
+        for start in (0, 16):
+            own, seen = weight[row : row + 1, start : start + 16], inputs[:, start : start + 16]
+            errors = {}
+            for step in range(10):
+                limit = float(own.abs().max()) * (1 - 0.05 * step)
+                rounded = round_to_nearest(own.clamp(-limit, limit), 3, 16, symmetric=False).weight
+                errors[step] = float((seen @ (rounded - own).T).square().sum())
+            best = min(errors, key=errors.__getitem__)
+            limit = float(own.abs().max()) * (1 - 0.05 * best)
+            assert torch.allclose(found[row, start : start + 16], own[0].clamp(-limit, limit)), (row, start)
+            changed += best > 0
+    assert changed > 2
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_cutting_helps(bits):
+    assert output_error(AWQ, bits) < output_error(AWQ, bits, clip=False)
+
+
+def test_inputs_that_overflow_stop_awq_too():
+    model = make_tiny_llama().half()
+    model.model.layers[0].mlp.up_proj.weight.data[0] *= 1e6
+    with pytest.raises(KickError, match="not finite"):
+        AWQ(AWQ.Params(group_size=16)).compress(model, Bits(width=4), calibration())
 
 
 def test_awq_says_where_nothing_could_take_its_scales():

@@ -173,6 +173,9 @@ def test_stacked_experts_are_reported_as_not_covered():
     inside = sum(w.numel() for w in model.model.layers.parameters() if w.dim() >= 2)
     assert measured.coverage == pytest.approx(covered / inside)
     assert 0 < measured.coverage < 0.5
+    assert measured.sparsity == pytest.approx(0.5)  # of the linears
+    assert measured.sparsity_of_blocks == pytest.approx(0.5 * measured.coverage)  # of what there is
+    assert measured.bits_per_weight == pytest.approx(32)
 
 
 def test_a_model_without_blocks_is_refused():

@@ -80,3 +80,41 @@ def test_sums_over_conversations_are_no_answers():
     assert found.interval.low < 3 / 16 < found.interval.high
     assert found.interval.high <= 0.25 + 1e-9  # a conversation has a quarter at most: Wilson's of 3 in 16 reaches .43
     assert compare.compare(rated, rated, signal=True).flips is None
+
+
+RATING = Metric("rating", value="ratings", per="rated", bounds=(1.0, 10.0))
+
+
+def conversations(*ratings):
+    """Of two turns each."""
+    ids = [f"{number}-{turn}" for number in range(len(ratings)) for turn in (1, 2)]
+    values = np.repeat(np.array(ratings, dtype=float), 2)
+    clusters = tuple(id.partition("-")[0] for id in ids)
+    return Score(RATING, "overall", tuple(ids), values, np.ones_like(values), clusters=clusters)
+
+
+def test_a_few_unanimous_ratings_claim_no_certainty():
+    alike = conversations(5, 5, 5, 5, 5)
+    assert compare.compare(alike, alike, signal=True).verdict == "undecided"
+    many = conversations(*[5, 7, 6, 8] * 500)
+    assert compare.compare(many, many, signal=True).verdict == "matching"
+
+
+def test_ratings_that_rarely_collapse_are_not_taken_for_matching():
+    """One conversation in fourteen falls from 8 or 9 to 1: .94 of the score is left, which does not match."""
+    rng, wrong = np.random.default_rng(0), 0
+    for _ in range(100):
+        before = rng.choice([8.0, 9.0], 24)
+        after = np.where(rng.random(24) < 0.07, 1.0, before)
+        found = compare.compare(conversations(*before), conversations(*after), signal=True)
+        wrong += found.verdict == "matching"
+    assert wrong <= 9  # nominal 2.5; four standard errors are 6.2
+
+
+def test_a_verdict_does_not_rest_on_the_survivors():
+    dense = score(ACCURACY, [1, 0] * 500)
+    most = score(ACCURACY, [1, 0] * 480, ids=map(str, range(960)))
+    few = score(ACCURACY, [1, 0] * 200, ids=map(str, range(400)))
+    assert compare.compare(dense, most, signal=True).verdict == "matching"
+    found = compare.compare(dense, few, signal=True)
+    assert (found.verdict, found.n_to_decide, found.n) == ("undecided", None, 400)

@@ -9,10 +9,12 @@ import sys
 from dataclasses import replace
 from urllib.parse import unquote
 
+import numpy as np
 import pytest
 from written_run import SETTINGS, change_samples, write_run
 
 from kick import cli
+from kick.compare import compare
 from kick.errors import RunError
 from kick.report import read_results, tables, write_report
 from kick.report.figures.style import Drawn
@@ -20,6 +22,7 @@ from kick.report.leaderboard import check_comparable, write_leaderboard
 from kick.report.results import SettingResult
 from kick.report.template import identifier, inline
 from kick.settings import Setting, Stage
+from kick.suite import Metric, Score
 
 
 def rows(run):
@@ -107,6 +110,19 @@ def test_the_page_says_where_each_method_stops_matching(run):
     assert "magnitudenone (20 %: undecided)" in text.replace("\n", "")
     assert "a dead column" in text
     assert "n to decide" in text
+
+
+def test_what_is_left_above_chance_by_hand():
+    from kick.report.html import _above_chance
+
+    dense, other = ([1] * 50 + [0] * 50), ([1] * 40 + [0] * 60)
+    ids, ones = tuple(map(str, range(100))), np.ones(100)
+    metric = Metric("accuracy", value="correct", chance=0.25)
+    first, second = (Score(metric, "overall", ids, np.array(v, dtype=float), ones) for v in (dense, other))
+    pair = compare(first, second, signal=True)
+    assert _above_chance(pair, 0.25) == pytest.approx(0.15 / 0.25)  # of .5 .25 lie above chance, of .4 .15
+    assert _above_chance(pair, None) is None
+    assert _above_chance(compare(first, second, signal=False), 0.25) is None
 
 
 def test_a_failed_evaluation_is_shown_and_left_out(tmp_path):

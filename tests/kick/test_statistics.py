@@ -61,12 +61,15 @@ def test_what_no_resample_reaches_is_rarer_than_one_in_all_of_them():
 
 def test_the_p_value_of_a_verdict_agrees_with_the_interval():
     line = 1 - TOLERANCE
-    assert verdict_p(0.5, Interval(0.3, line)) == pytest.approx(0.05)
-    assert verdict_p(0.99, Interval(line, 1.02)) == pytest.approx(0.05)
-    assert verdict_p(0.5, Interval(0.4, 0.6)) < 1e-10
-    assert verdict_p(0.94, Interval(0.9, 0.98)) > 0.5
-    assert np.isnan(verdict_p(0.5, Interval(float("nan"), float("nan"))))
-    assert verdict_p(1.0, Interval(1.0, 1.0)) == 0.0
+    assert verdict_p(0.5, Interval(0.3, line), 10) == pytest.approx(0.05)
+    assert verdict_p(0.99, Interval(line, 1.02), 1000) == pytest.approx(0.05)
+    assert verdict_p(0.5, Interval(0.4, 0.6), 1000) < 1e-10
+    assert verdict_p(0.5, Interval(0.4, 0.6), 4) == pytest.approx(
+        2 * scipy.stats.t.sf(4.5 * scipy.stats.t.isf(0.025, 3), 3)
+    )
+    assert verdict_p(0.94, Interval(0.9, 0.98), 100) > 0.5
+    assert np.isnan(verdict_p(0.5, Interval(float("nan"), float("nan")), 100))
+    assert np.isnan(verdict_p(1.0, Interval(1.0, 1.0), 100))  # nothing was seen to vary
 
 
 def test_the_bootstrap_of_a_mean_is_scipys():
@@ -114,6 +117,10 @@ def test_corners_only_for_scores_within_bounds():
     graded = statistics.corners(np.array([0.1, 0.2, 0.3]), np.array([0.4, 0.5]))  # quartiles 0.2 and 0.4
     assert graded == pytest.approx(np.array([[0.2, 0.2], [0.2, 0.4], [0.4, 0.2], [0.4, 0.4]]))
     assert statistics.corners(np.array([0.0, 7.0]), np.array([1.0, 2.0])) is None
+    rare = np.array([0.0] * 9 + [0.5])  # both quartiles are 0
+    assert statistics.corners(rare, rare) == pytest.approx(0.5 * statistics.CORNERS)
+    assert statistics.corners(np.full(3, 0.3), np.full(3, 0.3)).tolist() == statistics.CORNERS.tolist()
+    assert statistics.corners(np.array([3.0]), np.array([7.0]), (1.0, 10.0))[1].tolist() == [1.0, 10.0]
 
 
 def test_nothing_changed_in_a_small_sample_is_not_certainty():
@@ -156,8 +163,16 @@ def f1(rng, n):
     return dense, np.where(fate < 0.8, dense, np.where(fate < 0.93, 0, rng.uniform(0, 1, n)))
 
 
+def rare(rng, n):
+    """One answer in ten is worth something, and most of these are lost."""
+    worth, kept = rng.random((2, n))
+    dense = np.where(worth < 0.1, rng.uniform(0.2, 1, n), 0)
+    return dense, np.where(kept < 0.3, dense, 0)
+
+
 @pytest.mark.parametrize(
-    ("kind", "n", "widest"), [(rouge, 18, 0.32), (rouge, 100, 0.12), (f1, 18, np.inf), (f1, 100, 0.32)]
+    ("kind", "n", "widest"),
+    [(rouge, 18, 0.32), (rouge, 100, 0.12), (f1, 18, np.inf), (f1, 100, 0.32), (rare, 60, np.inf), (rare, 300, 0.6)],
 )
 def test_intervals_of_graded_scores_cover_the_truth_and_are_no_wider_than_that_takes(kind, n, widest):
     whole, compressed = kind(np.random.default_rng(7), 1_000_000)
@@ -185,6 +200,7 @@ def test_verdicts():
 
 def test_signal_is_an_interval_above_chance():
     assert statistics.has_signal(Interval(0.27, 0.40), 0.25)
+    assert not statistics.has_signal(Interval(0.26, 0.40), 0.25)  # of .26 a guesser keeps 96 %: it would match
     assert not statistics.has_signal(Interval(0.22, 0.40), 0.25)
     assert statistics.has_signal(Interval(0.01, 0.10), None)
     assert not statistics.has_signal(Interval(0.0, 0.10), None)
@@ -192,8 +208,10 @@ def test_signal_is_an_interval_above_chance():
 
 
 def test_how_many_would_decide():
-    # the estimate lies .02 above the line, the interval reaches .04 below it: twice the reach, four times n
-    assert statistics.n_to_decide(100, 0.97, Interval(0.93, 1.01)) == pytest.approx(400, abs=1)
+    # the estimate lies .02 above the line, half the interval is .04, of 1.96 standard errors of .0204: such that the
+    # line is 1.96 + .84 standard errors away, these must be .00714, 2.857 times smaller, with 8.16 times n
+    found = statistics.n_to_decide(100, 0.97, Interval(0.93, 1.01))
+    assert found == pytest.approx(100 * (0.0204 / 0.00714) ** 2, rel=0.01)
     assert statistics.n_to_decide(100, 0.95, Interval(0.9, 1.0)) is None
     assert statistics.n_to_decide(100, float("nan"), Interval(0.9, 1.0)) is None
 

@@ -38,7 +38,8 @@ def test_new_words_are_novel_and_an_empty_summary_has_nothing():
     assert scores["novel_2grams"] == pytest.approx(2 / 5)
     assert scores["copied_4grams"] == 0.0
     empty = score_summary("", ARTICLE, HIGHLIGHTS)
-    assert (empty["rouge1"], empty["rougeL"], empty["words"], empty["novel_2grams"]) == (0.0, 0.0, 0.0, 0.0)
+    assert (empty["rouge1"], empty["rougeL"], empty["words"], empty["empty"]) == (0.0, 0.0, 0.0, 1.0)
+    assert not {"compression", "copied_4grams", "novel_2grams", "repetition"} & empty.keys()  # of nothing
     assert (scores["empty"], empty["empty"]) == (0.0, 1.0)
 
 

@@ -28,7 +28,7 @@ from kick.report.results import Axis, Results, SettingResult
 from kick.settings import DENSE
 from kick.statistics import TOLERANCE
 
-_PATTERN_STEP = 1.8  # points of sparsity between patterns that would lie on one another
+_PATTERN_STEP = 0.8  # points of sparsity between patterns that would lie on one another
 
 _AXES: dict[Axis, str] = {
     "sparsity": "sparsity of the pruned layers, measured (%)",
@@ -95,9 +95,10 @@ def _score_against(axis: Axis, results: Results, suite: str) -> tuple[Figure, st
     caption = (
         f"n = {dense.n}. Bands and bars: 95 % intervals; grey: the dense model's own."
         + (" Of several seeds: their mean, each run, and a band from the lowest to the highest." if seeds else "")
-        + ("" if metric.descriptive else " Dashed: where 5 % of the dense score is lost.")
+        + ("" if metric.descriptive else " Dashed: where 5 % of the dense score is lost; verdicts are paired, and")
+        + ("" if metric.descriptive else " tighter than bars beside this line.")
         + (
-            " Patterns stand side by side at their sparsity."
+            " Patterns of one sparsity stand side by side around it."
             if any(family.endswith(" N:M") for family in families)
             else ""
         )
@@ -125,14 +126,16 @@ def _draw_families(
 
     The names of points, to be written when the axes have their limits, (x, y, name); whether some line is of seeds.
     """
-    patterns = [result.name for result in results.compressed if result.family.endswith(" N:M")]
+    patterns: dict[int, list[str]] = {}  # by their sparsity, in whole points
+    for result in results.compressed:
+        if result.family.endswith(" N:M") and (at := _place(axis, result)) is not None:
+            patterns.setdefault(round(at), []).append(result.name)
     names: list[tuple[float, float, str]] = []
     seeds = False
 
     def beside(result: SettingResult) -> float:
-        if result.name not in patterns:
-            return 0.0
-        return _PATTERN_STEP * (patterns.index(result.name) - (len(patterns) - 1) / 2)
+        same = next((own for own in patterns.values() if result.name in own), [result.name])
+        return _PATTERN_STEP * (same.index(result.name) - (len(same) - 1) / 2)
 
     percent = scale != 1.0
     for family in _families(results, axis, suite):

@@ -20,13 +20,14 @@ def planned(results: Results) -> Iterator[Planned]:
     for suite in results.suites:
         groups = [key for key in _keys(results, suite) if key[0] == results.metric(suite).name and key[1] != OVERALL]
         telling = [key for key in groups if results.get(DENSE, suite).estimates[key].signal]
-        if len(telling) > 1 and not results.metric(suite).descriptive:
+        overall = results.estimate(DENSE, suite)  # among many groups of a guesser some look as if it knew
+        if len(telling) > 1 and not results.metric(suite).descriptive and overall is not None and overall.signal:
             draw = partial(_map, results, suite, telling, "group", len(groups) - len(telling))
             yield Planned(f"{suite}-by-group", f"{suite} by group", draw)
         criteria = [
             (metric.name, OVERALL)
             for metric in results.suites[suite].judged_metrics
-            if (metric.name, OVERALL) in _keys(results, suite)
+            if not metric.descriptive and (metric.name, OVERALL) in _keys(results, suite)
         ]
         if len(criteria) > 1:
             draw = partial(_map, results, suite, criteria, "criterion")
@@ -75,13 +76,14 @@ def _map(results: Results, suite: str, keys: Sequence[Key], what: str, without: 
     bar.set_label("of the dense score retained (%)", fontsize=8)
     title(axes, f"{suite} by {what}")
     caption = (
-        f"Share of the dense score that is left, by {what} (number of questions in brackets). "
+        f"Share of the dense score that is left, by {what} (number of questions in brackets); "
+        f"{100 * _FULL:.0f} % stands for all that is more. "
         + (
             f"Not here: {without} of {without + len(keys)}, on which the dense model is not clearly above chance. "
             if without
             else ""
         )
         + (f"The {len(rows)} largest of {len(keys)} are shown. " if len(rows) < len(keys) else "")
-        + f"Groups are small: single cells are uncertain, rows and columns say more.{left_out}"
+        + f"Groups are small: single cells are uncertain, and among many some look lost or kept by chance.{left_out}"
     )
     return figure, caption
