@@ -57,17 +57,18 @@ def pack_linear(weight: Tensor, grid: Grid, minus_one: bool) -> dict[str, Tensor
 def unpack_linear(stored: dict[str, Tensor], bits: int, minus_one: bool, group_size: int = -1) -> tuple[Tensor, Grid]:
     """The weight [out, in] in float32 and its grid, from the four tensors.
 
-    Without g_idx, groups are `group_size` neighbours (-1: all), the last one what is left.
+    Without g_idx, groups are `group_size` neighbours (-1: all), the last one what is left; where the number of scales
+    says otherwise, equal parts. Raises ValueError where it fits neither.
     """
     codes = unpack(stored["qweight"], bits).T
     zero = (unpack(stored["qzeros"].T.contiguous(), bits) + int(minus_one)) % 2**bits
     groups, in_features = stored["scales"].shape[0], codes.shape[1]
     group_of = stored.get("g_idx")
     if group_of is None:
-        group_of = group_columns(in_features, group_size, torch.device("cpu"))
+        group_of = group_columns(in_features, group_size)
         if int(group_of[-1]) + 1 != groups:
-            raise ValueError(
-                f"{in_features} inputs in groups of {group_size} need {int(group_of[-1]) + 1}, not {groups}"
-            )
+            if in_features % groups:
+                raise ValueError(f"{groups} groups of scales for {in_features} inputs in groups of {group_size}")
+            group_of = group_columns(in_features, in_features // groups)
     grid = Grid(bits, stored["scales"].T.float().contiguous(), zero.float(), group_of.long())
     return grid.values(codes), grid

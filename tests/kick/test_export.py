@@ -110,6 +110,17 @@ def test_a_packed_checkpoint_read_by_the_definition(tiny_model, tokenizer, tmp_p
     assert "lm_head.weight" not in stored  # tied to the embeddings
 
 
+def test_groups_without_an_index_are_as_large_as_is_said():
+    """Forty inputs in groups of sixteen have a smaller last group, not three of fourteen."""
+    made = round_to_nearest(torch.randn(8, 40, generator=torch.Generator().manual_seed(0)), 8, 16, symmetric=False)
+    stored = pack_linear(made.weight, made.grid, minus_one=False)
+    del stored["g_idx"]
+    weight, _ = unpack_linear(stored, 8, minus_one=False, group_size=16)
+    assert torch.equal(weight, made.weight)
+    with pytest.raises(ValueError, match="3 groups of scales for 40 inputs in groups of 8"):
+        unpack_linear(stored, 8, minus_one=False, group_size=8)
+
+
 def test_linears_that_were_left_out_are_named(tiny_model, tmp_path):
     from kick.policy import LayerRule
 
