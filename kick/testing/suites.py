@@ -35,6 +35,7 @@ def suite_checks(
         "answers every question in order": partial(_answers_in_order, subject),
         "gives the same answers again": partial(_is_deterministic, subject),
         "scores what its metrics add up": partial(_scores, subject),
+        "counts samples of one question once": partial(_clusters, subject),
         "has answers that can be kept": partial(_round_trip, subject),
         "gives nothing for an empty answer": partial(_nothing_for_nothing, subject),
     }
@@ -154,6 +155,19 @@ def _scores(subject: _Subject) -> None:
         for name, value in sample.scores.items():
             if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
                 raise ConformanceError(f"'{sample.id}' has {name} = {value!r}: no finite number; say `error` instead.")
+
+
+def _clusters(subject: _Subject) -> None:
+    """Samples of one question are not independent: counted as if they were, intervals are too narrow."""
+    suite = subject.new()
+    if not subject.samples or all(len(suite.sample_ids(example)) == 1 for example in subject.examples):
+        return
+    for score in subject.attempt(suite.score, subject.samples):
+        if score.n and not score.clusters:
+            raise ConformanceError(
+                f"`sample_ids` gives a question several samples, and `{score.metric.name}` counts them as independent: "
+                "let `score` say in `clusters` which belong together."
+            )
 
 
 def _round_trip(subject: _Subject) -> None:

@@ -111,6 +111,15 @@ class NotKept(Opposites):
         return replace(super().sample(example, output), choices=[{"text": {1, 2}}])
 
 
+class Doubled(Opposites):
+    def sample_ids(self, example):
+        return [f"{example.id}-1", f"{example.id}-2"]
+
+    def answer(self, lm, examples):
+        for sample in super().answer(lm, examples):
+            yield from (replace(sample, id=f"{sample.id}-{turn}") for turn in (1, 2))
+
+
 class EmptyIsRight(Opposites):
     def sample(self, example, output):
         correct = float(example.content["answer"].startswith(output.strip()))
@@ -135,6 +144,7 @@ def test_the_suite_that_the_faults_are_planted_in_passes():
         (NoDivisor, "scores what its metrics add up", "KeyError: 'words'"),
         (NoQuestions, "asks the same every time", "FileNotFoundError: rows.csv"),
         (NotKept, "has answers that can be kept", "set is not JSON serializable"),
+        (Doubled, "counts samples of one question once", "`accuracy` counts them as independent"),
         (EmptyIsRight, "gives nothing for an empty answer", "an empty answer to 'hot' scores accuracy above 0"),
     ],
 )
