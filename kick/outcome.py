@@ -39,6 +39,7 @@ class Outcome:
     stages: list[dict[str, Any]] = field(default_factory=list)
     layers: dict[str, dict[str, Any]] = field(default_factory=dict)
     structure: checkpoints.Structure = field(default_factory=checkpoints.Structure)
+    layers_of_stages: list[dict[str, dict[str, Any]]] = field(default_factory=list)
     masks: list[dict[str, np.ndarray]] = field(default_factory=list)  # of each stage: where it left zeros, as bits
 
     def carry_out(self, step: Step, model: nn.Module, calibration: Calibration | None, progress: Progress) -> nn.Module:
@@ -82,8 +83,8 @@ class Outcome:
             pruned = {name for name, layer in after.layers.items() if layer["sparsity"] > checkpoints.STRAY_ZEROS}
         self.masks.append(zero_masks(decoder, pruned))
         self.warnings += compressor.warnings
-        for name, facts in compressor.layers.items():
-            self.layers[name] = {**self.layers.get(name, {}), **facts}
+        self.layers |= compressor.layers  # what the last stage did to each; of chains `compare` keeps all
+        self.layers_of_stages.append(compressor.layers)
         self.stages.append(
             {
                 **step.stage.model_dump(mode="json"),
@@ -96,9 +97,12 @@ class Outcome:
         return model
 
     def compare(self, steps: list[Step]) -> None:
-        """Warn of what a later stage undid, and of weights that no stage could reach."""
+        """Warn of what a later stage undid, and of weights that no stage could reach; of a chain say what each did."""
         measured = self.measured
         assert measured is not None
+        if len(self.stages) > 1:
+            for record, layers in zip(self.stages, self.layers_of_stages, strict=True):
+                record["layers"] = layers  # its errors are against what it was given
         for step, record in zip(steps, self.stages, strict=True):
             if count := record["mask_violations"]:
                 self.warnings.append(

@@ -226,6 +226,11 @@ def test_a_chain_keeps_the_mask_and_says_what_each_stage_reached(tiny_model, tmp
     layer = record["layers"]["model.layers.0.self_attn.q_proj"]
     assert (layer["pattern"], layer["bits"]) == ("2:4", 4)
     assert layer["bits_per_weight"] == record["bits_per_weight"] == 4 + (16 + 4) / 16
+    alone = make(tiny_model, tmp_path / "alone", "wanda", "2:4").record["layers"]["model.layers.0.self_attn.q_proj"]
+    pruned, rounded = (stage["layers"]["model.layers.0.self_attn.q_proj"] for stage in record["stages"])
+    for error in ("weight_error", "reconstruction_error"):  # of each stage its own
+        assert pruned[error] == alone[error]
+        assert layer[error] == rounded[error] < pruned[error]
     assert verify(made) == []
 
 
