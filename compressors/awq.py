@@ -16,7 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from kick.blocks import Block, Group
+from kick.blocks import Block, Group, Linear
 from kick.folding import Fold, find_fold, multiply_adapter
 from kick.levels import Bits
 from kick.quantization import Quantized, group_columns
@@ -27,7 +27,7 @@ from .statistics import Hessian
 
 _ALPHAS = 20
 _CUTS = tuple(1 - 0.05 * step for step in range(10))  # of the largest weight of a row and group, the first is none
-_QUERIES_AND_KEYS = ("q_", "k_", "query", "key", "qkv")  # in a linear's own name
+_QUERIES_AND_KEYS = ("q_", "k_", "kv_", "query", "key", "qkv", "wqkv", "c_attn")  # how their own names begin
 
 
 class Activations(Hessian):
@@ -89,10 +89,13 @@ class AWQ(Quantizer):
         matrix = statistic.matrix
         if fold is None or len(weights) != len(self.group.linears):
             self._unscaled.append(self._at)
-            return [self._round(number, weight, matrix, level) for number, weight in enumerate(whole)]
-        scale = self._search(torch.cat(whole), statistic, level)
-        scaled = matrix / scale / scale[:, None]
-        quantized = [self._round(number, weight * scale, scaled, level) for number, weight in enumerate(whole)]
+            return [self._round(*pair, matrix, level) for pair in zip(self.linears, whole, strict=True)]
+        scale = self._search(torch.cat(whole), matrix, statistic.mean_magnitude, level)
+        matrix = matrix.div_(scale).div_(scale[:, None])  # of the inputs that the scaled weights meet
+        quantized = [
+            self._round(linear, weight * scale, matrix, level)
+            for linear, weight in zip(self.linears, whole, strict=True)
+        ]
         self._scaled.append(_Scaled(self.group, fold, scale, quantized))
         return [part.weight / scale for part in quantized]
 
@@ -111,10 +114,8 @@ class AWQ(Quantizer):
                 self.grids[taker.name] = grid.rescaled(1 / scaled.scale)
                 taker.weight.copy_(self.grids[taker.name].values(codes))
 
-    def _search(self, weight: Tensor, statistic: Activations, level: Bits) -> Tensor:
-        """The best scale [in] for weight [out, in]."""
-        matrix = statistic.matrix
-        magnitude = statistic.mean_magnitude
+    def _search(self, weight: Tensor, matrix: Tensor, magnitude: Tensor, level: Bits) -> Tensor:
+        """The best scale [in] for weight [out, in]. matrix [in, in], magnitude [in]: of its inputs."""
         magnitude = magnitude.clamp(min=1e-4 * float(magnitude.max()))
         best, smallest = torch.ones_like(magnitude), float("inf")
         for step in range(_ALPHAS):
@@ -126,11 +127,10 @@ class AWQ(Quantizer):
                 best, smallest = scale, error
         return best
 
-    def _round(self, number: int, weight: Tensor, matrix: Tensor, level: Bits) -> Quantized:
-        """The `number`th weight [out, in] of the group on its grids. matrix [in, in]: second moments of its inputs."""
-        linears = self.group.linears
-        name = linears[number].name.rpartition(".")[2] if number < len(linears) else ""
-        if self.params.clip and not any(part in name.lower() for part in _QUERIES_AND_KEYS):
+    def _round(self, linear: Linear, weight: Tensor, matrix: Tensor, level: Bits) -> Quantized:
+        """The weight [out, in] of `linear` on its grids. matrix [in, in]: second moments of its inputs."""
+        name = linear.name.rpartition(".")[2].lower()
+        if self.params.clip and not name.startswith(_QUERIES_AND_KEYS):
             weight = self._clip(weight, matrix, level)
         return self.round(weight, level)
 

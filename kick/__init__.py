@@ -1,3 +1,3 @@
 """kick: what did a compressed language model lose, and how sure are we?"""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -57,12 +57,13 @@ class Comparison:
     lost: int | None
     won: int | None
     n_to_decide: int | None
+    whole: bool = True  # at most 5 % of the dense model's samples have no counterpart
 
     @classmethod
     def empty(cls, verdict: statistics.Verdict | None) -> "Comparison":
         """Of settings that answered nothing in common."""
         nothing = float("nan")
-        return cls(0, nothing, nothing, Interval(nothing, nothing), verdict, nothing, None, None, None)
+        return cls(0, nothing, nothing, Interval(nothing, nothing), verdict, nothing, None, None, None, whole=False)
 
     @property
     def flips(self) -> int | None:
@@ -123,7 +124,8 @@ def compare(dense: Score, other: Score, signal: bool) -> Comparison:
             differences = value / per - dense_value / dense_per
         p_value = statistics.sign_flip(np.nan_to_num(differences))
     whole = len(shared) >= (1 - statistics.TOLERANCE) * len(dense.ids)
-    outcome = None if metric.descriptive else statistics.verdict(interval, signal, whole)
+    settled = whole or _best_case(dense, other, shared) < 1 - statistics.TOLERANCE
+    outcome = None if metric.descriptive else statistics.verdict(interval, signal, settled)
     needed = statistics.n_to_decide(n, retained, interval) if outcome == "undecided" and whole else None
     return Comparison(
         n=n,
@@ -135,7 +137,18 @@ def compare(dense: Score, other: Score, signal: bool) -> Comparison:
         lost=lost,
         won=won,
         n_to_decide=needed,
+        whole=whole,
     )
+
+
+def _best_case(dense: Score, other: Score, shared: Sequence[str]) -> float:
+    """The retained share if every answer that is missing were as good as can be; infinite for scores without bounds."""
+    metric = dense.metric
+    bounded = metric.bounds or ((0.0, 1.0) if metric.per is None and dense.value.max(initial=0) <= 1 else None)
+    if bounded is None or not metric.higher_is_better or metric.transform != "mean":
+        return float("inf")
+    share = len(shared) / len(dense.ids)
+    return float(retained_share(dense.point, share * other.point + (1 - share) * bounded[1], higher_is_better=True))
 
 
 def _interval(dense: Score, other: Score, dense_value: np.ndarray, value: np.ndarray, n: int) -> Interval:
@@ -166,7 +179,7 @@ def resampled_retained(dense: Score, other: Score, seed: int = 0) -> np.ndarray:
     (dense_value, dense_per), (value, per) = _at(dense, shared), _at(other, shared)
     rows = np.stack([dense_value, dense_per, value, per], axis=1)
     pseudo = pseudo_units(metric, rows)
-    if pseudo is not None and metric.per is None:
+    if pseudo is not None and metric.per is None and not dense.clusters:
         sums = statistics.resampled_sums(rows[:, [0, 2]], seed=seed, pseudo=pseudo[:, [0, 2]])
         return retained_share(sums[:, 0], sums[:, 1], metric.higher_is_better)
     sums = statistics.resampled_sums(rows, seed=seed, pseudo=pseudo)
@@ -182,7 +195,8 @@ def pseudo_units(metric: Metric, rows: np.ndarray) -> np.ndarray | None:
     """
     if metric.per is not None and metric.bounds is None:
         return None
-    found = statistics.corners(rows[:, 0], rows[:, 2], metric.bounds)
+    rows = rows[(rows[:, 1] > 0) & (rows[:, 3] > 0)]
+    found = statistics.corners(rows[:, 0] / rows[:, 1], rows[:, 2] / rows[:, 3], metric.bounds)
     if found is None or len(rows) == 0:
         return None
     before, after = rows[:, 1].mean(), rows[:, 3].mean()

@@ -262,6 +262,7 @@ class LayerwiseCompressor(Compressor):
             return
         self.group = group
         for level, linears in by_level.items():
+            self.linears = linears
             self._at = ", ".join(linear.name for linear in linears)
             self.notes = {}
             try:
@@ -305,13 +306,12 @@ def _outlier_share(walk: BlockWalk, block: Block, outlier: float) -> float:
 
     def scores() -> Iterator[Tensor]:
         for group, total in squares.items():
-            norm = total.sqrt() if isinstance(total, Tensor) else 1.0  # no token came by: inputs count as equal
-            for linear in group.linears:
-                yield linear.weight.float().abs() * norm
+            if isinstance(total, Tensor):  # where no token came by nothing is known
+                yield from (linear.weight.float().abs() * total.sqrt() for linear in group.linears)
 
     with resident(block.module):
         walk.collect(block, {group: listener(group) for group in block.groups})
-        weights = sum(linear.weight.numel() for linear in block.linears)
+        weights = sum(score.numel() for score in scores())
         mean = sum(float(score.double().sum()) for score in scores()) / weights
         above = sum(int((score > outlier * mean).sum()) for score in scores())
         walk.propagate(block)

@@ -63,8 +63,8 @@ def find_fold(block: Block, group: Group, run: Callable[[], Tensor]) -> Fold | N
     best, smallest = None, 1.0
     for fold in _candidates(block, group, channels):
         left = (_tried(group, scale, fold, run) - before).norm(dim=-1)
-        worst = float((left / allowed).nan_to_num(0.0).max())
-        if worst < smallest:
+        worst = float(torch.where(left == 0, 0.0, left / allowed).max())
+        if worst < smallest:  # not so where it is not a number
             best, smallest = fold, worst
     return best
 

@@ -101,6 +101,10 @@ class Metric:
     descriptive: bool = False
     bounds: tuple[float, float] | None = None
 
+    def __post_init__(self) -> None:
+        if self.bounds is not None:  # JSON gives a list
+            object.__setattr__(self, "bounds", tuple(self.bounds))
+
     def combine(self, value: Any, per: Any) -> Any:
         """The metric from sums over samples (numbers or arrays)."""
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):

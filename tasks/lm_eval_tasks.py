@@ -28,6 +28,7 @@ from kick.lm.generation import Decoding
 from kick.rows import read_jsonl
 from kick.settings import digest
 from kick.spec import Spec
+from kick.statistics import wilson
 from kick.suite import NOT_A_NUMBER, DataSource, Example, Metric, Sample, Score, Suite
 
 FEWSHOT_SEED = 1234  # lm-eval's own
@@ -208,12 +209,16 @@ class LMEval(Suite):
         )
 
     def _commonest(self, task: Any) -> float:
-        """What always the same answer gets, where all questions have the same options (yes and no); else 0."""
+        """What always the same answer gets where all questions have the same options (yes and no), if that is clearly
+        more than guessing; else 0. A group's answers may differ by task: of one that is asked alone.
+        """
         if task.task_name not in self._shares:
             docs = self._docs(task.task_name)
-            same = len({tuple(task.doc_to_choice(doc)) for doc in docs}) == 1
-            golds = Counter(str(task.doc_to_target(doc)) for doc in docs) if same else Counter[str]()
-            self._shares[task.task_name] = max(golds.values(), default=0) / max(1, golds.total())
+            options = {tuple(task.doc_to_choice(doc)) for doc in docs} if len(self._tasks) == 1 else set()
+            golds = Counter(str(task.doc_to_target(doc)) for doc in docs) if len(options) == 1 else Counter[str]()
+            most, n = max(golds.values(), default=0), golds.total()
+            clearly = n > 0 and wilson(float(most), n).low > 1 / len(next(iter(options)))
+            self._shares[task.task_name] = most / n if clearly else 0.0
         return self._shares[task.task_name]
 
     # Scores

@@ -89,7 +89,8 @@ def _frontier(results: Results) -> list[dict[str, Any]]:
     return rows
 
 
-_WORST_FIRST = ("not matching", "undecided", "failed", "not judged", NOT_YET, "matching")
+_WORST_FIRST = ("not matching", "undecided", "matching")
+_WITHOUT_VERDICT = ("failed", "not judged", NOT_YET)
 
 
 def _frontier_cell(verdicts: list[tuple[float, str]]) -> str:
@@ -105,6 +106,8 @@ def _frontier_cell(verdicts: list[tuple[float, str]]) -> str:
         return text
     level = beyond[0][0]
     own = [verdict for each, verdict in beyond if each == level and verdict != "no signal"]
+    if missing := next((status for status in _WITHOUT_VERDICT if status in own), None):
+        return f"{text} ({name(level)}: {missing})"
     matching = sum(verdict == "matching" for verdict in own)
     if len(own) > 1 and matching:  # of several seeds
         return f"{text} ({name(level)}: {matching} of {len(own)} matching)"
@@ -202,7 +205,7 @@ def _comparisons(results: Results) -> list[_Row]:
             estimate,
             pair,
             p,
-            line < 1 - statistics.CONFIDENCE,
+            not line >= 1 - statistics.CONFIDENCE,  # also without width: nothing was seen to vary
             _by_point(pair.retained),
             _above_chance(pair, results.metric(suite).chance),
         )

@@ -48,18 +48,19 @@ def means_and_places(
         for name, point, own, n in zip(names, points, draws, fewest, strict=True)
     }
     ranked = [index for index, name in enumerate(names) if name in compressed]
-    return means, _places([names[index] for index in ranked], points[ranked], draws[ranked])
+    return means, _places([names[index] for index in ranked], points[ranked], draws[ranked], int(fewest.min()))
 
 
-def _places(names: list[str], points: np.ndarray, draws: np.ndarray) -> dict[str, int]:
+def _places(names: list[str], points: np.ndarray, draws: np.ndarray, fewest: int) -> dict[str, int]:
     """Intervals of differences from the covariance of the draws: normal ones, of all pairs at once."""
-    if len(names) < 2:
+    if len(names) < 2 or fewest < 2:
         return dict.fromkeys(names, 1)
     covariance = np.atleast_2d(np.cov(draws[:, np.isfinite(draws).all(axis=0)]))
     variance = np.diag(covariance)
     error = np.sqrt(np.maximum(variance[:, None] + variance[None, :] - 2 * covariance, 0.0))
     ahead = points[None, :] - points[:, None]  # [own, other]
-    errors = float(studentized_range.ppf(CONFIDENCE, len(names), np.inf)) / np.sqrt(2)
+    errors = float(studentized_range.ppf(CONFIDENCE, len(names), fewest - 1)) / np.sqrt(2)
+    errors *= np.sqrt(fewest / (fewest - 1))  # the bootstrap divides by n
     better = ahead > np.maximum(errors * error, 1e-12)
     return {name: 1 + int(own.sum()) for name, own in zip(names, better, strict=True)}
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kick import checkpoint as checkpoints
-from kick import compare, statistics
+from kick import compare
 from kick.compare import Comparison, Estimate
 from kick.config import SuiteSpec
 from kick.files import read_json
@@ -182,7 +182,8 @@ class Results:
         if reason is not None:
             return NOT_YET if reason == NOT_YET else "failed"
         by_a_judge = self.metric(suite).name in {metric.name for metric in self.suites[suite].judged_metrics}
-        return "not judged" if by_a_judge and self.estimate(setting, suite) is None else "complete"
+        could_be = any(sample.error is None and not sample.truncated for sample in self.get(setting, suite).samples)
+        return "not judged" if by_a_judge and could_be and self.estimate(setting, suite) is None else "complete"
 
     @property
     def not_judged(self) -> list[str]:
@@ -251,10 +252,8 @@ class Results:
         return means_and_places(names, asked, {result.name for result in self.compressed})
 
     def _answered(self, setting: str, suite: str) -> bool:
-        pair, dense = self.comparison(setting, suite), self.estimate(DENSE, suite)
-        if pair is None or dense is None:
-            return False
-        return pair.n >= max(FEWEST_IN_MEANS, (1 - statistics.TOLERANCE) * dense.n)
+        pair = self.comparison(setting, suite)
+        return pair is not None and pair.whole and pair.n >= FEWEST_IN_MEANS
 
     def verdicts(self, family: str, suite: str) -> list[tuple[float, str]]:
         """(sparsity, verdict) for each sparsity of a method, or (-bits, verdict), the least compressed first.

@@ -47,7 +47,9 @@ def with_sizes_as_levels(config: SweepConfig, dtype: str) -> SweepConfig:
         mask = 1 / (8 * getattr(torch, dtype).itemsize) if asked.by == "bytes" else 0.0
         smaller = [name for name in asked.models if size(name) < parameters]
         found = {name: round(sparsity_for(size(name), parameters, prunable, mask), _DIGITS) for name in smaller}
-        return asked.model_copy(update={"levels": {name: f"{level:g}" for name, level in found.items() if level < 1}})
+        return asked.model_copy(
+            update={"levels": {name: f"{level:g}" for name, level in found.items() if 0 < level < 1}}
+        )
 
     grids = (
         grid.model_copy(update={"same_size": reached(grid.same_size)}) if grid in unknown and grid.same_size else grid
@@ -70,11 +72,11 @@ def remarks(config: SweepConfig) -> Iterator[str]:
         if grid.same_size is None or grid.same_size.levels is None:
             continue
         for name in grid.same_size.models:
-            level = grid.same_size.levels.get(name)
+            level, by = grid.same_size.levels.get(name), grid.same_size.by
             if level is None:
-                yield f"{grid.compressor}: zeros do not make {config.model} as small as {name} ({grid.same_size.by})"
+                yield f"{grid.compressor}: no share of zeros makes {config.model} the size of {name} ({by})"
             else:
-                yield f"{grid.compressor}@{level} is worth the {grid.same_size.by} of {name}"
+                yield f"{grid.compressor}@{level} is worth the {by} of {name}"
 
 
 def _check(grid: Grid) -> None:

@@ -87,6 +87,11 @@ class Store:
         if held and not differences(held["identity"], plan.identity):
             return
         kept = {key: held[key] for key in held if key not in _OF_PLAN}
+        wanted = json.loads(json.dumps(plan.identity["settings"]))
+        for name, own in held.get("identity", {}).get("settings", {}).items():
+            if wanted.get(name) != own:  # it left, or became another one: nothing was answered, but it may be made
+                self.drop_checkpoint(name)
+                shutil.rmtree(self.setting_path(name), ignore_errors=True)
         source = {
             "name": plan.source.name,
             "kind": plan.source.kind,
@@ -357,8 +362,8 @@ def check_usable(root: Path, plan: Plan, fresh: bool) -> None:
 def check_continues(root: Path, identity: dict[str, Any]) -> None:
     """Raise RunError if a run of `identity` does not go on with the one in `root`; no run there is fine.
 
-    It may have more settings and suites: what was answered stays as it is, and the rest is asked. It may lack those of
-    which nothing was answered.
+    It may have more settings and suites: what was answered stays as it is, and the rest is asked. Those of which
+    nothing was answered may be missing, or be others.
     """
     if not (root / RUN).is_file():
         return
@@ -370,14 +375,14 @@ def check_continues(root: Path, identity: dict[str, Any]) -> None:
             f"{root / RUN} cannot be read.", "Choose another --out, or --fresh to start that folder again."
         ) from error
     for part, known in parts.items():
-        asked, answers = identity[part], _MAY_GROW[part]
-        held = {**held, part: {name: own for name, own in known.items() if name in asked or _any(root, answers, name)}}
-        identity = {**identity, part: {name: own for name, own in asked.items() if name in known}}
+        answered = {name: own for name, own in known.items() if _any(root, _MAY_GROW[part], name)}
+        held = {**held, part: answered}
+        identity = {**identity, part: {name: own for name, own in identity[part].items() if name in answered}}
     if shown := differences(held, identity):
         raise RunError(
             f"{root} holds a run of another configuration: {shown}.",
-            "Settings and suites may be added to a run, and those be left out whose answers are deleted (under "
-            "evaluations/). Else choose another --out, or --fresh to start that folder again.",
+            "Settings and suites may be added to a run, and those be left out or changed whose answers are deleted "
+            "(under evaluations/). Else choose another --out, or --fresh to start that folder again.",
         )
 
 

@@ -16,6 +16,7 @@ from kick.checkpoint import Structure, measure
 from kick.errors import KickError, LevelError
 from kick.folding import find_fold
 from kick.levels import Bits, Joint, Pattern, Sparsity
+from kick.policy import LayerRule, Policy
 from kick.walk import BlockWalk
 
 
@@ -222,6 +223,30 @@ def test_awq_cuts_each_group_where_its_outputs_change_least():
             assert torch.allclose(found[row, start : start + 16], own[0].clamp(-limit, limit)), (row, start)
             changed += best > 0
     assert changed > 2
+
+
+def test_queries_and_keys_are_not_cut_whatever_the_rules_say():
+    def cut(*rules):
+        compressor, seen = AWQ(AWQ.Params(group_size=16)), []
+        compressor._clip = lambda weight, matrix, level: seen.append(compressor._at) or weight
+        compressor.follow(Policy(layers=rules), Bits(width=4))
+        rounded = compressor._round
+        names = []
+
+        def _round(linear, weight, matrix, level):
+            before = len(seen)
+            found = rounded(linear, weight, matrix, level)
+            names.extend([linear.name.rpartition(".")[2]] if len(seen) > before else [])
+            return found
+
+        compressor._round = _round
+        compressor.compress(make_tiny_llama(num_hidden_layers=1), Bits(width=4), calibration())
+        return names
+
+    every = ["v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    assert cut() == every
+    assert cut(LayerRule(match="q_proj", skip=True)) == every
+    assert sorted(cut(LayerRule(match="v_proj", level="8"))) == sorted(every)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])

@@ -118,3 +118,34 @@ def test_a_verdict_does_not_rest_on_the_survivors():
     assert compare.compare(dense, most, signal=True).verdict == "matching"
     found = compare.compare(dense, few, signal=True)
     assert (found.verdict, found.n_to_decide, found.n) == ("undecided", None, 400)
+
+
+def test_the_worst_may_be_said_though_answers_are_missing():
+    """Of a thousand a hundred are missing: were all of them right, it still would not match."""
+    dense = score(ACCURACY, [1] * 600 + [0] * 400)
+    broken = score(ACCURACY, [1] * 90 + [0] * 810, ids=map(str, range(900)))
+    found = compare.compare(dense, broken, signal=True)
+    assert (found.verdict, found.whole) == ("not matching", False)
+
+
+def test_conversations_right_or_wrong_have_corners_of_their_size():
+    def turns(*right):
+        ids = tuple(f"{number}-{turn}" for number in range(len(right)) for turn in (1, 2))
+        clusters = tuple(id.partition("-")[0] for id in ids)
+        value = np.array([own for pair in right for own in pair], dtype=float)
+        return Score(Metric("accuracy", value="correct"), "overall", ids, value, np.ones(len(ids)), clusters=clusters)
+
+    for pairs in ([(1, 1), *[(0, 0), (1, 0)] * 4, (0, 1)], [(0, 0), (1, 0)] * 5):
+        found = compare.compare(turns(*pairs), turns(*pairs), signal=True)
+        assert found.verdict == "undecided"
+        assert found.interval.low < 0.8
+        assert found.interval.high > 1.2
+
+
+def test_a_metric_comes_back_from_json():
+    import json
+    from dataclasses import asdict
+
+    again = Metric(**json.loads(json.dumps(asdict(RATING))))
+    assert again == RATING
+    assert hash(again) == hash(RATING)

@@ -24,7 +24,7 @@ def test_figures_are_drawn_with_their_axes_named(run):
         xml.etree.ElementTree.fromstring(text)
         assert {"95 % of dense", "magnitude", "wanda"} <= set(_texts(text))
     text = (run / "figures" / "factoid_qa-against-sparsity.svg").read_text(encoding="utf-8")
-    assert {"sparsity of the pruned layers, measured (%)", "contains (%)", "dense", "2:4"} <= set(_texts(text))
+    assert {"sparsity of the blocks' weights, measured (%)", "contains (%)", "dense", "2:4"} <= set(_texts(text))
 
 
 def _texts(svg):

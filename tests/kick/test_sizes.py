@@ -94,7 +94,7 @@ def test_a_size_that_zeros_alone_do_not_reach_is_left_out_and_said(models, narro
     (tmp_path / "sweep.yaml").write_text(json.dumps(config.model_dump(mode="json") | {"data": "embedded"}))
     assert cli.main(["sweep", str(tmp_path / "sweep.yaml"), "--out", str(tmp_path / "run"), "--dry-run"]) == 0
     said = capsys.readouterr().out
-    assert f"zeros do not make {models / 'large'} as small as {narrow} (bytes)" in said
+    assert f"no share of zeros makes {models / 'large'} the size of {narrow} (bytes)" in said
     assert f"magnitude@{levels(config)[0]} is worth the bytes of {models / 'small'}" in said
 
 

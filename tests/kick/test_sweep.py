@@ -407,6 +407,26 @@ def test_what_was_never_answered_may_be_left_out(finished, config, tmp_path, cap
     assert (out / "scores.csv").read_bytes() == (finished / "scores.csv").read_bytes()
 
 
+def test_weights_of_a_setting_that_left_are_not_taken_for_another_of_its_name(tmp_path, tiny_model):
+    out, file = tmp_path / "run", tmp_path / "sweep.yaml"
+    suites = "suites: [{suite: factoid_qa, limit: 4}]\nkeep_checkpoints: true\ndata: embedded\n"
+
+    def sweep(rule):
+        grid = f"{{compressor: magnitude, levels: [0.5], label: gentle, layers: [{rule}]}}" if rule else ""
+        file.write_text(f"model: {tiny_model}\nsettings: [{grid}]\n{suites}")
+        assert cli.main(["sweep", str(file), "--out", str(out)]) == 0
+        return json.loads((out / "evaluations" / "gentle@0.5" / "kick.json").read_text())["sparsity"] if rule else None
+
+    first = sweep("{first: 1, skip: true}")
+    shutil.rmtree(out / "evaluations" / "gentle@0.5")
+    second = sweep("{last: 1, level: 0.9}")  # changed in one step
+    assert (round(first, 2), round(second, 2)) == (0.25, 0.7)
+    shutil.rmtree(out / "evaluations" / "gentle@0.5")
+    sweep("")
+    assert not (out / "checkpoints" / "gentle@0.5").exists()
+    assert sweep("{first: 1, skip: true}") == first
+
+
 def test_answers_of_a_checkpoint_as_it_is_are_no_part_of_a_sweep_of_it(tmp_path, tiny_model, capsys):
     made, out = str(tmp_path / "made"), str(tmp_path / "run")
     assert cli.main(["compress", str(tiny_model), "magnitude@0.5", "--out", made]) == 0

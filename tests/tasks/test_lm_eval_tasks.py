@@ -2,6 +2,7 @@
 
 import json
 from importlib.resources import files
+from types import SimpleNamespace
 
 import pytest
 from conftest import make_tiny_llama
@@ -285,3 +286,22 @@ def test_rows_whose_label_is_no_option_are_refused(label, right):
         with pytest.raises(DataError, match="which is none of its 2 options") as caught:
             _check_label("boolq", task, {"question": "q", "answer": True})
         assert "question, answer" in caught.value.hint
+
+
+def test_always_yes_is_what_guessing_gives_where_most_answers_are():
+    suite = LMEval(LMEval.Params(task="yes_or_no"))
+    task = SimpleNamespace(
+        task_name="yes_or_no", doc_to_choice=lambda doc: ["no", "yes"], doc_to_target=lambda doc: doc["right"]
+    )
+
+    def commonest(*right, tasks=1):
+        suite._tasks = {f"task {n}": task for n in range(tasks)}
+        suite._made, suite._shares = {"yes_or_no": [{"right": own} for own in right]}, {}
+        return suite._commonest(task)
+
+    assert commonest(*[1] * 620 + [0] * 380) == 0.62
+    assert commonest(*[1] * 12 + [0] * 8) == 0.0  # of twenty by chance
+    assert commonest(1) == 0.0
+    assert commonest(*[1] * 620 + [0] * 380, tasks=2) == 0.0  # one answer for all of a group's tasks is another matter
+    task.doc_to_choice = lambda doc: [f"{doc['right']} apples", "pears"]
+    assert commonest(*[1] * 620 + [0] * 380) == 0.0

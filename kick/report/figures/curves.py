@@ -31,7 +31,7 @@ from kick.statistics import TOLERANCE
 _PATTERN_STEP = 0.8  # points of sparsity between patterns that would lie on one another
 
 _AXES: dict[Axis, str] = {
-    "sparsity": "sparsity of the pruned layers, measured (%)",
+    "sparsity": "sparsity of the blocks' weights, measured (%)",
     "bits": "bits a weight of the blocks, with scales and zero points",
     "size": "parameters removed, measured (%)",
 }
@@ -96,7 +96,7 @@ def _score_against(axis: Axis, results: Results, suite: str) -> tuple[Figure, st
         f"n = {dense.n}. Bands and bars: 95 % intervals; grey: the dense model's own."
         + (" Of several seeds: their mean, each run, and a band from the lowest to the highest." if seeds else "")
         + ("" if metric.descriptive else " Dashed: where 5 % of the dense score is lost; verdicts are paired, and")
-        + ("" if metric.descriptive else " tighter than bars beside this line.")
+        + ("" if metric.descriptive else " are not read off bars beside this line.")
         + (
             " Patterns of one sparsity stand side by side around it."
             if any(family.endswith(" N:M") for family in families)
