@@ -28,7 +28,7 @@ from kick.report.results import Axis, Results, SettingResult
 from kick.settings import DENSE
 from kick.statistics import TOLERANCE
 
-_PATTERN_STEP = 0.8  # points of sparsity between patterns that would lie on one another
+_PATTERN_STEP = 1.3  # points of sparsity between patterns that would lie on one another
 
 _AXES: dict[Axis, str] = {
     "sparsity": "sparsity of the blocks' weights, measured (%)",
