@@ -102,19 +102,16 @@ def corners(first: np.ndarray, second: np.ndarray, bounds: tuple[float, float] |
     """The four extreme pairs [4, 2] of two scores within [0, 1], or within `bounds`; None for scores without bounds.
 
     Half an observation in each corner is what Agresti and Min (Statistics in Medicine 24, 2005) add for matched pairs
-    of right-or-wrong answers. Of graded scores (ROUGE, F1) the corners lie at the lower quartile of all that were seen
-    and the upper one of those above 0: at 0 and 1 they would outweigh a dozen texts that all score between 0.1 and 0.3,
-    and without any, intervals of F1 over ten questions hold the truth every other time. Most answers may score 0.
+    of right-or-wrong answers. Of graded scores (ROUGE, F1) the corners lie at 0, what an answer that is lost scores,
+    and at the upper quartile of those above it: at 1 they would outweigh a dozen texts that all score between 0.1 and
+    0.3, and without any, intervals over ten questions hold the truth every other time.
     """
     if bounds is not None:
         return bounds[0] + (bounds[1] - bounds[0]) * CORNERS
     both = np.concatenate([first, second])
     if both.size == 0 or both.min() < 0 or both.max() > 1:
         return None
-    if is_binary(both):
-        return CORNERS
-    low, high = np.quantile(both, 0.25), np.quantile(both[both > 0], 0.75)
-    return low + (high - low) * CORNERS if low < high else CORNERS
+    return CORNERS if is_binary(both) else float(np.quantile(both[both > 0], 0.75)) * CORNERS
 
 
 @cache

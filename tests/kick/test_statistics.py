@@ -114,12 +114,15 @@ def test_one_sample_has_no_interval():
 
 def test_corners_only_for_scores_within_bounds():
     assert statistics.corners(np.array([0.0, 0.0]), np.array([0.0, 0.0])).tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
-    graded = statistics.corners(np.array([0.1, 0.2, 0.3]), np.array([0.4, 0.5]))  # quartiles 0.2 and 0.4
-    assert graded == pytest.approx(np.array([[0.2, 0.2], [0.2, 0.4], [0.4, 0.2], [0.4, 0.4]]))
+    graded = statistics.corners(np.array([0.1, 0.2, 0.3]), np.array([0.4, 0.5]))  # the upper quartile is 0.4
+    assert graded == pytest.approx(np.array([[0.0, 0.0], [0.0, 0.4], [0.4, 0.0], [0.4, 0.4]]))
     assert statistics.corners(np.array([0.0, 7.0]), np.array([1.0, 2.0])) is None
     rare = np.array([0.0] * 9 + [0.5])  # both quartiles are 0
     assert statistics.corners(rare, rare) == pytest.approx(0.5 * statistics.CORNERS)
-    assert statistics.corners(np.full(3, 0.3), np.full(3, 0.3)).tolist() == statistics.CORNERS.tolist()
+    alike = statistics.corners(np.full(3, 0.3), np.full(3, 0.3))
+    nearly = statistics.corners(np.array([0.3, 0.3, 0.31]), np.full(3, 0.3))
+    assert alike == pytest.approx(0.3 * statistics.CORNERS)
+    assert nearly == pytest.approx(alike, abs=0.01)
     assert statistics.corners(np.array([3.0]), np.array([7.0]), (1.0, 10.0))[1].tolist() == [1.0, 10.0]
 
 
@@ -163,6 +166,12 @@ def f1(rng, n):
     return dense, np.where(fate < 0.8, dense, np.where(fate < 0.93, 0, rng.uniform(0, 1, n)))
 
 
+def collapsing(rng, n):
+    """All alike, and one in fourteen lost altogether, of which a small sample may hold none."""
+    dense = rng.choice([0.8, 0.9], n)
+    return dense, np.where(rng.random(n) < 0.07, 0, dense)
+
+
 def rare(rng, n):
     """One answer in ten is worth something, and most of these are lost."""
     worth, kept = rng.random((2, n))
@@ -172,7 +181,15 @@ def rare(rng, n):
 
 @pytest.mark.parametrize(
     ("kind", "n", "widest"),
-    [(rouge, 18, 0.32), (rouge, 100, 0.12), (f1, 18, np.inf), (f1, 100, 0.32), (rare, 60, np.inf), (rare, 300, 0.6)],
+    [
+        (rouge, 18, 0.45),
+        (rouge, 100, 0.12),
+        (f1, 18, np.inf),
+        (f1, 100, 0.32),
+        (rare, 60, np.inf),
+        (rare, 300, 0.6),
+        (collapsing, 24, 0.35),
+    ],
 )
 def test_intervals_of_graded_scores_cover_the_truth_and_are_no_wider_than_that_takes(kind, n, widest):
     whole, compressed = kind(np.random.default_rng(7), 1_000_000)
