@@ -61,6 +61,10 @@ class Rules:
     debug: bool = False
     log: TextIO | None = None
 
+    @property
+    def limited(self) -> bool:
+        return self.timeout is not None and self.log is not None
+
 
 def carry_out(workshop: Workshop, work: Work, watch: Watch, rules: Rules) -> Iterator[str]:
     """Do `work`, and name each suite once its evaluation has ended.
@@ -159,6 +163,9 @@ def _limited(rules: Rules) -> Iterator[None]:
 
     A process that has nobody to start it again has no log to leave that in, and is not ended.
     """
+    if not rules.limited:
+        yield
+        return
     _start_timeout(rules)
     try:
         yield
@@ -168,7 +175,9 @@ def _limited(rules: Rules) -> Iterator[None]:
 
 def _start_timeout(rules: Rules) -> None:
     """From now on; the one before counts no more."""
-    if rules.timeout is not None and rules.log is not None:
+    if rules.limited:
+        assert rules.timeout is not None
+        assert rules.log is not None
         faulthandler.dump_traceback_later(rules.timeout, exit=True, file=rules.log)
 
 

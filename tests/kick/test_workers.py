@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from kick.config import load
+from kick.sweep import work
 from kick.sweep.executors.base import Job
 from kick.sweep.executors.local import Local
 from kick.sweep.plan import make_plan
@@ -234,6 +235,21 @@ def test_all_who_work_on_a_run_have_the_same_number_of_threads(config, tmp_path)
     code, _, err = finish(kick("sweep", config, "--out", out, threads=2))
     assert code == 0, err
     assert json.loads((out / "evaluations" / "dense" / "mmlu" / "scores.json").read_text())["lm"]["threads"] == 1
+
+
+def test_without_a_limit_a_timer_of_somebody_else_goes_on(monkeypatch):
+    """In a debugger or under pytest, whose own timer is the same one."""
+    calls = []
+    monkeypatch.setattr(work.faulthandler, "cancel_dump_traceback_later", lambda: calls.append("cancel"))
+    monkeypatch.setattr(work.faulthandler, "dump_traceback_later", lambda *_, **__: calls.append("start"))
+    with work._limited(work.Rules()):
+        pass
+    with work._limited(work.Rules(timeout=5)):  # nobody starts it again: no log
+        pass
+    assert calls == []
+    with work._limited(work.Rules(timeout=5, log=sys.stderr)):
+        pass
+    assert calls == ["start", "cancel"]
 
 
 def test_what_hangs_is_ended_by_the_timeout(config, tmp_path):
