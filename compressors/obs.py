@@ -33,6 +33,14 @@ class Factor:
     damping: float
 
 
+def check_finite(diagonal: Tensor) -> None:
+    """Raise KickError for the diagonal of a Hessian whose inputs overflowed."""
+    if not bool(diagonal.isfinite().all()):
+        raise KickError(
+            "the Hessian is not finite: the activations overflow.", "Use float32, or other calibration text."
+        )
+
+
 def inverse_factor(hessian: Tensor, damping: float) -> Factor:
     """The factor of H [in, in] + damping * mean(diag H) * I.
 
@@ -42,10 +50,7 @@ def inverse_factor(hessian: Tensor, damping: float) -> Factor:
     factorisation and one triangular inverse, and H^-1 itself is never formed.
     """
     diagonal = hessian.diagonal()
-    if not bool(diagonal.isfinite().all()):
-        raise KickError(
-            "the Hessian is not finite: the activations overflow.", "Use float32, or other calibration text."
-        )
+    check_finite(diagonal)
     dead = diagonal == 0
     mean = float(diagonal.double().mean()) or 1.0
     identity = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)

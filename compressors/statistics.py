@@ -4,9 +4,8 @@ import torch
 from torch import Tensor
 
 from kick.compressor import Statistic
-from kick.errors import KickError
 
-from .obs import Factor, inverse_factor
+from .obs import Factor, check_finite, inverse_factor
 
 _SPLITS = 6  # the share of a full product that a symmetric update costs is (1 + 1/6) / 2
 
@@ -53,10 +52,7 @@ class Hessian(Statistic):
         """[in, in], float32. The identity if no token came by: every input counts the same. Raises KickError."""
         if self.tokens == 0:
             return torch.eye(self.in_features, device=self.device)
-        if not bool(self.sum.diagonal().isfinite().all()):
-            raise KickError(
-                "the Hessian is not finite: the activations overflow.", "Use float32, or other calibration text."
-            )
+        check_finite(self.sum.diagonal())
         upper = self.sum.triu()
         return (upper + upper.triu(1).T) / self.tokens
 

@@ -79,14 +79,21 @@ class Measured:
     @property
     def sparsity(self) -> float:
         """Share of zeros over all linears inside the blocks, and over the head if it is compressed."""
-        weights = sum(layer["weights"] for layer in self.layers.values())
-        return sum(layer["zeros"] for layer in self.layers.values()) / weights if weights else 0.0
+        return self._zeros / self._weights if self._weights else 0.0
 
     @property
     def sparsity_of_blocks(self) -> float:
         """The same over all weights of the blocks: what no compressor reached counts as dense."""
-        weights = sum(layer["weights"] for layer in self.layers.values()) + self.uncovered_weights
-        return sum(layer["zeros"] for layer in self.layers.values()) / weights if weights else 0.0
+        weights = self._weights + self.uncovered_weights
+        return self._zeros / weights if weights else 0.0
+
+    @property
+    def _weights(self) -> int:
+        return sum(layer["weights"] for layer in self.layers.values())
+
+    @property
+    def _zeros(self) -> int:
+        return sum(layer["zeros"] for layer in self.layers.values())
 
     @property
     def violations(self) -> int:
@@ -99,9 +106,8 @@ class Measured:
     @property
     def bits_per_weight(self) -> float:
         """Mean over all weights of the blocks: packed where they are quantised, as stored where they are not."""
-        weights = sum(layer["weights"] for layer in self.layers.values()) + self.uncovered_weights
         bits = sum(layer["weights"] * layer["bits_per_weight"] for layer in self.layers.values()) + self.uncovered_bits
-        return bits / weights
+        return bits / (self._weights + self.uncovered_weights)
 
 
 def measure(model: nn.Module, decoder: Decoder | None = None, structure: Structure | None = None) -> Measured:

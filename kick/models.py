@@ -8,11 +8,10 @@ import hashlib
 import importlib.util
 from contextlib import suppress
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
-from kick.errors import ModelError, first_line
+from kick.errors import ModelError, did_you_mean, first_line
 from kick.files import read_json, sha256_of
 
 Kind = Literal["hub", "directory", "gguf"]
@@ -87,8 +86,7 @@ def _nearest(name: str, path: Path) -> str:
     if path.parent.is_dir():
         prefix = "" if path.parent == Path(".") and not name.startswith(".") else f"{path.parent}/"
         candidates += [prefix + p.name for p in path.parent.iterdir() if p.is_dir() or p.suffix == ".gguf"]
-    near = get_close_matches(name, candidates, n=1, cutoff=0.6)
-    return f" Did you mean '{near[0]}'?" if near else ""
+    return did_you_mean(name, candidates, cutoff=0.6)
 
 
 def _packaged_file(name: str) -> Path:

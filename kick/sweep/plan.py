@@ -64,6 +64,7 @@ class Plan:
     settings: list[Setting]
     suites: list[PlannedSuite]
     calibrations: dict[CalibrationSpec, Calibration]  # each drawn once for all settings that need it
+    calibrated: frozenset[str]  # the settings that need it
     inputs: dict[str, list[dict[str, str]]]  # what the stages of a setting read besides the source
     engines: list[tuple[LMSpec, dict[str, str]]]  # of each LM the versions of what answers outside this interpreter
     given: checkpoints.Checkpoint | None = None  # evaluated as it is: the plan's only setting
@@ -131,13 +132,13 @@ class Plan:
 
     def _calibration(self, setting: Setting) -> dict[str, Any]:
         """Nothing where the setting needs none, so that it may stand in a run beside any."""
-        if self.given is not None or not needs_calibration(prepare(setting)):
+        if setting.name not in self.calibrated:
             return {}
-        spec = setting.calibration or self.config.calibration
-        drawn = self.calibrations[spec]
+        drawn = self.calibration_of(setting)
+        assert drawn is not None
         return {
             "calibration": {
-                **spec.model_dump(mode="json"),
+                **(setting.calibration or self.config.calibration).model_dump(mode="json"),
                 "tokens": drawn.fingerprint,
                 "precision": drawn.precision,
             }
@@ -195,9 +196,10 @@ def make_plan(config: SweepConfig, as_is: bool = False, weights: bool = True, re
     names = [setting.name for setting in settings]
     engines = [(spec, find_lm(spec.name).check(params_of(spec), names)) for spec in lms(config)]
     path = models.fetch(source, weights=weights)
-    calibrations = {}
+    calibrations, calibrated = {}, frozenset[str]()
     if given is None:
-        wanted = [s.calibration or config.calibration for s in settings if needs_calibration(prepare(s))]
+        calibrated = frozenset(s.name for s in settings if needs_calibration(prepare(s)))
+        wanted = [s.calibration or config.calibration for s in settings if s.name in calibrated]
         tokenizer = loading.load_tokenizer(path) if wanted else None
         calibrations = {spec: draw(spec, tokenizer, dtype, device) for spec in distinct(wanted)}
         if not repeated:
@@ -212,6 +214,7 @@ def make_plan(config: SweepConfig, as_is: bool = False, weights: bool = True, re
         settings,
         suites,
         calibrations,
+        calibrated,
         inputs,
         engines,
         given,

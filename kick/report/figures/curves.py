@@ -95,8 +95,12 @@ def _score_against(axis: Axis, results: Results, suite: str) -> tuple[Figure, st
     caption = (
         f"n = {dense.n}. Bands and bars: 95 % intervals; grey: the dense model's own."
         + (" Of several seeds: their mean, each run, and a band from the lowest to the highest." if seeds else "")
-        + ("" if metric.descriptive else " Dashed: where 5 % of the dense score is lost; verdicts are paired, and")
-        + ("" if metric.descriptive else " are not read off bars beside this line.")
+        + (
+            ""
+            if metric.descriptive
+            else " Dashed: where 5 % of the dense score is lost; verdicts are paired, and are not read off bars beside "
+            "this line."
+        )
         + (
             " Patterns of one sparsity stand side by side around it."
             if any(family.endswith(" N:M") for family in families)
