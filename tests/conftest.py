@@ -12,6 +12,8 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("KICK_EXECUTOR", "inline")  # worker processes take seconds to start; they have tests of their own
 
+pytest_plugins = ["judged_run"]
+
 REPOSITORY = Path(__file__).parent.parent
 
 
