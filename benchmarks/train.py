@@ -85,6 +85,7 @@ def arms(data: str, steps: int, precision: str) -> dict[str, dict[str, dict[str,
                 f"naive but {change}": {**ast, "params": {**trained, **other}}
                 for change, other in {
                     "cross-entropy": {"distillation": 0.0},
+                    "no decay": {"decay": "none"},
                     "static SR-STE": {"decay": "constant"},
                     "iterative magnitude": {"masks": "iterative", "decay": "none"},
                     "gradual magnitude": {"masks": "gradual", "decay": "none"},
