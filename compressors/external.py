@@ -18,11 +18,11 @@ from torch import nn
 from kick import adapters
 from kick.blocks import Decoder, find_decoder
 from kick.calibration import Calibration
-from kick.checkpoint import STRAY_ZEROS, pattern_violations
 from kick.compressor import Compressor, Knob, Progress, no_progress
 from kick.errors import ConfigError, ModelError
 from kick.levels import Level, Pattern, parse_pattern
 from kick.loading import load_model
+from kick.measured import STRAY_ZEROS, pattern_violations
 from kick.models import fetch, find_source, fingerprint
 from kick.spec import Spec
 

@@ -20,11 +20,11 @@ from kick import adapters
 from kick.adapters import LowRank
 from kick.blocks import Linear, find_decoder
 from kick.calibration import Calibration, is_hub
-from kick.checkpoint import STRAY_ZEROS
 from kick.compressor import Compressor, Cost, Knob, Progress, no_progress
 from kick.errors import ConfigError
 from kick.extras import import_extra
 from kick.levels import Level
+from kick.measured import STRAY_ZEROS
 
 from .ast.sparse import Masked
 from .training.figures import keep

@@ -17,6 +17,7 @@ from kick.errors import ConfigError, LevelError
 from kick.files import scratch_directory
 from kick.levels import parse_level
 from kick.loading import is_skeleton, load_model, load_skeleton, load_tokenizer
+from kick.measured import Structure, measure
 from kick.meter import Meter, computes_on, versions
 from kick.models import ModelSource, fetch
 from kick.outcome import Outcome, Step
@@ -119,8 +120,8 @@ def compress(
         tokenizer = load_tokenizer(path)
         if not needs_calibration(steps):
             calibration = None
-        known = checkpoints.Structure(adapters=adapters.attached(model))
-        done = Outcome(None if is_skeleton(model) else checkpoints.measure(model, structure=known), structure=known)
+        known = Structure(adapters=adapters.attached(model))
+        done = Outcome(None if is_skeleton(model) else measure(model, structure=known), structure=known)
         workspace = find_workspace(out, recipe)
         for number, step in enumerate(steps, 1):
             step.compressor.workspace = workspace / f"{number}-{step.stage.compressor}"

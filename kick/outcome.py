@@ -8,12 +8,12 @@ import numpy as np
 from torch import nn
 
 from kick import adapters
-from kick import checkpoint as checkpoints
 from kick.blocks import Decoder, find_decoder
 from kick.calibration import Calibration
 from kick.compressor import Compressor, LayerwiseCompressor, Progress
 from kick.errors import KickError
 from kick.levels import Joint, Level, Pattern, Sparsity
+from kick.measured import STRAY_ZEROS, Measured, Structure, measure
 from kick.settings import Stage
 from kick.streaming import resident
 
@@ -34,11 +34,11 @@ class Outcome:
     `measured` is what the last stage left, under the patterns and grids of all.
     """
 
-    measured: checkpoints.Measured | None  # None before a stage that brings a model of its own
+    measured: Measured | None  # None before a stage that brings a model of its own
     warnings: list[str] = field(default_factory=list)
     stages: list[dict[str, Any]] = field(default_factory=list)
     layers: dict[str, dict[str, Any]] = field(default_factory=dict)
-    structure: checkpoints.Structure = field(default_factory=checkpoints.Structure)
+    structure: Structure = field(default_factory=Structure)
     layers_of_stages: list[dict[str, dict[str, Any]]] = field(default_factory=list)
     masks: list[dict[str, np.ndarray]] = field(default_factory=list)  # of each stage: where it left zeros, as bits
 
@@ -67,7 +67,7 @@ class Outcome:
         for name in touched:  # no longer what was stored
             known.stored_bits.pop(name, None)
         known.stored_bits |= compressor.stored_bits
-        after = checkpoints.measure(model, decoder, known)
+        after = measure(model, decoder, known)
         before, self.measured = self.measured or after, after
         own = {
             "pattern_violations": _count(after, patterns, "pattern_violations"),
@@ -80,7 +80,7 @@ class Outcome:
         if isinstance(compressor, LayerwiseCompressor):
             pruned = {name for name, level in levels.items() if isinstance(_pruned(level), Sparsity | Pattern)}
         else:  # free in what it prunes: whatever it left with zeros
-            pruned = {name for name, layer in after.layers.items() if layer["sparsity"] > checkpoints.STRAY_ZEROS}
+            pruned = {name for name, layer in after.layers.items() if layer["sparsity"] > STRAY_ZEROS}
         self.masks.append(zero_masks(decoder, pruned))
         self.warnings += compressor.warnings
         self.layers |= compressor.layers  # what the last stage did to each; of chains `compare` keeps all
@@ -141,7 +141,7 @@ def revived(decoder: Decoder, masks: dict[str, np.ndarray]) -> int:
     )
 
 
-def _count(measured: checkpoints.Measured, names: Iterable[str], key: str) -> int:
+def _count(measured: Measured, names: Iterable[str], key: str) -> int:
     return sum(measured.layers.get(name, {}).get(key, 0) for name in names)
 
 
@@ -159,8 +159,8 @@ def _pruned(level: Level | None) -> Level | None:
 def check_reached(
     step: Step,
     levels: dict[str, Level],
-    before: checkpoints.Measured,
-    after: checkpoints.Measured,
+    before: Measured,
+    after: Measured,
     own: dict[str, int],
     layers: dict[str, dict[str, Any]],
 ) -> None:
@@ -200,7 +200,7 @@ def check_reached(
             raise KickError(f"{stage}: {name} has a sparsity of {found:.4f} where {asked} was asked.", _AT_FAULT)
 
 
-def check_parameters(step: Step, after: checkpoints.Measured) -> None:
+def check_parameters(step: Step, after: Measured) -> None:
     """Refuse a model that has other parameters than its compressor says."""
     expected = step.compressor.expected_parameters
     found = after.parameters - sum(layer.get("adapter_parameters", 0) for layer in after.layers.values())
@@ -208,7 +208,7 @@ def check_parameters(step: Step, after: checkpoints.Measured) -> None:
         raise KickError(f"{step.stage}: {found:,} parameters where {expected:,} were meant.", _AT_FAULT)
 
 
-def _excess(name: str, level: Level, before: checkpoints.Measured, layers: dict[str, dict[str, Any]]) -> float:
+def _excess(name: str, level: Level, before: Measured, layers: dict[str, dict[str, Any]]) -> float:
     """By how much the sparsity of a linear may exceed what was asked."""
     if isinstance(level, Joint):
         return 1.0

@@ -21,11 +21,11 @@ from torch import nn
 from kick import adapters, distributed
 from kick.blocks import Linear, find_decoder, largest_block_list
 from kick.calibration import Calibration
-from kick.checkpoint import STRAY_ZEROS
 from kick.compressor import Compressor, Cost, Knob, Progress, check_divisible, no_progress
 from kick.errors import ConfigError, LevelError
 from kick.levels import Level, Pattern
 from kick.loading import load_model, load_skeleton
+from kick.measured import STRAY_ZEROS
 from kick.models import fetch, find_source, fingerprint
 
 from ..training.domains import Domains, Loading

@@ -27,7 +27,7 @@ _NOT_WEIGHTS = ("training_args", "optimizer", "scheduler", "rng_state")  # what 
 class Foreign:
     """A model as its files give it. `tensors` by their names there; the rest by the names of linears.
 
-    grids, stored_bits, adapters: see kick.checkpoint.Structure.
+    grids, stored_bits, adapters: see kick.measured.Structure.
     """
 
     path: Path

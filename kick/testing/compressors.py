@@ -129,7 +129,7 @@ def _reaches(subject: _Subject, levels: Sequence[Level | None]) -> None:
 
 
 def _keeps_pattern(subject: _Subject, levels: Sequence[Level | None]) -> None:
-    from kick.checkpoint import pattern_violations
+    from kick.measured import pattern_violations
 
     for level, architecture, model, _ in subject.each(levels):
         asked = level.prune if isinstance(level, Joint) else level

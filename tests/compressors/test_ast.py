@@ -20,9 +20,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from kick import adapters
 from kick.blocks import Linear, find_decoder
 from kick.calibration import Calibration, CalibrationSpec
-from kick.checkpoint import pattern_violations
 from kick.errors import ConfigError, LevelError
 from kick.levels import Pattern, parse_level
+from kick.measured import pattern_violations
 
 TWO_FOUR = Pattern(keep=2, of=4)
 
@@ -294,8 +294,9 @@ def test_training_beats_fixed_masks_and_the_branch_helps(taught, tokenizer, text
 
 
 def test_the_branch_is_kept_apart_and_survives_saving(taught, tokenizer, text, tmp_path):
-    from kick.checkpoint import Structure, measure, read, save, verify
+    from kick.checkpoint import read, save, verify
     from kick.loading import load_model
+    from kick.measured import Structure, measure
 
     model, _ = prune(taught, tokenizer, text, steps=8, slorb=16)
     tokens = torch.arange(24)[None] * 11 % 600

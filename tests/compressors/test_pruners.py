@@ -8,9 +8,9 @@ from kick_compressors.wanda import Wanda
 
 from kick.blocks import find_decoder
 from kick.calibration import Calibration, CalibrationSpec
-from kick.checkpoint import Structure, measure
 from kick.errors import LevelError
 from kick.levels import Pattern, Sparsity
+from kick.measured import Structure, measure
 
 
 def calibration(samples=6, length=32, vocabulary=600, seed=0):

@@ -12,10 +12,10 @@ from test_pruners import calibration, groups_of, stored_inputs
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from kick.blocks import find_decoder
-from kick.checkpoint import Structure, measure
 from kick.errors import KickError, LevelError
 from kick.folding import find_fold
 from kick.levels import Bits, Joint, Pattern, Sparsity
+from kick.measured import Structure, measure
 from kick.policy import LayerRule, Policy
 from kick.walk import BlockWalk
 

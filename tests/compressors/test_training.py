@@ -108,7 +108,7 @@ from conftest import make_tiny_llama
 from transformers import AutoTokenizer
 from kick import distributed
 from kick.blocks import find_decoder
-from kick.checkpoint import pattern_violations
+from kick.measured import pattern_violations
 from kick.levels import Pattern
 from kick_compressors.ast.objective import Method, SparseTraining
 from kick_compressors.llama import ModelShape

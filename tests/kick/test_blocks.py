@@ -14,9 +14,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from kick.blocks import find_decoder
 from kick.calibration import Calibration, CalibrationSpec
-from kick.checkpoint import Structure, measure
 from kick.errors import ModelError
 from kick.levels import Bits, Pattern, Sparsity
+from kick.measured import Structure, measure
 from kick.walk import BlockWalk
 
 LLAMA_LIKE = {

@@ -9,6 +9,7 @@ from kick.calibration import CalibrationSpec
 from kick.compress import Recipe, compress, prepare
 from kick.errors import CheckpointError, ConfigError, KickError, LevelError
 from kick.levels import Pattern
+from kick.measured import pattern_violations
 from kick.models import find_source, fingerprint
 from kick.settings import Setting
 
@@ -88,7 +89,7 @@ def test_missing_added_and_miscounted_are_noticed(tiny_model, tmp_path):
 
 def test_violations_are_groups_that_keep_too_many():
     weight = torch.tensor([[1.0, 1, 0, 0, 1, 1, 1, 0], [0, 0, 0, 0, 1, 1, 1, 1]])
-    assert checkpoints.pattern_violations(weight, Pattern(keep=2, of=4)) == 2
+    assert pattern_violations(weight, Pattern(keep=2, of=4)) == 2
 
 
 def test_a_failed_compression_leaves_nothing(tiny_model, tmp_path):
