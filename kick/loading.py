@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from kick.errors import INCOMPLETE, ModelError, first_line
 from kick.files import read_json
-from kick.models import holds_weights
+from kick.models import holds_weights, recorded_files
 
 if TYPE_CHECKING:
     import torch
@@ -77,8 +77,17 @@ def load_model(path: Path, dtype: str, device: str) -> "torch.nn.Module":
     shapes.resize(model, shapes.read_tensors(path, table))
     model = model.to(device).eval()
     if path.is_dir():
+        _check_whole(path)
         adapters.attach(model, adapters.load(path))
     return model
+
+
+def _check_whole(path: Path) -> None:
+    """Raise ModelError where tensors are missing that the record of a checkpoint names: without its adapters, say, it
+    would be another model."""
+    named = [name for name in recorded_files(path) if name.endswith(".safetensors")]
+    if missing := [name for name in named if not (path / name).is_file()]:
+        raise ModelError(f"{path} holds no '{missing[0]}', which its kick.json names.", INCOMPLETE)
 
 
 def is_quantized(path: Path) -> bool:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from kick.errors import ModelError, did_you_mean, first_line
+from kick.errors import INCOMPLETE, ModelError, did_you_mean, first_line
 from kick.files import read_json, sha256_of
 
 Kind = Literal["hub", "directory", "gguf"]
@@ -156,7 +156,26 @@ def fetch(source: ModelSource, allow_pickle: bool = False, weights: bool = True)
         ) from error
     if weights:
         _check_directory(folder, allow_pickle)
+        _fetch_rest(source, folder)
     return folder
+
+
+def _fetch_rest(source: ModelSource, folder: Path) -> None:
+    """Of a checkpoint that kick wrote all that its record names: adapters and grids lie in folders of their own."""
+    from huggingface_hub import snapshot_download
+
+    if missing := [name for name in recorded_files(folder) if not (folder / name).exists()]:
+        snapshot_download(source.name, revision=folder.name, allow_patterns=missing)
+
+
+def recorded_files(path: Path) -> list[str]:
+    """What the record of a checkpoint that kick wrote names; nothing where a directory has none."""
+    if not (path / "kick.json").is_file():
+        return []
+    try:
+        return list(read_json(path / "kick.json")["files"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{path / 'kick.json'} is damaged: {error!r}.", INCOMPLETE) from error
 
 
 def bytes_to_fetch(source: ModelSource, path: Path) -> int | None:

@@ -14,13 +14,13 @@ class HubServer(LoopbackServer):
 
     def handle(self, request):
         path = request.path.partition("?")[0]
-        files = {file.name: file for file in self.folder.iterdir()}
+        files = {file.relative_to(self.folder).as_posix(): file for file in self.folder.rglob("*") if file.is_file()}
         if path.startswith(f"/api/models/{self.name}"):
             tree = [{"type": "file", "path": n, "size": f.stat().st_size, "oid": n} for n, f in files.items()]
             siblings = [{"rfilename": name} for name in files]
             document = tree if "/tree/" in path else {"id": self.name, "sha": self.commit, "siblings": siblings}
             return self.send(request, 200, json.dumps(document).encode(), {"content-type": "application/json"})
-        name = path.rpartition("/")[2]
+        name = path.partition("/resolve/")[2].partition("/")[2]  # of whatever revision
         if path.startswith(f"/{self.name}/resolve/") and name in files:
             body = files[name].read_bytes()
             if request.command == "GET":

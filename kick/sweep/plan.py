@@ -183,8 +183,8 @@ def make_plan(config: SweepConfig, as_is: bool = False, weights: bool = True, re
     assert isinstance(config.model, str)  # several models have a plan each
     source = models.find_source(config.model)
     given = None
-    if as_is and source.path is not None and (source.path / checkpoints.RECORD).is_file():
-        given = checkpoints.read(source.path)
+    if as_is and (models.fetch(source, weights=False) / checkpoints.RECORD).is_file():
+        given = checkpoints.read(models.fetch(source))
         settings = [Setting(**given.record["setting"])]
     suites = [plan_suite(spec, config.data) for spec in config.all_suites()]
     for planned in suites:

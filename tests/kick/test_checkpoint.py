@@ -160,6 +160,16 @@ def test_a_record_that_was_edited_is_noticed(tiny_model, tmp_path):
         checkpoints.read(made.path)
 
 
+def test_files_may_be_links_to_where_the_hub_keeps_them(tiny_model, tmp_path):
+    made = make(tiny_model, tmp_path / "checkpoint", "magnitude", "0.5")
+    (tmp_path / "blobs").mkdir()
+    for number, file in enumerate(path for path in made.path.rglob("*") if path.is_file()):
+        blob = tmp_path / "blobs" / str(number)
+        file.rename(blob)
+        file.symlink_to(blob)
+    assert checkpoints.verify(checkpoints.read(made.path)) == []
+
+
 def test_zeros_that_the_source_had_come_on_top(tiny_model, tmp_path):
     once = make(tiny_model, tmp_path / "once", "magnitude", "0.5")
     twice = make(once.path, tmp_path / "twice", "wanda", "0.5")  # rows that magnitude left fuller or emptier than half

@@ -216,6 +216,34 @@ def run_with(hub, cache, *command, offline=False):
     return done.stdout
 
 
+def test_a_checkpoint_on_the_hub_comes_with_its_adapters_and_its_setting(tiny_model, tmp_path):
+    made = tmp_path / "made"
+    text = tmp_path / "text"
+    text.mkdir()
+    (text / "a.jsonl").write_text("\n".join(json.dumps({"text": f"{n} and {n} are {2 * n}. " * 20}) for n in range(20)))
+    options = {"data": text, "steps": 2, "batch_size": 2, "sequence_length": 32, "slorb": 16}
+    params = [f"--param={name}={value}" for name, value in options.items()]
+    assert cli.main(["compress", str(tiny_model), "ast@2:4", "--out", str(made), *params]) == 0
+    code = """if True:
+        import torch
+        from kick import loading, models
+        there = models.fetch(models.find_source("owner/sparse"))
+        print(float(loading.load_model(there, "float32", "cpu")(torch.arange(9)[None]).logits.sum()))"""
+    with HubServer("owner/sparse", made) as hub:
+        asked = ["-m", "kick.cli", "evaluate", "owner/sparse", "--suite", "perplexity", "--limit", "1"]
+        run_with(hub, tmp_path / "cache", *asked, "--data", "embedded", "--out", tmp_path / "run")
+        assert "adapter/adapter_model.safetensors" in hub.fetched
+        fetched = float(run_with(hub, tmp_path / "cache", "-c", code))
+    assert (tmp_path / "run/evaluations/ast@2:4").is_dir()
+    tokens = torch.arange(9)[None]
+    assert fetched == pytest.approx(
+        float(loading.load_model(made, "float32", "cpu")(tokens).logits.detach().sum()), rel=1e-5
+    )
+    (made / "adapter/adapter_model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"its kick\.json names"):
+        loading.load_model(made, "float32", "cpu")
+
+
 def test_a_dry_run_fetches_no_weights_from_the_hub_and_a_run_does(tiny_model, tmp_path):
     (tmp_path / "sweep.yaml").write_text(SWEEP)
     weights = (tiny_model / "model.safetensors").stat().st_size
