@@ -24,5 +24,17 @@ def greedy(model, context, count, end):
     return made
 
 
+def attends(row, prefix):
+    """Boolean [q, prefix + q]: by going from each token of a packed row to its parent, and on."""
+    seen = torch.zeros(len(row.tokens), prefix + len(row.tokens), dtype=torch.bool)
+    seen[:, :prefix] = True
+    for place in range(len(row.tokens)):
+        ancestor = place
+        while ancestor >= 0:
+            seen[place, prefix + ancestor] = True
+            ancestor = row.parent[ancestor]
+    return seen
+
+
 def ask(lm, pairs):
     return lm._loglikelihood_tokens([(("", ""), context, continuation) for context, continuation in pairs])

@@ -10,10 +10,11 @@ batches again gets the same answers.
 """
 
 import gc
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from kick.lm.generation import Completion, Decoding, batches_within, choose, row
 from kick.lm.lanes import lane_count, side_by_side
 from kick.lm.packing import PREFIX_STEP, Packed, clusters, pack, pack_evenly, shared_prefix
 from kick.lm.rows import NativeRows, RereadRow, RoomyRows
-from kick.lm.runner import Runner, cached_bytes, fork
+from kick.lm.runner import LOGITS_AT_ONCE, Runner, cached_bytes, fork
 from kick.loading import load_model, load_tokenizer
 from kick.meter import computes_on
 from kick.spec import Spec
@@ -38,6 +39,8 @@ from kick.spec import Spec
 _AGREEMENT = {torch.float32: 1e-3, torch.float64: 1e-6}  # of log-likelihoods, computed in two ways
 _HALF_DIVERGENCE = 0.05  # nats between next-token distributions, computed in two ways in half precision
 _PROBE = ((7, 15), (11, 40), (13, 40))  # step, length: a stem and two rests that stand far from each other in a row
+_HALVINGS_WITH_A_PREFIX = 4  # by how much rows are cut before what they follow is given up
+_PADDED_AT_ONCE = 16  # rows' tokens of prompts that are read in one padded batch: half of a memory's ROW_SHARE or so
 _NOT_SUPPORTED = (TypeError, ValueError, RuntimeError, IndexError, AttributeError)  # what a model raises that can't
 
 
@@ -99,7 +102,9 @@ class FastLM(TokenLM):
             **({"why_not": self.no_sharing} if self.no_sharing else {}),
             **({"alone_beyond": self._alike} if self._alike < self.max_length else {}),
             **({} if self._batches else {"generates": "one row at a time"}),
+            **({} if self.runner.plain_head else {"logits": "by the model's own head, as it rounds them"}),
             **({"out_of_memory": self.halved} if self.halved else {}),
+            **({} if self.finite else {"not_finite": "log-likelihoods of a few tokens"}),
         }
 
     # Likelihoods
@@ -117,22 +122,27 @@ class FastLM(TokenLM):
         return [results[index] for index in range(len(sequences))]
 
     def _score_cluster(
-        self, sequences: Sequence[Scored], members: list[int], prefixes: tuple[int, ...], row_tokens: int
+        self,
+        sequences: Sequence[Scored],
+        members: list[int],
+        prefixes: tuple[int, ...],
+        row_tokens: int,
+        keep: bool = True,
     ) -> dict[int, tuple[float, bool]]:
         """Sequences with a beginning in common, which is computed once; then the rest in packed rows.
 
         prefixes: the lengths of what they share, each continuing the one before, the last one the whole. Those that
-        share much more form clusters of their own.
+        share much more form clusters of their own, as long as all that is kept fits. keep: False to keep nothing.
         """
         length = max(prefixes, default=0)
         rests = [sequences[index].tokens[length:-1] for index in members]
         # the token before the first target has to be in the row: it predicts it
         unscored = [len(sequences[index].tokens) - sequences[index].n_targets - 1 - length for index in members]
         results: dict[int, tuple[float, bool]] = {}
-        for more, own in clusters(rests, unscored, row_tokens):
-            inside = [members[place] for place in own]
-            if more:  # what does not fit into a row is a stem to be kept
-                results |= self._score_cluster(sequences, inside, (*prefixes, length + more), row_tokens)
+        for more, own in clusters(rests, unscored, row_tokens) if keep else [(0, list(range(len(members))))]:
+            inside, deeper = [members[place] for place in own], (*prefixes, length + more)
+            if more and sum(deeper) <= self._most_cached_tokens():  # what does not fit into a row is a stem to be kept
+                results |= self._score_cluster(sequences, inside, deeper, row_tokens)
             else:
                 rows = [
                     replace(row, paths={members[place]: path for place, path in row.paths.items()})
@@ -144,7 +154,10 @@ class FastLM(TokenLM):
     def _score_rows(
         self, sequences: Sequence[Scored], rows: list[Packed], prefixes: tuple[int, ...], row_tokens: int
     ) -> dict[int, tuple[float, bool]]:
-        """Rows that follow the same prefix; where memory runs out, their sequences in rows of half as many tokens."""
+        """Rows that follow the same prefix; where memory runs out, their sequences in rows of half as many tokens.
+
+        Where that does not help either, it is the prefix and its copies that do not fit: then nothing is kept.
+        """
         attempt: Any = (
             memory.none_if_out_of_memory if row_tokens >= 2 * memory.FEWEST_ROW_TOKENS else lambda work: work()
         )
@@ -164,7 +177,8 @@ class FastLM(TokenLM):
                 results |= found
         if failed:
             self._note_out_of_memory()
-            results |= self._score_cluster(sequences, failed, prefixes, row_tokens // 2)
+            keep = row_tokens > self.row_tokens // _HALVINGS_WITH_A_PREFIX
+            results |= self._score_cluster(sequences, failed, prefixes if keep else (), row_tokens // 2, keep)
         return results
 
     def _score_row(
@@ -205,9 +219,8 @@ class FastLM(TokenLM):
 
     def _add_up(self, found: Tensor, targets: Tensor, counts: list[int]) -> list[tuple[float, bool]]:
         """For each of the sequences, of which `counts` targets each stand in a row: its score."""
-        values, greedy = self.runner.score(found, targets.to(self.device))
-        pairs = zip(values.split(counts), greedy.split(counts), strict=True)
-        return [(float(own.sum()), bool(likeliest.all())) for own, likeliest in pairs]
+        values, greedy = (iter(own.tolist()) for own in self.runner.score(found, targets.to(self.device)))
+        return [(sum(islice(values, n)), all(list(islice(greedy, n)))) for n in counts]
 
     def _score_padded(
         self, sequences: Sequence[Scored], members: Sequence[int], tokens: int
@@ -272,7 +285,13 @@ class FastLM(TokenLM):
         alone = [[index] for index in order if lengths[index] > self._alike]
         results: dict[int, str] = {}
         room = self._most_cached_tokens() if self._batches else 1
-        for batch in chain(batches_within(lengths, together, room), alone):
+        batches: Iterable[list[int]] = batches_within(lengths, together, room)
+        if self.no_sharing is not None:  # all prompts of a batch are read at once
+            read = [len(context) for context in contexts]
+            batches = chain.from_iterable(
+                batches_within(read, batch, _PADDED_AT_ONCE * self.row_tokens) for batch in batches
+            )
+        for batch in chain(batches, alone):
             results |= dict(zip(batch, self._halving(batch, work), strict=True))
         return [results[index] for index in range(len(contexts))]
 
@@ -290,7 +309,9 @@ class FastLM(TokenLM):
         read = self._read_padded if alone or self.no_sharing is not None else self._read
         rows, found = read([contexts[index] for index in chosen], decoding.most)
         while True:
-            tokens = choose(self.runner.logits(found), alive)
+            some = range(0, len(alive), LOGITS_AT_ONCE)
+            parts = zip(found.split(LOGITS_AT_ONCE), (alive[at : at + LOGITS_AT_ONCE] for at in some), strict=True)
+            tokens = [token for own, rows_of in parts for token in choose(self.runner.logits(own), rows_of)]
             ended = [row for row, (own, token) in enumerate(zip(alive, tokens, strict=True)) if own.add(token)]
             for row in reversed(ended):
                 rows.drop(row)
@@ -364,7 +385,7 @@ class FastLM(TokenLM):
     # Memory
 
     def _most_cached_tokens(self) -> int:
-        """How many tokens' keys and values a generation batch of several rows may hold."""
+        """How many tokens' keys and values a generation batch of several rows may hold, or the kept prefixes."""
         return memory.most_cached_tokens(self.device, self._bytes_per_token)
 
     def _halving(self, rows: list[int], work: Callable[[list[int]], list[Any]]) -> list[Any]:
@@ -392,6 +413,7 @@ class FastLM(TokenLM):
         sequences = [Scored(stem + rest, 3) for rest in (one, other, one[:4])]
         members = range(len(sequences))
         alone = self._score_padded(sequences, members, 1)
+        self.finite = all(math.isfinite(score) for score, _ in alone.values())
         try:
             cache = DynamicCache(config=self.model.config)
             self.model(input_ids=torch.tensor([stem], device=self.device), past_key_values=cache, use_cache=True)
@@ -400,6 +422,8 @@ class FastLM(TokenLM):
             kinds = {type(layer).__name__ for layer in cache.layers if type(layer) is not DynamicLayer}
             if kinds:
                 return f"its cache has layers of kind {', '.join(sorted(kinds))}"
+            if not self.finite:  # there is nothing to compare, and nothing to get wrong
+                return None
             rests = [sequence.tokens[len(stem) : -1] for sequence in sequences]
 
             def apart(rows: list[Packed]) -> float:

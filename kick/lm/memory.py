@@ -10,7 +10,8 @@ from kick.cgroup import grants
 from kick.lm.lanes import lane_count
 
 CACHE_SHARE = 0.15
-"""Of all memory, what keys and values of a generation batch may take: fixed, so that batches are too."""
+"""Of all memory, what keys and values of a generation batch may take, or those of kept prefixes: fixed, so that batches
+are too."""
 
 ROW_SHARE = 0.1
 """Of what the weights leave of all memory, what computing the rows that are worked on at a time may take.

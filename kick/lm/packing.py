@@ -4,15 +4,13 @@
 into one row in which each distinct continuation of a prefix stands once (a trie, written depth first); a token attends
 to its own ancestors alone. So the stem of a question is computed once for all its options, without padding.
 
-Pure functions on lists of token ids and arrays.
+Pure functions on lists of token ids.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from heapq import heapreplace
 from itertools import pairwise
-
-import numpy as np
 
 PREFIX_STEP = 64
 """Shared prefixes are cut to a multiple of this, so that sets which share the same long prefix find the same one."""
@@ -75,16 +73,13 @@ class Packed:
             yield start, end, before[::-1]
             start = end
 
-    def attends(self, prefix_length: int) -> np.ndarray:
-        """Boolean [q, prefix + q]: each token sees the prefix, its ancestors and itself."""
-        size = len(self.tokens)
-        seen = np.zeros((size, prefix_length + size), dtype=bool)
-        seen[:, :prefix_length] = True
-        for row, parent in enumerate(self.parent):
-            if parent >= 0:
-                seen[row, prefix_length:] = seen[parent, prefix_length:]
-            seen[row, prefix_length + row] = True
-        return seen
+    def ends(self) -> list[int]:
+        """[q]: the tokens that see token i, itself and those after it in its sequences, are [i, ends[i])."""
+        ends = list(range(1, len(self.tokens) + 1))
+        for place in reversed(range(len(ends))):
+            if (parent := self.parent[place]) >= 0:
+                ends[parent] = max(ends[parent], ends[place])
+        return ends
 
 
 def common_length(first: Tokens, second: Tokens) -> int:

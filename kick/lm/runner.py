@@ -17,7 +17,7 @@ from kick.lm.memory import is_out_of_memory
 from kick.lm.packing import Packed
 
 _QUERIES_AT_ONCE = 256  # of a packed row: more see more keys that few of them need, fewer fill the units worse
-_LOGITS_AT_ONCE = 128  # positions whose logits are in memory at a time
+LOGITS_AT_ONCE = 128  # positions whose logits are in memory at a time
 _WORDS_AT_ONCE = 16_384  # of the vocabulary, whose rows of the head are in memory in float32 at a time
 _LIKELIEST = 16  # tokens of a position whose logits are computed exactly in half precision
 
@@ -75,9 +75,7 @@ class Runner:
     def _inputs(self, row: Packed, cache: DynamicCache | None, length: int) -> dict[str, Any]:
         mask = None
         if length or not row.is_chain:
-            seen = torch.from_numpy(row.attends(length)).to(self.device)
-            mask = torch.zeros(seen.shape, dtype=self.model.dtype, device=self.device)
-            mask = mask.masked_fill_(~seen, torch.finfo(self.model.dtype).min)[None, None]
+            mask = mask_of(row, length, self.model.dtype, self.device)[None, None]
         return {
             "input_ids": torch.tensor([row.tokens], device=self.device),
             "position_ids": torch.tensor([row.depth], device=self.device) + length,
@@ -105,7 +103,7 @@ class Runner:
         if self._behind_head is None:
             return found if found.dtype == torch.float64 else found.float()
         head = self.model.get_output_embeddings()
-        logits = head(found)
+        logits = head(found.to(head.weight.dtype))
         if logits.dtype in (torch.float32, torch.float64):
             return self._behind_head(logits)
         ids = logits.topk(min(_LIKELIEST, logits.shape[1]), dim=1).indices
@@ -127,7 +125,7 @@ class Runner:
 
     def score(self, found: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """From what the head gets at p places: log-likelihood of targets [p], whether each is the likeliest [p]."""
-        pieces = zip(found.split(_LOGITS_AT_ONCE), targets.split(_LOGITS_AT_ONCE), strict=True)
+        pieces = zip(found.split(LOGITS_AT_ONCE), targets.split(LOGITS_AT_ONCE), strict=True)
         scored = [score_tokens(self.logits(own, wanted), wanted) for own, wanted in pieces]
         return torch.cat([values for values, _ in scored]), torch.cat([greedy for _, greedy in scored])
 
@@ -148,13 +146,24 @@ class Runner:
         vocabulary = self.model.get_input_embeddings().weight.shape[0]
         inputs = {"input_ids": torch.arange(8, device=self.device)[None] % vocabulary, "use_cache": False}
         try:
-            own = head(self._body(**inputs).last_hidden_state)
+            own = head(self._body(**inputs).last_hidden_state.to(head.weight.dtype))
         except (TypeError, RuntimeError, AttributeError) as error:
             if is_out_of_memory(error):
                 raise
             return None
         logits = self.model(**inputs).logits
-        return next((way for way in _ways_behind_head(self.model.config) if torch.equal(way(own), logits)), None)
+        ways = _ways_behind_head(self.model.config)
+        return next((way for way in ways if torch.equal(way(own).to(logits.dtype), logits)), None)
+
+
+def mask_of(row: Packed, length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Additive [q, length + q], made where it is used: a token sees what it follows, its ancestors and itself."""
+    size = len(row.tokens)
+    place, ends = torch.arange(size, device=device), torch.tensor(row.ends(), device=device)
+    seen = (place[None, :] <= place[:, None]) & (place[:, None] < ends[None, :])
+    mask = torch.zeros((size, length + size), dtype=dtype, device=device)
+    mask[:, length:].masked_fill_(~seen, torch.finfo(dtype).min)
+    return mask
 
 
 def _ways_behind_head(config: Any) -> Iterator[Callable[[Tensor], Tensor]]:

@@ -1,8 +1,13 @@
 """Requests packed into rows: what is shared stands once, nothing is lost, rows are full or even."""
 
+import random
+
 import pytest
+import torch
+from lm_reference import attends
 
 from kick.lm.packing import PREFIX_STEP, Packed, clusters, pack, pack_evenly, shared_prefix
+from kick.lm.runner import mask_of
 
 
 def test_a_trie_holds_each_shared_token_once():
@@ -15,7 +20,18 @@ def test_a_trie_holds_each_shared_token_once():
 
 def test_a_token_sees_the_prefix_its_ancestors_and_itself():
     row = Packed(tokens=[7, 8, 9], depth=[0, 1, 1], parent=[-1, 0, 0])
-    assert row.attends(1).astype(int).tolist() == [[1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 0, 1]]
+    mask = mask_of(row, 1, torch.float32, torch.device("cpu"))
+    assert (mask == 0).int().tolist() == [[1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 0, 1]]
+    assert mask[0, 2] == torch.finfo(torch.float32).min
+
+
+def test_what_a_token_sees_follows_from_where_its_descendants_end():
+    rng = random.Random(0)
+    for _ in range(30):
+        words = [[rng.randrange(3) for _ in range(rng.randrange(1, 9))] for _ in range(rng.randrange(1, 12))]
+        (row,) = pack(words, sorted(range(len(words)), key=words.__getitem__), 1000)
+        mask = mask_of(row, 2, torch.float64, torch.device("cpu"))
+        assert torch.equal(mask == 0, attends(row, 2))
 
 
 def test_rows_are_bounded_and_lose_nothing():
@@ -88,5 +104,5 @@ def test_chunks_of_a_row_hold_all_that_their_tokens_see():
         assert [place for start, end, _ in chunks for place in range(start, end)] == list(range(9))
         for start, end, before in chunks:
             assert end - start <= size
-            seen = row.attends(0)[start:end].any(axis=0).nonzero()[0].tolist()
+            seen = attends(row, 0)[start:end].any(dim=0).nonzero()[:, 0].tolist()
             assert seen == [*before, *range(start, end)]
