@@ -86,6 +86,11 @@ def parts(layer: Any) -> tuple[Any, Any]:
         raise LevelError(
             f"{type(layer).__name__} has no {missing[0]}.", "Models built like Llama (Mistral, Qwen2, SmolLM2) only."
         )
+    if not hasattr(layer.input_layernorm, "variance_epsilon"):
+        raise LevelError(
+            f"{type(layer).__name__} has norms of kind {type(layer.input_layernorm).__name__}.",
+            "Models with Llama's RMSNorm (Mistral, Qwen2, SmolLM2) only.",
+        )
     for extra in ("q_norm", "k_norm", "pre_feedforward_layernorm"):
         if hasattr(attention, extra) or hasattr(layer, extra):
             raise LevelError(f"{type(layer).__name__} has a {extra}.", "Models built like Llama only.")

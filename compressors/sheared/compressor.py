@@ -149,6 +149,12 @@ class Sheared(Compressor):
                 if distributed.is_main():
                     save_file(dict(masks.log_alphas), folder / "kept" / "pruning" / "log_alphas.safetensors")
                 objective.masked.remove()
+                self.warnings += [
+                    f"masks had not settled: {opened:.1f} of {name} are expected to be open where {asked} are asked "
+                    "for, so that the last ones were kept or cut by a narrow margin; more steps of pruning help, or "
+                    "constraint: counts"
+                    for name, (opened, asked) in masks.off().items()
+                ]
                 z = masks.final()
             else:
                 z = random_masks(source, target, within, self.seed)

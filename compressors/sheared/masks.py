@@ -15,6 +15,8 @@ from . import hard_concrete
 
 Constraint = Literal["counts", "shares"]
 
+_SETTLED = 0.005  # of a structure's units: so near does a long enough pruning come to its target
+
 
 class Masks(nn.Module):
     """Log alphas, multipliers, and the values that the model runs under.
@@ -94,6 +96,16 @@ class Masks(nn.Module):
                 over = (expected - target) / size
                 total = total + linear * over.mean() + quadratic * over.square().mean()
         return total
+
+    @torch.no_grad()
+    def off(self) -> dict[str, tuple[float, int]]:
+        """What is not within 0.5 % of the whole of its target: (expected open units, asked for), means over rows."""
+        found = {}
+        for name, expected in self.expected_open().items():
+            opened, asked, all_of_them = float(expected.mean()), self.keep[name], self.log_alphas[name].shape[1]
+            if abs(opened - asked) > _SETTLED * all_of_them:
+                found[name] = (opened, asked)
+        return found
 
     @torch.no_grad()
     def record(self) -> dict[str, Any]:

@@ -78,10 +78,12 @@ class Domains:
     """The held-out loss of each domain, and what it makes of the mixture's weights.
 
     parameters: of the model that the reference losses are meant for; `source` is the one whose own are taken.
-    micro_batch: sequences at once, as in training. Raises UnknownNameError for a domain without a reference.
+    micro_batch: sequences at once, as in training. Raises UnknownNameError for a domain without a reference, and
+    ConfigError for a cap under which weights could not sum to 1.
     """
 
     def __init__(self, mixture: Mixture, params: Loading, source: Any, parameters: int, micro_batch: int = 0) -> None:
+        check_cap(params.cap, len(mixture.streams))
         self.mixture, self.params = mixture, params
         self._at_once = min(micro_batch or _AT_ONCE, _AT_ONCE)
         device = next(source.parameters()).device
@@ -175,11 +177,15 @@ def updated_weights(
     return _capped(mixed, cap)
 
 
-def _capped(weights: dict[str, float], cap: float) -> dict[str, float]:
-    if cap * len(weights) < 1:
+def check_cap(cap: float, domains: int) -> None:
+    if cap * domains < 1:
         raise ConfigError(
-            f"a cap of {cap} on {len(weights)} domains: their weights could not sum to 1.", "Give a larger cap."
+            f"a cap of {cap} on {domains} domains: their weights could not sum to 1.", "Give a larger cap."
         )
+
+
+def _capped(weights: dict[str, float], cap: float) -> dict[str, float]:
+    check_cap(cap, len(weights))
     fixed: set[str] = set()
     while over := {name for name, weight in weights.items() if weight > cap + 1e-12 and name not in fixed}:
         fixed |= over

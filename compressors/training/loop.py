@@ -117,6 +117,7 @@ def train(
         means = {name: float(accelerator.reduce(value)) for name, value in sums.items()}
         norm = parallel.as_number(torch.nn.utils.clip_grad_norm_(objective.clipped(), spec.clip))
         _check_finite({**means, "gradient norm": norm}, step, batch, folder)
+        state.prove(folder)
         optimizer.step()
         optimizer.zero_grad()
         rate = schedule.get_last_lr()[0]
@@ -168,6 +169,7 @@ def _numbers(told: dict[str, Any]) -> dict[str, float]:
 def _check_finite(values: dict[str, float], step: int, batch: Batch, folder: Path) -> None:
     bad = [name for name, value in values.items() if value != value or abs(value) == float("inf")]
     if bad:
+        state.discard(folder, step)
         found = state.states(folder)
         last = f"The last good state is {found[-1]}." if found else "No state was saved before."
         raise TrainingError(

@@ -5,7 +5,7 @@ A row is {"instruction", "input", "output"}, {"prompt", "response"}, {"question"
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import chain
+from itertools import chain, dropwhile
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +98,7 @@ def conversation(row: dict[str, Any], where: str) -> Conversation:
             f"{where} is no instruction pair: it has {', '.join(row) or 'nothing'}.",
             "Expected instruction and output, prompt and response, or messages with an assistant's turn.",
         )
-    return turns
+    return list(dropwhile(lambda turn: turn["role"] == "assistant", turns))  # who was asked nothing teaches nothing
 
 
 def _turns(row: dict[str, Any]) -> Conversation | None:

@@ -35,6 +35,9 @@ def shard(objective: Objective) -> None:
 @torch.no_grad()
 def unshard(objective: Objective) -> None:
     """All of every parameter on each process again, and modules as they were before `shard`."""
+    for module in objective.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # a last pass without gradients leaves parts gathered, to be shared out when one saves
     whole: dict[int, nn.Parameter] = {}  # tied weights stay one
     for module in objective.modules():
         for name, parameter in module._parameters.items():

@@ -27,7 +27,7 @@ def states(folder: Path) -> list[Path]:
 
 
 def save(folder: Path, step: int, objective: Objective, optimizer: torch.optim.Optimizer, rest: dict[str, Any]) -> None:
-    """All that is needed to go on after `step` steps; the state before is let go once this one is whole.
+    """All that is needed to go on after `step` steps, beside the states before: `prove` lets go of them.
 
     rest: of each process, what is not in tensors of the objective or its optimizer.
     """
@@ -44,14 +44,23 @@ def save(folder: Path, step: int, objective: Objective, optimizer: torch.optim.O
     distributed.wait()
     if distributed.is_main():
         write_json(partial / _STEP, step)
-        earlier = states(folder)
         if final.exists():
             shutil.rmtree(final)
         partial.replace(final)
-        for path in earlier:
-            if path != final:
-                shutil.rmtree(path)
     distributed.wait()
+
+
+def prove(folder: Path) -> None:
+    """The last state led to a loss that is finite: those before it are let go."""
+    if distributed.is_main():
+        for path in states(folder)[:-1]:
+            shutil.rmtree(path)
+
+
+def discard(folder: Path, step: int) -> None:
+    """The state after `step` steps led to no finite loss: what it holds is broken."""
+    if distributed.is_main():
+        shutil.rmtree(folder / f"state-{step:08d}", ignore_errors=True)
 
 
 def load(folder: Path, objective: Objective, optimizer: torch.optim.Optimizer) -> tuple[int, dict[str, Any]]:

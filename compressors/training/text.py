@@ -109,6 +109,7 @@ class Stream:
         self._window: Tokens = self.held[:0]
         self._begin: dict[str, Any] = {"number": -1, "documents": self._first, "carried": []}
         self._next = {**self._begin, "number": 0}
+        self._rows: Iterator[list[int]] = iter(())  # of the documents, those after the window
         self._at = 0
         self.taken = 0  # sequences so far
 
@@ -131,35 +132,51 @@ class Stream:
 
     def _open(self, begin: dict[str, Any]) -> None:
         """Read the window that starts at `begin`, and remember where the one after it starts."""
+        if begin is not self._next or begin["number"] == 0:  # else the documents stand there already
+            self._seek(begin["documents"])
         self._begin, carried = begin, list(begin["carried"])
-        self.documents.load_state_dict(begin["documents"])
-        rows = self._tokenised(self.documents)
         read = 1  # documents since the first one, or as good as one where it began in the middle
         wanted = _WINDOW * self.length
         while len(carried) < wanted:
-            tokens = next(rows, None)
+            tokens = next(self._rows, None)
             if tokens is not None:
                 read += 1
                 carried += tokens
             elif read:  # all documents were read: from the first again
                 read = 0
-                self.documents.load_state_dict(self._first)
-                rows = self._tokenised(self.documents)
+                self._seek(self._first)
             else:
-                raise DataError(f"the domain '{self.name}' holds no text.", "Leave it out, or give it documents.")
+                beside = f" beside the {len(self.held)} sequences that are held out" if len(self.held) else ""
+                raise DataError(
+                    f"the domain '{self.name}' holds no text{beside}.", "Leave it out, or give it documents."
+                )
         found = np.array(carried[:wanted], dtype=np.int32).reshape(_WINDOW, self.length)
         left = {"documents": self.documents.state_dict(), "carried": carried[wanted:]}
         self._next = {"number": begin["number"] + 1, **left}
         order = np.random.default_rng([*self.seed, begin["number"]]).permutation(_WINDOW)
         self._window, self._at = found[order], 0
 
+    def _seek(self, place: dict[str, Any]) -> None:
+        """Go on with the documents at `place`; what stands before it is read over, which takes its time."""
+        self.documents.load_state_dict(place)
+        self._rows = self._tokenised(self.documents)
+
     def _hold_out(self, documents: Any, wanted: int) -> tuple[Tokens, int]:
-        """The first `wanted` sequences, and of how many rows they are; those without text count as well."""
-        tokens: list[int] = []
-        for used, row in enumerate(documents, 1):
-            tokens += self._tokens(row["text"])
-            if len(tokens) >= wanted * self.length:
-                return np.array(tokens[: wanted * self.length], dtype=np.int32).reshape(wanted, self.length), used
+        """`wanted` sequences of the first rows, and of how many; those without text count as well.
+
+        Of each document no more than one sequence's tokens, so that none stands for its domain; in a domain of few
+        documents, all that they have.
+        """
+        for most in (self.length, None):
+            tokens: list[int] = []
+            rows = iter(documents)
+            for used, row in enumerate(rows, 1):
+                tokens += self._tokens(row["text"])[:most]
+                if len(tokens) >= wanted * self.length:
+                    if most is None or any(more["text"] for more in rows):  # something is left to train on
+                        held = np.array(tokens[: wanted * self.length], dtype=np.int32)
+                        return held.reshape(wanted, self.length), used
+                    break
         raise DataError(
             f"the domain '{self.name}' holds {len(tokens):,} tokens; {wanted} x {self.length} are to be held out.",
             "Ask for fewer, or give it more text.",
@@ -194,8 +211,10 @@ class Mixture:
         names = list(self.streams)
         rng = np.random.default_rng([self.seed, step])
         drawn = rng.choice(len(names), size=size, p=[self.weights[name] for name in names])
-        origin = [f"{names[index]} {self.streams[names[index]].taken}" for index in drawn]
-        rows = [self.streams[names[index]].take() for index in drawn]
+        origin, rows = [], []
+        for name in (names[index] for index in drawn):
+            origin.append(f"{name} {self.streams[name].taken}")
+            rows.append(self.streams[name].take())
         tokens = torch.from_numpy(np.stack(rows).astype(np.int64))
         return Batch(tokens, tokens, origin, [tokens.shape[1]] * len(tokens))
 

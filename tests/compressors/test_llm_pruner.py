@@ -12,7 +12,7 @@ from kick_compressors.llm_pruner.gradients import collect
 from kick_compressors.llm_pruner.importance import aggregate, unit_scores
 from kick_compressors.llm_pruner.widths import ratio_for, rounded
 from kick_compressors.training.objective import cross_entropy
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, GemmaConfig, GemmaForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from kick import adapters
 from kick.adapters import LowRank
@@ -426,6 +426,9 @@ def test_what_cannot_be_pruned_is_said():
 
     with pytest.raises(LevelError, match="not built like Llama"):
         prune(tiny_model("gpt2"))
+    small = {"vocab_size": 600, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    with pytest.raises(LevelError, match="has norms of kind GemmaRMSNorm"):
+        prune(GemmaForCausalLM(GemmaConfig(**small, num_attention_heads=4, num_key_value_heads=2, head_dim=8)))
     with pytest.raises(LevelError, match="needs calibration"):
         LLMPruner(LLMPruner.Params()).compress(make_tiny_llama(), parse_level("0.2", LLMPruner.knob), None)
     with pytest.raises(LevelError, match="key heads"):

@@ -469,6 +469,10 @@ def test_what_is_wrong_with_domains_is_said(tokenizer, domains):
         shear(tokenizer, domains, reference="llama2")
     with pytest.raises(DataError, match="held out"):
         shear(tokenizer, domains, held_out=4000)
+    steps = []
+    with pytest.raises(ConfigError, match=r"a cap of 0.4 on 2 domains"):
+        shear(tokenizer, domains, cap=0.4, progress=lambda *step: steps.append(step))
+    assert not steps
     (domains / "empty").mkdir()
     with pytest.raises(DataError, match="holds no"):
         shear(tokenizer, domains)

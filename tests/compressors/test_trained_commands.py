@@ -171,17 +171,30 @@ def test_a_killed_training_goes_on_and_ends_with_the_same_weights(tiny_model, tm
     assert not list(tmp_path.glob(".*"))
 
 
-@pytest.mark.parametrize("setting", ["ast@2:4", "magnitude@0.5"])
+SHARED = {
+    "magnitude@0.5": [],
+    "ast@2:4": ["steps=4", "sequence_length=16", "sharding=fsdp", "update_every=2", "held_out=2"],
+    "sheared@1x16x24x2": [
+        f"{stage}.{option}"
+        for stage in ("pruning", "continuing")
+        for option in ("steps=3", "batch_size=2", "sequence_length=16", "sharding=fsdp")
+    ],
+}
+
+
+@pytest.mark.parametrize("setting", SHARED)
 def test_several_processes_write_one_checkpoint(setting, tiny_model, tmp_path):
     """Under torchrun, for what trains and for what does not: the first process writes and speaks."""
     program = tmp_path / "program.py"
     program.write_text("import sys\nfrom kick.cli import main\nsys.exit(main(sys.argv[1:]))\n")
     port = free_port()
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"]
-    params = ["--param=steps=4", "--param=sequence_length=16", "--param=sharding=fsdp"] if setting == "ast@2:4" else []
+    params = [f"--param={param}" for param in SHARED[setting]]
     command = ["compress", str(tiny_model), setting, "--out", str(tmp_path / "out"), *params]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*launcher, str(program), *command], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [*launcher, str(program), *command], env=environment, capture_output=True, text=True, timeout=240
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("verified") == 0
     assert done.stdout.count(f"{setting} of ") == 1

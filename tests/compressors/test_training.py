@@ -208,6 +208,36 @@ def test_a_loss_that_is_no_number_stops_with_the_step_the_batch_and_the_last_sta
     assert sorted(path.name for path in tmp_path.glob("state-*")) == ["state-00000004"]
 
 
+@pytest.mark.parametrize(("every", "left"), [(4, []), (2, ["state-00000002"])])
+def test_a_state_that_leads_to_no_loss_is_not_the_last_good_one(tokenizer, domains, tmp_path, every, left):
+    class Explodes(Objective):
+        def end_step(self, step, spec):
+            if step == 3:  # after the update, and before the state is saved
+                with torch.no_grad():
+                    self.model.model.norm.weight.fill_(float("nan"))
+            return {}
+
+    spec = SPEC.model_copy(update={"checkpoint_every": every})
+    with pytest.raises(TrainingError, match="step 4: loss is not finite") as caught:
+        run(tokenizer, domains, tmp_path, spec, Explodes(make_tiny_llama()))
+    assert (left[0] if left else "No state was saved before") in caught.value.hint
+    assert [path.name for path in tmp_path.glob("state-*")] == left
+
+
+def test_the_batch_that_is_named_is_the_one_that_was_drawn(tokenizer, domains):
+    mixture = open_mixture(str(domains), tokenizer, 16, 0)
+    again = open_mixture(str(domains), tokenizer, 16, 0)
+    named = []
+    for step in range(3):
+        batch = mixture.batch(step, 8)
+        named += batch.origin
+        for origin, tokens in zip(batch.origin, batch.tokens, strict=True):
+            name, place = origin.split()
+            assert again.streams[name].taken == int(place)
+            assert again.streams[name].take().tolist() == tokens.tolist()
+    assert len(set(named)) == 24
+
+
 def test_a_domain_loss_that_is_no_number_stops_before_it_becomes_a_weight_or_a_state(tokenizer, domains, tmp_path):
     class Diverges(Objective):
         def end_step(self, step, spec):
@@ -248,6 +278,35 @@ def test_a_stream_goes_on_where_it_was_and_never_gives_what_was_held_out(tokeniz
     assert not held & {tuple(row) for row in first + rest}
     assert stream.taken == 1400
     assert tokenizer.decode(stream.held[0]).startswith("number 0 ")
+
+
+def test_held_out_text_is_of_as_many_documents_as_there_are(tokenizer, tmp_path):
+    """No document gives more than a sequence, unless nothing would be left to train on."""
+    file = tmp_path / "text.jsonl"
+    file.write_text("\n".join(json.dumps({"text": f"number{index} " * 60}) for index in range(8)))
+    apart = Stream("x", str(file), tokenizer, 16, 0, held_out=4)
+    seen = [{index for index in range(8) if f"number{index} " in tokenizer.decode(row)} for row in apart.held]
+    assert seen == [{0}, {1}, {2}, {3}]
+    trained = tokenizer.decode([token for _ in range(60) for token in apart.take().tolist()])
+    assert all((f"number{index} " in trained) == (index >= 4) for index in range(8))
+    of_few = Stream("x", str(file), tokenizer, 16, 0, held_out=8)
+    assert {index for index in range(8) for row in of_few.held if f"number{index} " in tokenizer.decode(row)} < set(
+        range(7)
+    )
+    (tmp_path / "book.txt").write_text("word " * 400)
+    with pytest.raises(DataError, match="holds no text beside the 4 sequences that are held out"):
+        Stream("book", str(tmp_path / "book.txt"), tokenizer, 16, 0, held_out=4).take()
+
+
+def test_documents_are_read_forward_and_never_over_again(tokenizer, tmp_path, monkeypatch):
+    (tmp_path / "text.jsonl").write_text("\n".join(json.dumps({"text": f"number {n} " * 20}) for n in range(3000)))
+    read = []
+    monkeypatch.setattr(Stream, "_tokens", lambda self, text: read.append(text) or [1] * 8)
+    stream = Stream("x", str(tmp_path / "text.jsonl"), tokenizer, 8, 0)
+    for _ in range(4 * 512):
+        stream.take()
+    assert read == [f"number {n} " * 20 for n in range(len(read))]
+    assert len(read) <= 4 * 512 + 1
 
 
 def test_one_long_document_is_read_again_and_again(tokenizer, tmp_path):

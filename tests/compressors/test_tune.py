@@ -63,6 +63,13 @@ def test_only_the_answer_is_learned(tokenizer):
             ]
         },
         {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "c"}]},
+        {
+            "conversations": [
+                {"from": "gpt", "value": "of what was cut off"},
+                {"from": "human", "value": "a"},
+                {"from": "gpt", "value": "c"},
+            ]
+        },
     ],
 )
 def test_every_form_of_pair_is_read(tokenizer, tmp_path, row):
@@ -112,8 +119,12 @@ def test_pairs_that_do_not_fit_are_counted_and_bad_rows_named(tokenizer, tmp_pat
     _, compressor = tune(make_tiny_llama(), tokenizer, pairs, steps=1)
     assert compressor.warnings == ["1 pairs have no answer within 64 tokens; left out."]
     with open(pairs, "a") as file:
+        file.write("\n" + json.dumps({"conversations": [{"from": "gpt", "value": "to nobody's question"}]}))
+    _, compressor = tune(make_tiny_llama(), tokenizer, pairs, steps=1)
+    assert compressor.warnings == ["2 pairs have no answer within 64 tokens; left out."]
+    with open(pairs, "a") as file:
         file.write("\n" + json.dumps({"instruction": "no output"}))
-    with pytest.raises(DataError, match=r"line 6 of .* is no instruction pair: it has instruction"):
+    with pytest.raises(DataError, match=r"line 7 of .* is no instruction pair: it has instruction"):
         tune(make_tiny_llama(), tokenizer, pairs, steps=1)
 
 
