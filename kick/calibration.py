@@ -17,7 +17,7 @@ from pydantic import Field
 from kick.errors import DataError
 from kick.meter import processor
 from kick.rows import read_texts
-from kick.spec import Spec
+from kick.spec import Seed, Spec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,7 +36,7 @@ class CalibrationSpec(Spec):
     source: str = "embedded"
     samples: int = Field(default=32, ge=1)
     sequence_length: int = Field(default=512, ge=8)
-    seed: int = 0
+    seed: Seed = 0
     text_field: str = "text"
     precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto",

@@ -136,20 +136,28 @@ def _check_record(path: Path, record: dict[str, Any]) -> None:
             raise KeyError(name)
 
 
-def verify(checkpoint: Checkpoint) -> list[str]:
-    """What no longer agrees with the record: files changed, missing or added, counts that differ. Empty if nothing."""
+def damage(checkpoint: Checkpoint) -> list[str]:
+    """Files that are missing or of another size than recorded: what is seen without reading them."""
     problems = []
-    record = checkpoint.record
-    recorded = record["files"]
-    if record["record_sha256"] != _record_sha256(record):
-        problems.append(f"{RECORD} has changed: its figures are not the recorded ones")
-    for name, facts in recorded.items():
+    for name, facts in checkpoint.record["files"].items():
         file = checkpoint.path / name
         if not file.is_file():
             problems.append(f"{name} is missing")
         elif file.stat().st_size != facts["bytes"]:
             problems.append(f"{name} has {file.stat().st_size} bytes, recorded {facts['bytes']}")
-        elif sha256_of(file) != facts["sha256"]:
+    return problems
+
+
+def verify(checkpoint: Checkpoint) -> list[str]:
+    """What no longer agrees with the record: files changed, missing or added, counts that differ. Empty if nothing."""
+    record = checkpoint.record
+    recorded = record["files"]
+    changed = record["record_sha256"] != _record_sha256(record)
+    problems = [f"{RECORD} has changed: its figures are not the recorded ones"] if changed else []
+    problems += damage(checkpoint)
+    for name, facts in recorded.items():
+        file = checkpoint.path / name
+        if file.is_file() and file.stat().st_size == facts["bytes"] and sha256_of(file) != facts["sha256"]:
             problems.append(f"{name} has changed: its SHA-256 is not the recorded one")
     added = set(_files_in(checkpoint.path)) - recorded.keys() - {RECORD}
     problems += [f"{name} was added" for name in sorted(added)]

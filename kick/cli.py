@@ -5,6 +5,7 @@ configuration; 130 interrupted (run the same command again to go on).
 """
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -43,8 +44,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (UnicodeDecodeError, OSError) as error:
         if options.debug:
             raise
-        print(f"kick: error: {error}\n  --debug shows where.", file=sys.stderr)
+        print(f"kick: error: {_in_words(error)}", file=sys.stderr)
         return USAGE
+
+
+def _in_words(error: OSError | UnicodeDecodeError) -> str:
+    """What the system refused, and what to do about it."""
+    number = getattr(error, "errno", None)
+    what = f"{error.strerror}: {error.filename}" if number and error.filename else str(error)  # type: ignore[union-attr]
+    hints = {
+        errno.EACCES: "Give yourself the permission (chmod), or name another file or folder.",
+        errno.ENOSPC: "Free some space, or choose an --out on another disk.",
+        errno.ENOTDIR: "A file stands where a folder is needed: name another.",
+        errno.EISDIR: "A folder stands where a file is needed: name another.",
+        errno.ENAMETOOLONG: "Choose a shorter name.",
+        errno.EROFS: "That disk cannot be written: choose another --out.",
+    }
+    return f"{what}\n  {hints.get(number, '--debug shows where.')}"
 
 
 def _command(name: str) -> Command:
@@ -170,7 +186,7 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("run", type=Path, metavar="RUN")
     compare.add_argument("first", metavar="SETTING")
     compare.add_argument("second", metavar="SETTING")
-    compare.add_argument("--show", type=int, default=3, metavar="N", help="answers of each suite that changed")
+    compare.add_argument("--show", type=_whole, default=3, metavar="N", help="answers of each suite that changed")
 
     export = command("export", "write a checkpoint in another format: plain Hugging Face, packed GPTQ, GGUF")
     export.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
@@ -205,6 +221,12 @@ def _share(text: str) -> float:
     if not 0 <= share < float("inf"):
         raise argparse.ArgumentTypeError(f"expected a share such as 0.1, not '{text}'")
     return share
+
+
+def _whole(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from 0 on")
+    return int(text)
 
 
 def _tracker(parser: argparse.ArgumentParser) -> None:

@@ -16,7 +16,7 @@ from kick.compress import compress as make_checkpoint
 from kick.config import SuiteSpec, SweepConfig
 from kick.errors import CheckpointError, ConfigError, KickError, RunError, TrackerError, unknown_name
 from kick.export import find_format
-from kick.files import check_writable, safe_name, to_json
+from kick.files import check_own, check_writable, safe_name, to_json
 from kick.judge.spec import JudgeSpec
 from kick.listing import LISTS
 from kick.lm.spec import LMSpec
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 def sweep(options: Namespace) -> int:
     _check_tracker(options)
     config = configs.load(options.config, options.overrides)
-    if options.data:
+    if options.data is not None:
         config = config.model_copy(update={"data": options.data})
     if options.limit:
         suites = tuple(
@@ -130,6 +130,7 @@ def _run(plan: "Plan", out: Path, options: Namespace) -> tuple[int, str, dict[st
     config = plan.config
     if options.dry_run:
         return 0, *describe(plan, out, options.fresh)
+    plan.parameters  # noqa: B018 (a damaged model is said before a folder of its name is begun)
     for remark in remarks(plan):
         print(f"kick: {remark}", file=sys.stderr)
     watching = progress()
@@ -280,6 +281,8 @@ def report(options: Namespace) -> int:
     names = [name.strip() for name in (options.figures or "*").split(",")]
     if options.figures and options.out is None:
         return _draw_figures(options, names)
+    if options.lm_eval:
+        check_writable(options.lm_eval)
     results = write_report(options.run, options.out, names, options.perplexity_margin)
     if options.lm_eval:
         from kick.report.lm_eval import write_lm_eval
@@ -318,6 +321,8 @@ def _draw_figures(options: Namespace, names: Sequence[str]) -> int:
     """Some figures anew into the run; its page keeps all of them."""
     from kick.report.figures import draw_all
     from kick.report.results import read_results
+    from kick.sweep.lock import lock
+    from kick.sweep.store import read_run
 
     if options.lm_eval or options.log_to:
         raise ConfigError(
@@ -325,9 +330,11 @@ def _draw_figures(options: Namespace, names: Sequence[str]) -> int:
             "Give --out for a whole report.",
         )
     check_writable(options.run)
-    results = read_results(options.run)
-    results.perplexity_margin = options.perplexity_margin
-    drawn = draw_all(results, options.run / "figures", names)
+    read_run(options.run)
+    with lock(options.run):
+        results = read_results(options.run)
+        results.perplexity_margin = options.perplexity_margin
+        drawn = draw_all(results, options.run / "figures", names)
     rows = [{"name": own.name, "file": str(own.svg)} for own in drawn]
     return _print(options, "\n".join(row["file"] for row in rows), rows)
 
@@ -335,6 +342,7 @@ def _draw_figures(options: Namespace, names: Sequence[str]) -> int:
 def leaderboard(options: Namespace) -> int:
     from kick.report.leaderboard import write_leaderboard
 
+    check_own(options.out, "leaderboard.json")
     rows = write_leaderboard(options.runs, options.out)
     text = "\n".join(f"{row['place'] or '–':>3}  {row['model']}  {row['setting']}" for row in rows)
     return _print(options, f"{text}\nSite: {options.out / 'index.html'}", rows)
@@ -372,6 +380,8 @@ def doctor(options: Namespace) -> int:
     if options.lm is None:
         if options.model is not None:
             raise ConfigError("a model is named, but no LM to compare on it.", "Add --lm NAME, or leave the model out.")
+        if options.param or options.device != "auto" or options.dtype != "auto":
+            raise ConfigError("--param, --device and --dtype are of an LM, and none is named.", "Add --lm NAME MODEL.")
         text, document = examine()
         _print(options, text, document)
         return 1 if document["broken"] else 0

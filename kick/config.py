@@ -13,11 +13,11 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from kick.calibration import CalibrationSpec
 from kick.errors import ConfigError, did_you_mean
 from kick.judge.spec import JudgeSpec
-from kick.levels import USUAL_LEVELS
+from kick.levels import USUAL_LEVELS, as_written
 from kick.lm.spec import LMSpec
 from kick.policy import Policy
 from kick.settings import DENSE, Setting, Stage, parse_setting, variation_in_words
-from kick.spec import Spec, validated
+from kick.spec import Seed, Spec, validated
 from kick.sweep.executors.spec import ExecutorSpec
 
 COLUMNS = (
@@ -31,8 +31,10 @@ def check_label(label: str) -> str:
     """A label may be anything that does not break a table."""
     if label in COLUMNS:
         raise ValueError(f"'{label}' is a column of the leaderboard: choose another label")
-    if "|" in label or "\n" in label:
-        raise ValueError("a label may hold neither a bar nor a line break")
+    if "|" in label or not label.isprintable() or label != label.strip():
+        raise ValueError(
+            "a label may hold neither a bar nor line breaks nor control characters, nor begin or end blank"
+        )
     return label
 
 
@@ -67,7 +69,7 @@ class Grid(Policy):
         default_factory=dict, description="of that compressor: `kick list compressors --json`"
     )
     then: tuple[Stage, ...] = ()
-    seeds: tuple[int, ...] = Field(
+    seeds: tuple[Seed, ...] = Field(
         default=(0,), min_length=1, description="runs of the method; also of its draw of calibration text"
     )
     calibration: dict[str, Any] = Field(
@@ -88,8 +90,8 @@ class Grid(Policy):
     def _as_text(cls, levels: Any) -> Any:
         given = (levels,) if isinstance(levels, str) else levels
         if isinstance(given, list | tuple):
-            texts = (level if isinstance(level, str) else repr(level) for level in given)
-            return tuple(level for text in texts for level in USUAL_LEVELS.get(text, (text,)))
+            texts = map(as_written, given)
+            return tuple(level for text in texts for level in USUAL_LEVELS.get(str(text), (text,)))
         return levels
 
     @model_validator(mode="after")
@@ -153,7 +155,7 @@ class SuiteSpec(Spec):
     data: str | None = Field(default=None, description="instead of the sweep's data")
     limit: int | None = Field(default=None, ge=1)
     limit_per_group: int | None = Field(default=None, ge=1)
-    seed: int = 0
+    seed: Seed = 0
     lm: LMSpec | None = Field(default=None, description="instead of the sweep's lm")
     vary: Varied = Field(
         default_factory=dict, description="parameters with the values that they take in turn: a suite for each"
@@ -227,6 +229,8 @@ class SweepConfig(Spec):
     def _nothing_without_effect(self) -> "SweepConfig":
         if self.disk_budget_gb is not None and not self.keep_checkpoints:
             raise ValueError("disk_budget_gb is of kept checkpoints: set keep_checkpoints: true")
+        if twice := [name for name, count in Counter(self.models).items() if count > 1]:
+            raise ValueError(f"the model '{twice[0]}' is named twice")
         return self
 
     def all_settings(self) -> list[Setting]:
@@ -292,6 +296,8 @@ _Loader.add_implicit_resolver(
 def read_yaml(text: str, where: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)
+    except RecursionError as error:
+        raise ConfigError(f"{where} is nested too deeply.", "A sweep file needs a handful of levels.") from error
     except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{where} is not YAML: {' '.join(str(error).split())}", "Correct that line.") from error
 
@@ -304,8 +310,12 @@ def load(path: Path, overrides: list[str] = []) -> SweepConfig:  # noqa: B006 (n
         content = read_yaml(path.read_text(encoding="utf-8"), str(path))
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8 text.", "Save it as UTF-8.") from error
-    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+    if not isinstance(content, dict):
         raise ConfigError(f"{path} is not a mapping.", "Expected keys such as model, settings and suites.")
+    if odd := [key for key in content if not isinstance(key, str)]:
+        raise ConfigError(
+            f"{path}: the key {odd[0]!r} is no word.", "Expected keys such as model, settings and suites."
+        )
     for override in overrides:
         _override(content, override)
     return parse(content, str(path))
@@ -352,8 +362,14 @@ def _explain(error: ValidationError, content: dict[str, Any], where: str) -> tup
         return f"{where}: unknown key '{path}'{more}.{did_you_mean(str(place[-1]), known)}", allowed
     if first["type"] == "missing":
         return f"{where}: the key '{path}' is missing{more}.", allowed
-    messages = dict.fromkeys(fault["msg"] for fault in found)
+    messages = dict.fromkeys(_plainly(fault["msg"]) for fault in found)
     return f"{where}: {path} is {first['input']!r}{more}.", f"{', or: '.join(messages)}."
+
+
+def _plainly(message: str) -> str:
+    """pydantic's words in those of YAML."""
+    message = message.replace("a valid tuple", "a list, [...]").removeprefix("Value error, ")
+    return re.sub(r"a valid dictionary( or instance of \w+)?", "a mapping, {...}", message)
 
 
 def _place(location: tuple[Any, ...], content: Any) -> tuple[Any, ...]:

@@ -1,5 +1,6 @@
 """Writing files so that a crash leaves the old one or the new one, never half of one; and naming and hashing them."""
 
+import errno
 import hashlib
 import json
 import math
@@ -17,6 +18,7 @@ from urllib.parse import quote
 from kick.errors import RunError
 
 _OLD = 24 * 3600.0  # seconds
+_LONGEST_NAME = 180  # bytes
 
 
 def write_text(path: Path, text: str) -> None:
@@ -71,8 +73,9 @@ def new_directory(path: Path) -> Iterator[Path]:
     partial.mkdir(parents=True)
     try:
         yield partial
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        stop_if_full(error)
         raise
     for file in partial.rglob("*"):
         if file.is_file():
@@ -81,6 +84,15 @@ def new_directory(path: Path) -> Iterator[Path]:
     if path.exists():
         shutil.rmtree(path)
     os.replace(partial, path)
+
+
+def stop_if_full(error: BaseException) -> None:
+    """Raise RunError where an error says that a disk is full: that is nobody's fault, and ends everything."""
+    number = error.errno if isinstance(error, OSError) else None
+    if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
+        raise RunError(
+            f"the disk is full: {error}.", "Free some space and run the same command again; what is there is kept."
+        ) from error
 
 
 def clear_partials(root: Path) -> None:
@@ -122,13 +134,31 @@ def sha256_of(path: Path) -> str:
 
 
 def safe_name(name: str) -> str:
-    """A name for a file or folder that stays inside its parent whatever `name` says: `../x` becomes `..%2Fx`."""
-    quoted = quote(name, safe="@:=,+-_.[] ()")
-    return re.sub(r"^\.", "%2E", quoted)
+    """A name for a file or folder that stays inside its parent whatever `name` says: `../x` becomes `..%2Fx`.
+
+    A long one is cut and ends in a hash: file systems take 255 bytes, and files beside it have longer names.
+    """
+    quoted = re.sub(r"^\.", "%2E", quote(name, safe="@:=,+-_.[] ()"))
+    if len(quoted) <= _LONGEST_NAME:
+        return quoted
+    return f"{quoted[: _LONGEST_NAME - 17]}-{hashlib.sha256(name.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}"
+
+
+def check_own(directory: Path, mark: str) -> None:
+    """Raise RunError where a folder holds anything and not the file `mark`, by which an earlier result is known."""
+    if directory.is_dir() and any(directory.iterdir()) and not (directory / mark).is_file():
+        raise RunError(
+            f"{directory} is not empty and holds no {mark}.",
+            "Choose another --out: kick writes into folders of its own.",
+        )
 
 
 def check_writable(directory: Path) -> None:
     """Raise RunError unless files can be made in `directory` (or in its nearest existing parent). Leaves nothing."""
+    try:
+        str(directory).encode()
+    except UnicodeEncodeError as error:
+        raise RunError(f"{directory!r} is no UTF-8.", "Choose another --out.") from error
     existing = directory
     while not existing.exists() and existing != existing.parent:
         existing = existing.parent

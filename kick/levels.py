@@ -2,7 +2,7 @@
 
 import re
 from enum import Flag, auto
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BeforeValidator
 
@@ -78,7 +78,21 @@ class Joint(Spec):
 Level = Sparsity | Pattern | Bits | Shape | Joint
 ANY_KNOB = Knob.SPARSITY | Knob.PATTERN | Knob.BITS | Knob.SHAPE | Knob.JOINT
 
-LevelText = Annotated[str, BeforeValidator(lambda level: repr(level) if isinstance(level, int | float) else level)]
+_NUMBER = r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?"
+
+
+def as_written(level: Any) -> Any:
+    """A level as names have it: `0.50`, `.5` and the number 0.5 are all `0.5`. What is no level stays as it is."""
+    if isinstance(level, int | float) and not isinstance(level, bool):
+        return repr(level)
+    if not isinstance(level, str):
+        return level
+    share, plus, bits = level.strip().partition("+")
+    is_share = re.fullmatch(_NUMBER, share) and not share.isdigit()
+    return (repr(float(share)) if is_share else share) + plus + bits
+
+
+LevelText = Annotated[str, BeforeValidator(as_written)]
 """A level as it is written; in YAML it may be a plain number."""
 
 _EXAMPLES = {
@@ -112,7 +126,7 @@ def parse_level(text: str, knob: Knob) -> Level | None:
         assert isinstance(bits, Bits)
         return Joint(prune=prune, bits=bits)
     pattern = re.fullmatch(r"(\d+):(\d+)", text)
-    number = re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", text)
+    number = re.fullmatch(_NUMBER, text)
     if pattern and Knob.PATTERN in knob:
         return _pattern(int(pattern[1]), int(pattern[2]))
     if not pattern and ":" in text and re.search(r"\d:\d", text) and re.search(r"\d*\.\d", text):

@@ -2,6 +2,7 @@
 
 import math
 import re
+import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +14,11 @@ if TYPE_CHECKING:
     import torch
 
 _OTHER = "Is its config.json its own?"
+_BROKEN = (OSError, ValueError, KeyError, ImportError, TypeError, IndexError, struct.error)  # what damaged files raise
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 _AS_BROUGHT = (
-    "Its weights are quantised. A sweep of its dense model unpacks and measures them as a model compressed elsewhere: "
-    "docs/compressors.md. --debug shows the whole error."
+    "Its weights are quantised. Name it in a sweep of its dense model, which unpacks and measures it: settings: "
+    "[{compressor: external, params: {path: FOLDER}}] (docs/compressors.md). --debug shows the whole error."
 )
 
 
@@ -26,7 +28,7 @@ def load_tokenizer(path: Path) -> Any:
     folder, options = (path.parent, {"gguf_file": path.name}) if path.is_file() else (path, {})
     try:
         return AutoTokenizer.from_pretrained(folder, **options, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
+    except _BROKEN as error:
         if path.is_dir() and not any((path / name).is_file() for name in _TOKENIZERS):
             raise ModelError(
                 f"{path} holds no tokenizer: none of {', '.join(_TOKENIZERS)}.",
@@ -59,7 +61,7 @@ def load_model(path: Path, dtype: str, device: str) -> "torch.nn.Module":
             output_loading_info=True,
             ignore_mismatched_sizes=bool(table),
         )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+    except (*_BROKEN, RuntimeError, SafetensorError) as error:
         raise ModelError(
             f"the model {path.name} cannot be loaded: {first_line(error)}",
             _AS_BROUGHT if is_quantized(path) else "--debug shows the whole error.",
@@ -93,6 +95,19 @@ def _check_whole(path: Path) -> None:
 def is_quantized(path: Path) -> bool:
     """Whether a directory holds packed weights; those of a .gguf file are unpacked as they are read."""
     return path.is_dir() and "quantization_config" in read_json(path / "config.json")
+
+
+def check_unpacks(path: Path) -> None:
+    """Raise ModelError where the packed weights in a directory need a library or a device that is not here."""
+    if not is_quantized(path):
+        return
+    from transformers.quantizers import AutoHfQuantizer
+
+    try:
+        packed = read_json(path / "config.json")["quantization_config"]
+        AutoHfQuantizer.from_config(packed, pre_quantized=True).validate_environment(device_map=None)
+    except (ImportError, RuntimeError, ValueError, KeyError) as error:
+        raise ModelError(f"the model {path.name} cannot be loaded: {first_line(error)}", _AS_BROUGHT) from error
 
 
 def without_a_place(path: Path, names: list[str]) -> ModelError:
@@ -129,7 +144,7 @@ def load_skeleton(path: Path, dtype: str) -> "torch.nn.Module":
         config = AutoConfig.from_pretrained(folder, **options, trust_remote_code=False)
         with init_empty_weights():
             model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
+    except _BROKEN as error:
         raise ModelError(
             f"the configuration of {path.name} cannot be loaded: {first_line(error)}",
             "--debug shows the whole error.",
@@ -201,7 +216,7 @@ def _count_parameters(file: Path) -> int:
             return sum(int(tensor.n_elements) for tensor in GGUFReader(file).tensors)
         with safe_open(file, framework="pt") as tensors:
             return sum(math.prod(tensors.get_slice(key).get_shape()) for key in tensors.keys())  # noqa: SIM118 (no dict)
-    except (SafetensorError, ValueError, OSError, IndexError) as error:
+    except (SafetensorError, ValueError, OSError, IndexError, struct.error) as error:
         raise ModelError(
             f"{file} cannot be read: {first_line(error)}",
             "It is damaged or incomplete; a small text file in its place is a pointer of git LFS: git lfs pull.",

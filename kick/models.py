@@ -84,7 +84,7 @@ _EXPECTED = (
 def _nearest(name: str, path: Path) -> str:
     candidates = list(PACKAGED)
     if path.parent.is_dir():
-        prefix = "" if path.parent == Path(".") and not name.startswith(".") else f"{path.parent}/"
+        prefix = "" if path.parent == Path(".") and not name.startswith(".") else f"{path.parent}/".replace("//", "/")
         candidates += [prefix + p.name for p in path.parent.iterdir() if p.is_dir() or p.suffix == ".gguf"]
     return did_you_mean(name, candidates, cutoff=0.6)
 

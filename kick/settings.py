@@ -16,7 +16,7 @@ from kick.errors import LevelError
 from kick.levels import LevelText
 from kick.lm.spec import LMSpec
 from kick.policy import Policy
-from kick.spec import Spec
+from kick.spec import Seed, Spec
 
 DENSE = "dense"
 CHAIN = " > "
@@ -56,7 +56,7 @@ class Setting(Stage):
     """
 
     then: tuple[Stage, ...] = ()
-    seed: int = 0
+    seed: Seed = 0
     label: str = ""
     calibration: CalibrationSpec | None = None
     variation: dict[str, Any] = Field(default_factory=dict)

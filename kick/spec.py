@@ -1,14 +1,18 @@
 """Descriptions as frozen models: what a sweep file is made of, and what pydantic found wrong with one, in words."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kick.errors import ConfigError
 
 T = TypeVar("T")
 S = TypeVar("S", bound=BaseModel)
+
+
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+"""What every generator of random numbers takes: numpy's, torch's and those of engines."""
 
 
 class Spec(BaseModel):

@@ -15,7 +15,7 @@ from pydantic import Field
 
 from kick.errors import DataError
 from kick.rows import read_jsonl
-from kick.spec import Spec
+from kick.spec import Seed, Spec
 from kick.suite import DataSource, Example, Sample, Suite
 
 from . import scoring, sources
@@ -32,7 +32,7 @@ class FactoidQA(Suite):
 
     class Params(Spec):
         shots: int = Field(default=0, ge=0, description="solved questions in front, from the dev split")
-        shot_seed: int = Field(default=0, description="which dev questions are the shots")
+        shot_seed: Seed = Field(default=0, description="which dev questions are the shots")
         chat_template: ChatTemplate = "off"
         max_new_tokens: int = Field(default=32, ge=1)
 

@@ -18,7 +18,7 @@ from kick.errors import ConfigError, DataError
 from kick.judge.questions import Judgment, Question, Ratings, Winner, by_sample, outcome
 from kick.lm import generate
 from kick.rows import read_jsonl
-from kick.spec import Spec
+from kick.spec import Seed, Spec
 from kick.suite import DataSource, Example, Metric, Sample, Score, Suite
 
 from . import lexical, sources
@@ -68,7 +68,7 @@ class MTBench(Suite):
         chat_template: ChatTemplate = "auto"
         max_new_tokens: int = Field(default=512, ge=1, description="for each turn")
         temperature: float = Field(default=0.0, ge=0, description="0 is greedy; LLM-KICK samples at 0.7")
-        seed: int = Field(default=0, description="of sampling")
+        seed: Seed = Field(default=0, description="of sampling")
 
     class Judging(Spec):
         kinds: tuple[Literal["single", "pair"], ...] = Field(default=("single", "pair"), min_length=1)

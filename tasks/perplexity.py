@@ -54,7 +54,7 @@ class Perplexity(Suite):
         name, text = self._text(source)
         windows = cut(text, self.params.window_bytes)
         if not windows:
-            raise DataError(f"the text '{self.params.text}' is empty.", "Give a text with at least one word.")
+            raise DataError(f"the text '{name}' of {source} is empty.", "Give a text with at least one word.")
         return [Example(f"{name}-{number:05d}", name, {"text": window}) for number, window in enumerate(windows)]
 
     def _text(self, source: DataSource) -> tuple[str, str]:

@@ -14,7 +14,7 @@ from pydantic import BaseModel, Field
 
 from kick.errors import DataError
 from kick.rows import read_jsonl
-from kick.spec import Spec
+from kick.spec import Seed, Spec
 from kick.suite import OVERALL, DataSource, Example, Metric, Sample, Suite
 
 from . import scoring, sources
@@ -58,7 +58,7 @@ class RetrievalQA(Suite):
         shots: int = Field(
             default=0, ge=0, description="solved questions in front, without evidence, of the train split"
         )
-        shot_seed: int = Field(default=0, description="which questions are the shots")
+        shot_seed: Seed = Field(default=0, description="which questions are the shots")
         chat_template: ChatTemplate = "off"
         max_new_tokens: int = Field(default=32, ge=1)
 
@@ -77,6 +77,10 @@ class RetrievalQA(Suite):
 
     def examples(self, source: DataSource) -> list[Example]:
         rows = _rows(source, self.params.dataset, self.params.file)
+        if not rows:
+            raise DataError(
+                f"{source} holds no question of {self.params.dataset}.", "Its file is empty: download it again."
+            )
         documents = [
             [passage for title, text in row.pop("documents") for passage in cut(title, text, self.params.passage_words)]
             for row in rows

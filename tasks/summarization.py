@@ -20,7 +20,7 @@ from kick.errors import ConfigError, DataError
 from kick.judge.questions import Judgment, PairRatings, Question, Ratings, by_sample
 from kick.lm import generate
 from kick.rows import read_jsonl
-from kick.spec import Spec
+from kick.spec import Seed, Spec
 from kick.suite import DataSource, Example, Metric, Sample, Score, Suite
 
 from . import lexical, sources
@@ -80,7 +80,7 @@ class Summarization(Suite):
         chat_template: ChatTemplate = "auto"
         max_new_tokens: int = Field(default=256, ge=1)
         temperature: float = Field(default=0.0, ge=0, description="0 is greedy; LLM-KICK samples at 0.7")
-        seed: int = Field(default=0, description="of sampling")
+        seed: Seed = Field(default=0, description="of sampling")
         file: str | None = Field(default=None, description="inside the data folder: a .jsonl, or a folder of .story")
 
     class Judging(Spec):

@@ -28,7 +28,8 @@ class ModelServer(LoopbackServer):
             self.keys.add(request.headers.get("authorization"))
             status, answer = self.answer(request.path, body)
         headers = {"content-type": "application/json", "retry-after": "0"}
-        self.send(request, status, json.dumps(answer).encode(), headers)
+        text = b'{"choices": [{"te' if answer == "cut" else json.dumps(answer).encode()
+        self.send(request, status, text, headers)
 
     def answer(self, path, body):
         if self.faults:
@@ -59,4 +60,5 @@ class ModelServer(LoopbackServer):
                 "token_logprobs": [None, *values, -1.0],
                 "top_logprobs": [None, *({f"t{int(i)}": float(v)} for v, i in best), {"x": -1.0}],
             }
-        return 200, {"id": "1", "object": "text_completion", "choices": [choice]}
+        usage = {"prompt_tokens": len(tokens), "completion_tokens": 1, "total_tokens": len(tokens) + 1}
+        return 200, {"id": "1", "object": "text_completion", "choices": [choice], "usage": usage}

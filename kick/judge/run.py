@@ -109,14 +109,14 @@ def judge_run(root: Path, spec: JudgeSpec, progress: Progress) -> Outcome:
 
 
 def _stop_if_nothing_came(root: Path, spec: JudgeSpec, cache: Cache, asked: Collection[str]) -> None:
-    """Raise RunError where this judge has answered nothing at all and another one's judgments would make way for it."""
-    if not (root / JUDGE).is_file() or any(cache.answer(key) is not None for key in asked):
+    """Raise RunError where this judge has answered nothing at all: what rules settle alone is no judgment of a run."""
+    if any(cache.answer(key) is not None for key in asked):
         return
     reasons = Counter(verdict.failed for key in asked if (verdict := cache.get(key)) is not None and verdict.failed)
     if reasons:
         (reason, _), *_ = reasons.most_common(1)
         raise RunError(
-            f"{spec.model} answered none of {len(asked)} questions; the judgments that are there stay.",
+            f"{spec.model} answered none of {len(asked)} questions; no judgment was written or changed.",
             f"Most often: {reason}.",
         )
 

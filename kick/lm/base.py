@@ -21,6 +21,7 @@ from kick.lm.generation import Decoding
 from kick.lm.packing import common_length
 
 _REMEMBERED_TOKENS = 20_000_000  # four bytes each
+_TOKENISED_AT_ONCE = 2_000  # texts: what a tokenizer knows of each takes many times its tokens
 
 
 class Scored(NamedTuple):
@@ -47,6 +48,12 @@ class TokenLM(TemplateLM):
         """
         del params, settings
         return {}
+
+    @classmethod
+    def leaves_room_for_another(cls, params: Any, device: str) -> bool:
+        """Whether two such LMs, of two models, can stand on one device at a time."""
+        del params, device
+        return True
 
     @abstractmethod
     def score(self, sequences: Sequence[Scored]) -> list[tuple[float, bool]]:
@@ -141,7 +148,7 @@ class TokenLM(TemplateLM):
                 "Score whole texts by windows (loglikelihood_rolling), or ask a model with a longer context.",
             )
         sequences = [
-            Scored((context + continuation)[-(self.max_length + 1) :], len(continuation))
+            Scored(((context or [self.prefix_token_id]) + continuation)[-(self.max_length + 1) :], len(continuation))
             for _, context, continuation in requests
         ]
         asked = [index for index, sequence in enumerate(sequences) if sequence.n_targets]
@@ -233,12 +240,16 @@ class Encoder:
             new = list(dict.fromkeys(key for key in asked if key[1] is special and key not in known))
             if new:
                 options = {} if special is None else {"add_special_tokens": special}
-                found = self.tokenizer([text for text, _ in new], verbose=False, **options)["input_ids"]
+                found: list[list[int]] = []
+                for start in range(0, len(new), _TOKENISED_AT_ONCE):
+                    texts_of = [text for text, _ in new[start : start + _TOKENISED_AT_ONCE]]
+                    found += self.tokenizer(texts_of, verbose=False, **options)["input_ids"]
                 if special is not False and self._at_end:
                     found = [own[: -self._at_end] for own in found]
                 known |= {key: np.array(own, dtype=np.int32) for key, own in zip(new, found, strict=True)}
                 self._remember({key: known[key] for key in new})
-        return [known[key].tolist() for key in asked]
+        lists = {key: ids.tolist() for key, ids in known.items()}  # one for all requests of a text
+        return [lists[key] for key in asked]
 
     def _recall(self, key: tuple[str, bool | None]) -> np.ndarray | None:
         found = self._remembered.get((self._key, *key))

@@ -8,7 +8,8 @@ tokenizer, so that both sides mean the same tokens; as text where an endpoint ta
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -111,7 +112,7 @@ class ServerLM(TokenLM):
         best = (found.top_logprobs or []) if found else []
         scored = slice(len(sequence.tokens) - sequence.n_targets, len(sequence.tokens))
         expected = (len(sequence.tokens), len(sequence.tokens) + 1)  # with the generated token, or without
-        if len(values) not in expected or len(best) not in expected or None in values[scored]:
+        if len(values) not in expected or len(best) not in expected or None in values[scored] or not all(best[scored]):
             raise NotGivenError(
                 f"the endpoint {self.params.base_url} gives no log-probabilities of the prompt (echo), which this "
                 "suite ranks by.",
@@ -145,7 +146,16 @@ class ServerLM(TokenLM):
             seed,
             more,
         )
-        return decoding.cut(reply.choices[0].text)
+        read = getattr(reply.usage, "prompt_tokens", None) if isinstance(prompt, list) else None
+        if read and read != len(context):
+            raise KickError(
+                f"the endpoint {self.params.base_url} read {read} tokens where {len(context)} were sent.",
+                "It cuts prompts, or adds to them: give it the whole context of the model, and no template.",
+            )
+        text = getattr(reply.choices[0], "text", None)
+        if not isinstance(text, str):
+            raise KickError(*self._no_completion)
+        return decoding.cut(text)
 
     def _chat(self, request: tuple[str, Decoding, int]) -> str:
         prompt, decoding, seed = request
@@ -158,7 +168,11 @@ class ServerLM(TokenLM):
             seed,
             {},
         )
-        return decoding.cut(reply.choices[0].message.content or "")
+        message = getattr(reply.choices[0], "message", None)
+        text = getattr(message, "content", None) or ""  # a model that only thought has said nothing
+        if message is None or not isinstance(text, str):
+            raise KickError(*self._no_completion)
+        return decoding.cut(text)
 
     def _ask_for_text(self, create: Callable[..., Any], decoding: Decoding, seed: int, more: dict[str, Any]) -> Any:
         """A completion by `create`, without the endpoint's own defaults where it lets itself be told so.
@@ -177,30 +191,46 @@ class ServerLM(TokenLM):
         return reply
 
     def _all(self, work: Callable[[A], B], items: Sequence[A]) -> list[B]:
-        """`work` on all items, several at once; the first error ends it."""
-        with ThreadPoolExecutor(self.params.concurrency) as pool:
+        """`work` on all items, several at once; the first error ends it, whatever else is under way."""
+        pool = ThreadPoolExecutor(self.params.concurrency)
+        try:
             futures = [pool.submit(work, item) for item in items]
-            try:
-                return [future.result() for future in futures]
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+            for future in done:
+                future.result()  # raises what it raised
+            return [future.result() for future in futures]
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def _ask(self, request: Callable[[], Any]) -> Any:
         """A reply with a choice in it. Raises KickError once the retries are used up."""
         try:
-            reply = request()
+            reply = self._whole(request)
         except openai.OpenAIError as error:
             raise KickError(
                 f"the endpoint {self.params.base_url} failed: {self._without_key(said(error))[:300]}",
                 f"Is '{self._model}' served there? prompt: text is for endpoints that take no token ids.",
             ) from error
         if not getattr(reply, "choices", None):
-            raise KickError(
-                f"the endpoint {self.params.base_url} answered with something that is no completion.",
-                "Is its path right? Most end in /v1.",
-            )
+            raise KickError(*self._no_completion)
         return reply
+
+    def _whole(self, request: Callable[[], Any]) -> Any:
+        """A reply that is JSON to its end: where it ends early, the client itself does not try again."""
+        for _ in range(self.params.retries):
+            with suppress(ValueError):
+                return request()
+        try:
+            return request()
+        except ValueError as error:
+            raise KickError(*self._no_completion) from error
+
+    @property
+    def _no_completion(self) -> tuple[str, str]:
+        return (
+            f"the endpoint {self.params.base_url} answered with something that is no completion.",
+            "Is its path right? Most end in /v1.",
+        )
 
     def _without_key(self, text: str) -> str:
         """What an endpoint says may hold the key that it was sent; no record may."""
@@ -230,6 +260,10 @@ def _messages(prompt: str) -> list[dict[str, str]]:
         messages = json.loads(prompt)
     except ValueError:
         messages = None
-    if isinstance(messages, list) and all(isinstance(m, dict) and m.keys() == {"role", "content"} for m in messages):
+    if (
+        messages
+        and isinstance(messages, list)
+        and all(isinstance(m, dict) and m.keys() == {"role", "content"} for m in messages)
+    ):
         return messages
     return [{"role": "user", "content": prompt}]

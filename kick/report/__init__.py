@@ -1,10 +1,13 @@
 """From a run directory to tables, figures and one HTML page. Nothing is asked or judged again."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
-from kick.files import check_writable, write_text
+from kick.files import check_own, check_writable, write_text
 from kick.report.results import PERPLEXITY_MARGIN, Results, read_results
+from kick.sweep.lock import lock
+from kick.sweep.store import read_run
 
 
 def write_tables(results: Results, out: Path) -> None:
@@ -30,11 +33,15 @@ def write_report(
     from kick.report import figures, html
 
     out = out or run
-    results = read_results(run)
-    results.perplexity_margin = perplexity_margin
     check_writable(out)
-    out.mkdir(parents=True, exist_ok=True)
-    write_tables(results, out)
-    drawn = figures.draw_all(results, out / "figures", figures_like)
-    write_text(out / "report.html", html.page(results, drawn))
+    if out.resolve() != run.resolve():
+        check_own(out, "report.html")
+    read_run(run)
+    with lock(run) if out.resolve() == run.resolve() else nullcontext():  # a run has one writer
+        results = read_results(run)
+        results.perplexity_margin = perplexity_margin
+        out.mkdir(parents=True, exist_ok=True)
+        write_tables(results, out)
+        drawn = figures.draw_all(results, out / "figures", figures_like)
+        write_text(out / "report.html", html.page(results, drawn))
     return results

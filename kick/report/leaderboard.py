@@ -27,6 +27,8 @@ def write_leaderboard(runs: Sequence[Path], out: Path) -> list[dict[str, Any]]:
     check_comparable(found)
     compare_across_tokenizers(found)
     check_writable(out)
+    if (out / "run.json").exists():
+        raise RunError(f"{out} is a run, with a leaderboard of its own.", "Choose another --out.")
     shared = shared_suites(found)
     for results in found:  # a mean over other suites is another measure
         results.task_suites = shared

@@ -53,7 +53,7 @@ def _numbers(results: Results, result: SettingResult, suite: str, key: tuple[str
     evaluation = results.get(result.name, suite)
     found = evaluation.estimates[key]
     row = found.as_row()
-    if result.name == DENSE:
+    if result.name == DENSE and found.n:
         row |= {"dense_score": found.score, "retained": 1.0, "retained_ci_low": 1.0, "retained_ci_high": 1.0}
     elif (pair := evaluation.comparisons.get(key)) is not None:
         row |= {
@@ -84,7 +84,8 @@ def _leader(results: Results, result: SettingResult) -> dict[str, Any]:
         "megabytes": record["bytes"] / 1e6 if record else None,
     }
     row["place"] = results.places.get(result.name)
-    mean = (1.0, None) if result.name == DENSE else results.mean_retained(result.name)
+    of_itself = (1.0, None) if results.task_suites else None  # a mean over nothing is none
+    mean = of_itself if result.name == DENSE else results.mean_retained(result.name)
     row["mean_retained"] = mean[0] if mean else None
     row["mean_retained_ci_low"] = mean[1].low if mean and mean[1] else None
     row["mean_retained_ci_high"] = mean[1].high if mean and mean[1] else None
@@ -198,7 +199,7 @@ def number(value: Any, digits: int = 3) -> str:
 
 
 def percent(value: Any) -> str:
-    return "–" if not isinstance(value, int | float) or math.isnan(value) else f"{100 * value:.0f} %"
+    return "–" if not isinstance(value, int | float) or not math.isfinite(value) else f"{100 * value:.0f} %"
 
 
 def csv_text(columns: Sequence[str], rows: Iterable[dict[str, Any]]) -> str:

@@ -140,8 +140,12 @@ def _seconds(plan: Plan, store: Store, missing: dict[str, list[str]], parameters
             speed = speed or _speed(plan, plan.dtype)
             tokens = sum(map(suite.suite.length, suite.examples)) / CHARACTERS_PER_TOKEN
             total += _OVERHEAD * tokens * 2 * parameters / speed
-    calibrated = 2 * plan.config.calibration.samples * plan.config.calibration.sequence_length
-    if missing:
-        speed = speed or _speed(plan, plan.dtype)
-        total += len(missing) * (calibrated * 2 * parameters / speed + 2 * parameters * 4 / 1e9)
+    for setting in plan.settings:
+        if setting.name not in missing:
+            continue
+        total += 2 * parameters * 4 / 1e9  # to read and write weights
+        if setting.name in plan.calibrated:
+            speed = speed or _speed(plan, plan.dtype)
+            spec = setting.calibration or plan.config.calibration
+            total += 2 * spec.samples * spec.sequence_length * 2 * parameters / speed  # a block runs before and after
     return total

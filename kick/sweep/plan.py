@@ -16,7 +16,7 @@ from kick import checkpoint as checkpoints
 from kick.calibration import Calibration, CalibrationSpec, draw, precision_of
 from kick.compress import Recipe, needs_calibration, prepare
 from kick.config import SuiteSpec, SweepConfig
-from kick.errors import ConfigError, DataError
+from kick.errors import CheckpointError, ConfigError, DataError
 from kick.judge.spec import JudgeSpec
 from kick.lm import find_lm, params_of
 from kick.lm.spec import LMSpec
@@ -185,6 +185,10 @@ def make_plan(config: SweepConfig, as_is: bool = False, weights: bool = True, re
     given = None
     if as_is and (models.fetch(source, weights=False) / checkpoints.RECORD).is_file():
         given = checkpoints.read(models.fetch(source))
+        if damage := checkpoints.damage(given):
+            raise CheckpointError(
+                f"{given.path} is not what its record says: {damage[0]}.", "Copy or compress it again."
+            )
         settings = [Setting(**given.record["setting"])]
     suites = [plan_suite(spec, config.data) for spec in config.all_suites()]
     for planned in suites:
@@ -195,7 +199,18 @@ def make_plan(config: SweepConfig, as_is: bool = False, weights: bool = True, re
             )
     names = [setting.name for setting in settings]
     engines = [(spec, find_lm(spec.name).check(params_of(spec), names)) for spec in lms(config)]
+    for planned in suites:
+        spec = planned.spec.lm or config.lm
+        beside = planned.suite.needs_dense and len(settings) > 1
+        if beside and not find_lm(spec.name).leaves_room_for_another(params_of(spec), device):
+            raise ConfigError(
+                f"the suite '{planned.name}' asks the dense model beside each other, and one of the lm '{spec.name}' "
+                "takes more than half of a device.",
+                "Set lm.params.memory_utilization to 0.45, or give that suite an lm of its own, such as {name: fast}.",
+            )
     path = models.fetch(source, weights=weights)
+    if any(spec.name == "fast" for spec, _ in engines):
+        loading.check_unpacks(path)
     calibrations, calibrated = {}, frozenset[str]()
     if given is None:
         calibrated = frozenset(s.name for s in settings if needs_calibration(prepare(s)))

@@ -4,7 +4,6 @@ What comes of it is on disk: scores.json of each evaluation, complete or failed 
 the middle leaves the evaluations before it complete; the one under way is the first without a scores.json.
 """
 
-import errno
 import faulthandler
 import gc
 import traceback
@@ -17,7 +16,8 @@ from typing import Any, NamedTuple, TextIO
 import torch
 
 from kick.checkpoint import Checkpoint
-from kick.errors import EngineError, KickError, RunError
+from kick.errors import EngineError, KickError
+from kick.files import stop_if_full
 from kick.lm import load_lm
 from kick.lm.memory import is_out_of_memory
 from kick.lm.parity import Answers, ask, compare
@@ -95,7 +95,7 @@ class _AtWork:
                 try:
                     self._checkpoint()
                 except Exception as error:  # told again by each evaluation that needs it
-                    _stop_if_full(error)
+                    stop_if_full(error)
         for spec in lms_of(self.plan, self.setting, suites):
             left = deque(suite for suite in suites if self.plan.lm_of(self.setting, suite) == spec)
             while left:  # once, unless an engine ends under a suite
@@ -147,7 +147,7 @@ class _AtWork:
 
     def _failed(self, suite: PlannedSuite, error: Exception) -> None:
         """Record why an evaluation could not be done; where nothing more can be done in this process, end it."""
-        _stop_if_full(error)
+        stop_if_full(error)
         if not isinstance(error, KickError) and not _still_computes(self.plan.device):
             raise error
         reason = str(error) if isinstance(error, KickError) else f"{type(error).__name__}: {error}"
@@ -214,17 +214,8 @@ def record_failure(
     try:
         store.evaluation(setting.name, suite.name).finish(result)
     except OSError as error:
-        _stop_if_full(error)
+        stop_if_full(error)
         raise
-
-
-def _stop_if_full(error: Exception) -> None:
-    """A full disk is nobody's fault but ends everything: nothing more could be written."""
-    number = error.errno if isinstance(error, OSError) else None
-    if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
-        raise RunError(
-            f"the disk is full: {error}.", "Free some space and run the same command again; what is there is kept."
-        ) from error
 
 
 def check_parity(workshop: Workshop, watch: Watch) -> None:
@@ -241,7 +232,7 @@ def check_parity(workshop: Workshop, watch: Watch) -> None:
                 asked.append((spec, ask(lm)))
             del lm
         except Exception as error:  # its evaluations will fail with the same reason, the others need not
-            _stop_if_full(error)
+            stop_if_full(error)
             asked.append((spec, error.message if isinstance(error, KickError) else f"{type(error).__name__}: {error}"))
     rows = []
     for spec, answers in asked[1:]:

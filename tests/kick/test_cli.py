@@ -1,4 +1,6 @@
+import errno
 import json
+import shutil
 import subprocess
 import sys
 
@@ -93,15 +95,70 @@ def test_compress_and_inspect(tiny_model, tmp_path, capsys):
         (["evaluate", "MODEL", "--suite", "mmlu,factoid_qa", "--param", "text=c4"], "unknown key 'text'"),
         (["evaluate", "MODEL", "--suite", "mmlu", "--param", "perplexity.text=c4"], "no suite 'perplexity' is asked"),
         (["evaluate", "MODEL", "--suite", "mmlu", "--data", "embedded", "--lm", "vlm"], "no lm named 'vlm'"),
+        (["evaluate", "MODEL", "--suite", "factoid_qa", "--param", "shot_seed=-1"], "greater than or equal to 0"),
+        (["evaluate", "BROKEN", "--suite", "mmlu", "--data", "embedded"], "cannot be read"),
+        (["evaluate", "PACKED", "--suite", "mmlu", "--data", "embedded"], "compressor: external"),
+        (["compress", "BAD.gguf", "magnitude@0.5"], "cannot be loaded"),
     ],
 )
 def test_wrong_arguments_write_nothing(tiny_model, tmp_path, capsys, arguments, says):
-    arguments = [str(tiny_model) if part == "MODEL" else part for part in arguments]
+    places = {"MODEL": tiny_model}
+    for name in ("BROKEN", "PACKED"):
+        places[name] = shutil.copytree(tiny_model, tmp_path / name)
+    weights = places["BROKEN"] / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    config = json.loads((tiny_model / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": 32}
+    (places["PACKED"] / "config.json").write_text(json.dumps(config))
+    places["BAD.gguf"] = tmp_path / "BAD.gguf"
+    places["BAD.gguf"].write_bytes(b"GGUFxxxxxx")
+    arguments = [str(places.get(part, part)) for part in arguments]
     assert cli.main([*arguments, "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert says in error
     assert "Traceback" not in error
     assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_that_was_cut_is_missed_before_a_run_is_begun(tiny_model, tmp_path, capsys):
+    made, out = tmp_path / "made", tmp_path / "run"
+    assert cli.main(["compress", str(tiny_model), "magnitude@0.5", "--out", str(made)]) == 0
+    weights = made / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert cli.main(["evaluate", str(made), "--suite", "mmlu", "--data", "embedded", "--out", str(out)]) == 2
+    assert "model.safetensors has" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_a_checkpoint_of_a_plugin_is_asked_without_the_plugin(tiny_model, tmp_path, monkeypatch, capsys):
+    code = """
+from kick.compressor import Knob, LayerwiseCompressor
+class Mine(LayerwiseCompressor):
+    name = "mine"
+    knob = Knob.SPARSITY
+    def solve(self, weight, statistic, level):
+        return weight * (weight.abs() >= weight.abs().quantile(level.fraction))
+"""
+    (tmp_path / "mine.py").write_text(code)
+    monkeypatch.setattr(plugins, "_from_files", {plugins.COMPRESSORS: {}, plugins.SUITES: {}})
+    plugin = ["--plugin", str(tmp_path / "mine.py")]
+    assert cli.main(["compress", str(tiny_model), "mine@0.5", "--out", str(tmp_path / "made"), *plugin]) == 0
+    monkeypatch.setattr(plugins, "_from_files", {plugins.COMPRESSORS: {}, plugins.SUITES: {}})
+    ask = ["evaluate", str(tmp_path / "made"), "--suite", "mmlu", "--data", "embedded", "--limit", "2"]
+    assert cli.main([*ask, "--out", str(tmp_path / "run")]) == 0
+    assert "mine@0.5" in capsys.readouterr().out
+
+
+def test_what_the_system_refuses_is_said_with_what_to_do(tmp_path, capsys, monkeypatch):
+    def refused(*_):
+        raise PermissionError(errno.EACCES, "Permission denied", "sweep.yaml")
+
+    monkeypatch.setattr(cli, "_command", lambda name: refused)
+    assert cli.main(["list", "models"]) == 2
+    assert capsys.readouterr().err == (
+        "kick: error: Permission denied: sweep.yaml\n"
+        "  Give yourself the permission (chmod), or name another file or folder.\n"
+    )
 
 
 def test_parameters_reach_the_suites_that_know_them(tiny_model, tmp_path):

@@ -109,6 +109,19 @@ def make_all(config):
         ("model: m\nsuites: [{suite: mmlu, lm: {nme: fast}}]\n", ["'suites.0.lm.nme'", "Allowed there: name, batch"]),
         (MINIMAL + "settings: [wanda@0.5, wanda@0.5]\n", ["two settings are called 'wanda@0.5'"]),
         ("model: m\nsuites: [mmlu, mmlu]\n", ["two suites are called 'mmlu'"]),
+        (MINIMAL + "settings: [magnitude@0.5, magnitude@.50]\n", ["two settings are called 'magnitude@0.5'"]),
+        (MINIMAL + "settings: magnitude@0.5\n", ["settings is 'magnitude@0.5'", "should be a list"]),
+        (MINIMAL + "lm: fast\n", ["lm is 'fast'", "should be a mapping, {...}."]),
+        (MINIMAL + "settings: [{compressor: wanda, seeds: [-1]}]\n", ["settings.0.seeds.0 is -1", "greater than or"]),
+        (
+            MINIMAL + "settings: [{compressor: wanda, levels: [null]}]\n",
+            ["settings.0.levels.0 is None", "valid string"],
+        ),
+        (MINIMAL + "calibration: {seed: 99999999999999999999999}\n", ["calibration.seed", "less than"]),
+        (MINIMAL + 'settings: [{compressor: wanda, label: "a\\eb"}]\n', ["settings.0.label", "control characters"]),
+        ("model: [m, m]\nsuites: [mmlu]\n", ["the model 'm' is named twice"]),
+        (MINIMAL + "5: 6\n", ["the key 5 is no word"]),
+        ("[" * 3000, ["is nested too deeply"]),
     ],
 )
 def test_a_wrong_file_says_which_key_and_what_is_allowed(tmp_path, text, says):

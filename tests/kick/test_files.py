@@ -1,3 +1,5 @@
+import errno
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,6 +21,23 @@ def test_ordinary_names_stay_as_they_are():
         assert safe_name(name) == name
     assert safe_name("../x") == "%2E.%2Fx"
     assert len({safe_name(name) for name in ("a/b", "a%2Fb", "a b")}) == 3
+
+
+def test_long_names_fit_a_file_system_and_stay_apart(tmp_path):
+    long = ["x" * 400, "x" * 401, "模型" * 40, "模型" * 41]
+    found = {safe_name(name) for name in long}
+    assert len(found) == 4
+    for name in found:
+        with new_directory(tmp_path / name) as folder:
+            (folder / "kick.json").touch()
+    assert {path.name for path in tmp_path.iterdir()} == found
+
+
+def test_a_disk_that_is_full_is_said_to_be(tmp_path):
+    for error in (OSError(errno.ENOSPC, "No space left on device"), ValueError("I/O error: No space left on device")):
+        with pytest.raises(RunError, match="the disk is full"), new_directory(tmp_path / "x"):
+            raise error
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):

@@ -145,6 +145,33 @@ def test_where_memory_runs_out_the_batch_is_halved_and_the_texts_are_the_same(lm
         generate(lm, prompts, [], 8)
 
 
+def test_prompts_that_are_padded_are_read_in_parts(lm, monkeypatch):
+    monkeypatch.setattr(lm, "no_sharing", "for a test")
+    monkeypatch.setattr(lm, "row_tokens", 16)
+    prompts = [f"{word} is " * 20 for word in ("Rain", "Snow", "Wind", "Fog", "Hail", "Sun", "Mist", "Dew")]
+    expected = [generate(lm, [prompt], [], 4)[0] for prompt in prompts]
+    read, original = [], lm._read_padded
+    monkeypatch.setattr(lm, "_read_padded", lambda contexts, room: read.append(contexts) or original(contexts, room))
+    assert generate(lm, prompts, [], 4) == expected
+    assert len(read) > 1
+    assert all(len(own) * max(map(len, own)) <= 16 * 16 or len(own) == 1 for own in read)
+
+
+def test_the_vocabulary_of_a_large_batch_comes_in_parts(lm, monkeypatch):
+    expected = generate(lm, [f"number {n}" for n in range(20)], [], 4, temperature=1.0, seed=3)
+    seen, original = [], lm.runner.logits
+    monkeypatch.setattr("kick.lm.fast.LOGITS_AT_ONCE", 8)
+    monkeypatch.setattr(lm.runner, "logits", lambda found: seen.append(len(found)) or original(found))
+    assert generate(lm, [f"number {n}" for n in range(20)], [], 4, temperature=1.0, seed=3) == expected
+    assert max(seen) == 8
+
+
+@pytest.mark.parametrize("wrong", [{"top_p": 0.0}, {"top_p": 1.5}, {"temperature": -1.0}])
+def test_sampling_that_means_nothing_is_refused(wrong):
+    with pytest.raises(KickError, match="is asked for"):
+        Decoding.of({"do_sample": True, "temperature": 0.5, "until": [], "max_gen_toks": 4, **wrong})
+
+
 def test_batches_stay_within_a_number_of_cached_tokens():
     assert list(batches_within([5, 5, 9, 1], [0, 1, 2, 3], 18)) == [[0, 1], [2, 3]]
     assert list(batches_within([50, 1], [0, 1], 18)) == [[0], [1]]  # a long one is a batch by itself

@@ -41,7 +41,14 @@ def test_what_never_succeeds_is_counted_and_never_a_number(answered_run):
             return '{"coherence": 6, "consistency": 11, "fluency": 6, "relevance": 6}'  # out of range
         return status(503)
 
-    with JudgeServer(script) as server:
+    lucky = []  # one question is answered: where none is, nothing is written
+
+    def once(prompt, attempt):
+        if not lucky and "assistant B" not in prompt and "Summary to grade" not in prompt:
+            lucky.append(prompt)
+        return good(prompt) if prompt in lucky else script(prompt, attempt)
+
+    with JudgeServer(once) as server:
         outcome = judge_run(answered_run, spec(server, retries=1, asks=3), Silent())
     reasons = Counter()
     for setting in ("dense", "magnitude@0.5"):
@@ -58,7 +65,7 @@ def test_what_never_succeeds_is_counted_and_never_a_number(answered_run):
 
 
 def test_failed_questions_are_asked_again_by_the_same_command(answered_run):
-    with JudgeServer(lambda prompt, _: "no idea") as server:
+    with JudgeServer(lambda prompt, _: good(prompt) if "assistant B" in prompt else "no idea") as server:
         assert sum(judge_run(answered_run, spec(server, asks=1), Silent()).failed.values()) > 0
         server.script = good
         assert judge_run(answered_run, spec(server, asks=1), Silent()).failed == {}
@@ -250,6 +257,28 @@ def test_a_judge_that_fails_at_the_end_of_a_sweep_costs_no_report(tmp_path, room
         assert cli.main(["sweep", str(tmp_path / "sweep.yaml"), "--out", str(tmp_path / "run")]) == 1
     assert "The judge could not grade" in capsys.readouterr().out
     assert (tmp_path / "run/report.html").is_file()
+
+
+def test_an_endpoint_that_is_not_there_leaves_a_run_as_it_was(answered_run, capsys):
+    before = {path: path.read_bytes() for path in answered_run.rglob("*") if path.is_file()}
+    command = [
+        "judge",
+        str(answered_run),
+        "--judge",
+        "x",
+        "--base-url",
+        "http://127.0.0.1:9/v1",
+        "--param",
+        "retries=0",
+    ]
+    for _ in range(2):
+        assert cli.main(command) == 2
+        assert "x answered none of " in capsys.readouterr().err
+    for path, content in before.items():
+        if path.name != ".lock":
+            assert path.read_bytes() == content, path
+    assert not (answered_run / "judge.json").exists()
+    assert not list(answered_run.rglob("judgments.jsonl"))
 
 
 def test_a_judge_that_answers_nothing_does_not_take_the_place_of_one_that_did(answered_run, capsys):

@@ -154,6 +154,60 @@ def test_nothing_of_a_prefix_is_in_memory_when_rows_are_tried_again(tokenizer, m
     assert kept[1:] == [None]
 
 
+def test_where_a_prefix_and_its_copies_do_not_fit_each_request_is_asked_without(tokenizer):
+    """Memory for 330 tokens of keys, values and activations: one sequence fits, a kept prefix beside a row does not."""
+    head = [10 + place % 50 for place in range(3 * PREFIX_STEP)]
+    pairs = [(head + [100 + number] * 20, [number % 7 + 2, 3]) for number in range(8)]
+    lm = FastLM(make_tiny_llama(), tokenizer, params=FastLM.Params(row_tokens=256))
+    forward = lm.model.model.forward
+
+    def held(cache):
+        return cache.get_seq_length() if cache is not None else 0
+
+    def bounded(*arguments, **options):
+        kept = sum(held(cache) for *_, cache in lm.runner._prefixes)
+        if kept + held(options["past_key_values"]) + options["input_ids"].shape[1] > 330:
+            raise torch.OutOfMemoryError("no room")
+        return forward(*arguments, **options)
+
+    lm.model.model.forward = bounded
+    expected = [one_by_one(make_tiny_llama(), *pair)[0] for pair in pairs]
+    assert [value for value, _ in ask(lm, pairs)] == pytest.approx(expected, abs=1e-4)
+    assert lm.halved
+
+
+def test_prefixes_are_kept_as_far_as_they_fit(tokenizer, monkeypatch):
+    """Three nested stems of 64, 128 and 192 tokens: with room for 200 the first two are kept, with less the first."""
+    stem = [10 + place % 50 for place in range(3 * PREFIX_STEP)]
+    pairs = []
+    for depth in (1, 2, 3):
+        for number in range(6):
+            pairs.append(([*stem[: depth * PREFIX_STEP], 100 + depth, number, *range(200, 240)], [5]))
+    expected = [one_by_one(make_tiny_llama(), *pair)[0] for pair in pairs]
+    for room, most in ((1000, 384), (200, 192), (100, 64)):
+        lm = FastLM(make_tiny_llama(), tokenizer, params=FastLM.Params(row_tokens=64))
+        monkeypatch.setattr(lm, "_most_cached_tokens", lambda room=room: room)
+        kept, original = [], lm.runner.keys_and_values
+
+        def note(tokens, prefixes, most, kept=kept, original=original):
+            kept.append(sum(prefixes))
+            return original(tokens, prefixes, most)
+
+        monkeypatch.setattr(lm.runner, "keys_and_values", note)
+        assert [value for value, _ in ask(lm, pairs)] == pytest.approx(expected, abs=1e-4)
+        assert max(kept) == most
+
+
+def test_a_model_that_gives_no_numbers_is_not_one_without_a_cache(tokenizer):
+    model = make_tiny_llama()
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("nan"))
+    lm = FastLM(model, tokenizer)
+    assert lm.no_sharing is None
+    assert lm.record()["not_finite"] == "log-likelihoods of a few tokens"
+    assert "not_finite" not in FastLM(make_tiny_llama(), tokenizer).record()
+
+
 @pytest.mark.parametrize("more", [-1, 0, 1])
 @pytest.mark.parametrize("most", [16, 64, 1024])
 def test_contexts_as_long_as_a_kept_prefix(tokenizer, more, most):

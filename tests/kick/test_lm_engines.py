@@ -1,22 +1,26 @@
 """LMs whose model lives elsewhere: a server, vLLM; whether LMs agree; sweeps that use several."""
 
+import io
 import json
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import make_tiny_llama
 from model_server import ModelServer
 
 from kick import cli
-from kick.errors import ConfigError, KickError
+from kick.errors import ConfigError, EngineError, KickError
 from kick.lm import generate, load_lm, loglikelihoods, rolling_loglikelihoods
 from kick.lm.fast import FastLM
 from kick.lm.generation import Decoding
 from kick.lm.parity import ask, compare
 from kick.lm.spec import LMSpec
+from kick.lm.vllm import VLLM, Worker
 
 PAIRS = [("The sea is", " wide"), ("The sea is", " deep and cold"), ("", "Rain"), ("A ", "b")]
 
@@ -130,6 +134,11 @@ def test_failures_that_pass_are_retried(lm, tiny_model):
         ({"echo": False}, "no log-probabilities of the prompt"),
         ({"body": {"object": "text_completion"}}, "no completion"),
         ({"body": {"object": "text_completion", "choices": []}}, "no completion"),
+        (
+            {"body": {"choices": [{"text": "", "logprobs": {"token_logprobs": [-1.0] * 9, "top_logprobs": [{}] * 9}}]}},
+            "no log-probabilities of the prompt",
+        ),
+        ({"body": "cut"}, "no completion"),
     ],
 )
 def test_failures_that_stay_are_said_without_the_key(lm, tiny_model, monkeypatch, server, says):
@@ -140,6 +149,46 @@ def test_failures_that_stay_are_said_without_the_key(lm, tiny_model, monkeypatch
             loglikelihoods(other, PAIRS)
     assert running.keys == {"Bearer secret-key-of-mine"}
     assert "secret" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ({"choices": [{"text": None}]}, "no completion"),
+        ({"choices": [{"message": {"content": "of a chat"}}]}, "no completion"),
+        ({"choices": [{"text": "x"}], "usage": {"prompt_tokens": 99}}, "read 99 tokens where"),
+    ],
+)
+def test_replies_of_another_shape_are_no_completions(lm, tiny_model, body, says):
+    with ModelServer(lm, body=body) as server, pytest.raises(KickError, match=says):
+        generate(served(tiny_model, server), ["The sea"], [], 4)
+
+
+def test_a_message_without_content_says_nothing_and_no_message_is_an_error(lm, tiny_model):
+    with ModelServer(lm, body={"choices": [{"message": {"content": None}}]}) as server:
+        assert generate(served(tiny_model, server, api="chat"), ["The sea"], [], 4) == [""]
+    with ModelServer(lm, body={"choices": [{"message": None}]}) as server, pytest.raises(KickError, match="completion"):
+        generate(served(tiny_model, server, api="chat"), ["The sea"], [], 4)
+
+
+def test_the_first_error_ends_it_whatever_else_is_under_way(lm, tiny_model):
+    begun, go_on = [], threading.Event()
+
+    def work(item):
+        begun.append(item)
+        if item == 0:
+            go_on.wait(30)
+        elif item == 1:
+            raise KickError("refused")
+        return item
+
+    with ModelServer(lm) as server:
+        other = served(tiny_model, server, concurrency=2)
+        with pytest.raises(KickError, match="refused"):
+            other._all(work, range(40))
+        assert not go_on.is_set()
+        assert len(begun) < 10
+        go_on.set()
 
 
 def test_every_setting_needs_a_served_model(tiny_model, tmp_path, capsys):
@@ -416,6 +465,22 @@ def test_what_crosses_to_an_engine_and_back(fake_vllm, tiny_model):
     with pytest.raises(KickError, match=r"the engine ended \(exit 3\)"):
         generate(other, ["The sea"], [], 13)
     other.close()
+
+
+def test_a_line_that_was_cut_is_the_end_of_an_engine():
+    worker = Worker.__new__(Worker)
+    worker._process = SimpleNamespace(
+        stdin=io.StringIO(), stdout=io.StringIO('{"result": [1'), wait=lambda _: None, returncode=-9
+    )
+    worker._log = io.StringIO()
+    with pytest.raises(EngineError, match=r"the engine ended \(exit -9\)"):
+        worker.ask(score={})
+
+
+def test_two_engines_need_half_a_gpu_each():
+    assert not VLLM.leaves_room_for_another(VLLM.Params(), "cuda")
+    assert VLLM.leaves_room_for_another(VLLM.Params(memory_utilization=0.45), "cuda")
+    assert VLLM.leaves_room_for_another(VLLM.Params(), "cpu")
 
 
 def test_an_engine_that_does_not_start_says_why(fake_vllm, tiny_model, tmp_path):

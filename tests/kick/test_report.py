@@ -153,6 +153,8 @@ def test_without_a_signal_there_is_no_verdict_and_no_mean(tmp_path, monkeypatch)
     assert rows(run)["wanda@2:4", "factoid_qa", "contains", "overall"]["verdict"] == "no signal"
     assert results.task_suites == []
     assert results.mean_retained("wanda@2:4") is None
+    with open(run / "leaderboard.csv", newline="") as file:
+        assert next(csv.DictReader(file))["mean_retained"] == ""  # of dense: over no suite it kept nothing
 
 
 def test_a_suite_on_which_dense_is_hardly_ever_right_enters_no_mean(tmp_path, monkeypatch):
@@ -324,6 +326,19 @@ def test_runs_become_one_site(tmp_path):
     assert "<b>model" not in page
     for target in re.findall(r'href="([^"]+)"', page):
         assert (out / unquote(target)).is_file(), target
+
+
+def test_results_go_into_folders_of_their_own(run, tmp_path, capsys):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").touch()
+    for command in ("leaderboard", "report"):
+        assert cli.main([command, str(run), "--out", str(tmp_path / "photos")]) == 2
+        assert "is not empty and holds no " in capsys.readouterr().err
+        for _ in range(2):  # into its own it writes again
+            assert cli.main([command, str(run), "--out", str(tmp_path / command)]) == 0
+        capsys.readouterr()
+    assert cli.main(["leaderboard", str(run), "--out", str(run)]) == 2
+    assert [path.name for path in (tmp_path / "photos").iterdir()] == ["cat.jpg"]
 
 
 def test_models_with_other_tokens_are_compared_by_bytes(tmp_path):

@@ -354,6 +354,23 @@ def test_one_writer_at_a_time(config, tmp_path, capsys):
     with Store.open(tmp_path / "run", plan):
         assert cli.main(["sweep", str(config), "--out", str(tmp_path / "run")]) == 2
         assert f"is being written by process {os.getpid()}" in capsys.readouterr().err
+        assert cli.main(["report", str(tmp_path / "run")]) == 2
+        assert f"is being written by process {os.getpid()}" in capsys.readouterr().err
+        assert not (tmp_path / "run" / "scores.csv").exists()
+        assert cli.main(["report", str(tmp_path / "run"), "--out", str(tmp_path / "elsewhere")]) == 0
+
+
+def test_what_needs_no_calibration_is_not_estimated_with_one(config, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("kick.sweep.estimate._speed", lambda *_: 1e9)
+
+    def seconds(setting, samples):
+        changed = [f"settings=[{setting}]", f"calibration={{samples: {samples}, sequence_length: 16}}"]
+        sets = [part for change in changed for part in ("--set", change)]
+        assert cli.main(["sweep", str(config), "--out", str(tmp_path / "run"), "--dry-run", "--json", *sets]) == 0
+        return json.loads(capsys.readouterr().out)["estimated_seconds"]
+
+    assert seconds("magnitude@0.5", 2) == seconds("magnitude@0.5", 200)
+    assert seconds("wanda@0.5", 2) < seconds("wanda@0.5", 200)
 
 
 def test_names_cannot_leave_the_run(config, tmp_path):

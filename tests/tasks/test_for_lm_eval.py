@@ -8,6 +8,7 @@ from kick_tasks.factoid_qa import FactoidQA
 from kick_tasks.mmlu import MMLU
 from kick_tasks.retrieval_qa import RetrievalQA
 
+from kick.errors import ConfigError
 from kick.lm.fast import FastLM
 from kick.suite import DataSource, subset
 
@@ -53,6 +54,24 @@ def test_equal_scores(lm, tiny_model, kind, params):
     results = found["results"][name]
     for metric in ("accuracy",) if kind is MMLU else ("contains", "exact_match", "f1"):
         assert results[f"{metric},none"] == pytest.approx(own[metric]), metric
+
+
+def test_what_the_model_of_lm_eval_takes(tiny_model, monkeypatch):
+    from kick.lm.for_lm_eval import Kick
+
+    lm = Kick(str(tiny_model), dtype="float32", device="cpu", max_length=64, trust_remote_code=False)
+    assert lm.max_length == 64
+    lm.tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        "{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    )
+    turn = {"role": "user", "content": "Hi"}
+    assert lm.apply_chat_template([{"role": "system", "content": "Be brief."}, turn]) == "user: Hi\n"
+    with pytest.raises(ConfigError, match="takes no 'add_bos_token'"):
+        Kick(str(tiny_model), add_bos_token=True)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="several processes"):
+        Kick(str(tiny_model))
 
 
 def test_the_fast_lm_is_a_model_of_stock_lm_eval(lm, tiny_model):
