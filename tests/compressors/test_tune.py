@@ -29,11 +29,11 @@ def pairs(tmp_path):
     return path
 
 
-def tune(model, tokenizer, data, **params):
+def tune(model, tokenizer, data, workspace=None, progress=lambda *_: None, **params):
     given = {"data": str(data), "steps": 50, "batch_size": 4, "sequence_length": 64, "learning_rate": 5e-3}
     compressor = Tune(Tune.Params(**{**given, **params}))
-    compressor.tokenizer = tokenizer
-    return compressor.compress(model, None, None), compressor
+    compressor.tokenizer, compressor.workspace = tokenizer, workspace
+    return compressor.compress(model, None, None, progress=progress), compressor
 
 
 def logits(model):
@@ -149,6 +149,37 @@ def test_fifty_steps_of_lora_lower_the_loss(tokenizer, pairs):
     _, compressor = tune(make_tiny_llama(), tokenizer, pairs)
     training = compressor.facts["training"]
     assert training["last_loss"] < 0.7 * training["first_loss"]
+
+
+def test_every_word_of_an_answer_counts_the_same_however_the_batch_is_cut(tokenizer, tmp_path):
+    rows = [{"instruction": f"Count to {n}.", "output": " ".join(map(str, range(1, n + 1)))} for n in (1, 2, 9, 12)]
+    (tmp_path / "counting.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    whole, single = (
+        tune(make_tiny_llama(), tokenizer, tmp_path / "counting.jsonl", steps=4, rank=0, micro_batch=size)[1]
+        for size in (0, 1)
+    )
+    for loss in ("first_loss", "last_loss"):
+        assert single.facts["training"][loss] == pytest.approx(whole.facts["training"][loss], rel=1e-5)
+
+
+class PlugPulledError(Exception):
+    """Somebody pulled the plug."""
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_tuning_that_was_killed_ends_with_the_same_weights(tokenizer, pairs, tmp_path, rank):
+    """With dropout, whose chance is resumed too."""
+
+    def pull(done, *_):
+        if done == 5:
+            raise PlugPulledError
+
+    options = {"steps": 8, "checkpoint_every": 2, "rank": rank, "dropout": 0.2}
+    whole, _ = tune(make_tiny_llama(), tokenizer, pairs, tmp_path / "whole", **options)
+    with pytest.raises(PlugPulledError):
+        tune(make_tiny_llama(), tokenizer, pairs, tmp_path / "cut", pull, **options)
+    resumed, _ = tune(make_tiny_llama(), tokenizer, pairs, tmp_path / "cut", **options)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
 
 
 def test_padding_does_not_count_as_trained(tokenizer, pairs):

@@ -361,7 +361,7 @@ def test_one_writer_at_a_time(config, tmp_path, capsys):
 
 
 def test_what_needs_no_calibration_is_not_estimated_with_one(config, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("kick.sweep.estimate._speed", lambda *_: 1e9)
+    monkeypatch.setattr("kick.sweep.estimate._speed", lambda *_: 1e6)
 
     def seconds(setting, samples):
         changed = [f"settings=[{setting}]", f"calibration={{samples: {samples}, sequence_length: 16}}"]

@@ -6,6 +6,7 @@ its own, so that figures survive print without colour. SVG keeps text as text.
 
 import io
 import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ import numpy as np
 
 matplotlib.use("Agg")
 
+from matplotlib import font_manager
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -75,9 +77,16 @@ class Drawn:
     width: float
 
 
+_SCRIPTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "Noto Sans", "Noto Emoji", "Symbola")
+"""Fonts that have what matplotlib's own lacks, where they are installed: names of settings are in any script."""
+
+
 @contextmanager
 def in_style() -> Iterator[None]:
-    with plt.rc_context(_STYLE):
+    here = set(font_manager.get_font_names())
+    fonts = {"font.family": ["DejaVu Sans", *(name for name in _SCRIPTS if name in here)]}
+    with plt.rc_context({**_STYLE, **fonts}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")  # the SVG has the letters all the same
         yield
 
 
