@@ -5,6 +5,9 @@
 SmolLM2-135M and the seven domains of RedPajama's sample in DIR (calibration/redpajama to train, ppl/redpajama to
 measure). Every arm of a comparison sees the same number of tokens. Prints tables of perplexity over held-out text, mean
 and spread over seeds, and writes each run to --out as JSON as it ends; runs that are already there are not repeated.
+
+--check measures nothing: it says in how many seeds of --out each of the papers' claims holds, and exits with 1 where
+one does not hold in all of them.
 """
 
 import argparse
@@ -104,17 +107,36 @@ def arms(data: str, steps: int, precision: str) -> dict[str, dict[str, dict[str,
     }
 
 
+CLAIMS = (  # comparison, what loses less, than what
+    ("llm_pruner", "element1", "random"),
+    ("llm_pruner", "random", "l2"),
+    ("llm_pruner", "element1, LoRA", "element1"),
+    ("ast", "boosted", "wanda"),
+    ("ast", "boosted", "sparsegpt"),
+    ("ast", "boosted", "naive"),
+    ("ast", "boosted", "fixed masks, cross-entropy"),
+    ("ast", "naive", "fixed masks, cross-entropy"),
+    ("ast", "naive", "naive but cross-entropy"),
+    ("ast", "naive", "naive but static SR-STE"),
+    ("ast", "naive", "naive but no decay"),
+    ("sheared", "learned masks", "random masks"),
+)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True)
+    parser.add_argument("--data", default="", help="needed to measure")
     parser.add_argument("--only", action="append", choices=["llm_pruner", "ast", "sheared"], default=[])
     parser.add_argument("--arm", action="append", default=[])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--precision", choices=["float32", "bfloat16"], default="bfloat16", help="of the products")
     parser.add_argument("--out", type=Path, default=Path("train.json"))
+    parser.add_argument("--check", action="store_true", help="which of the papers' claims hold in --out?")
     options = parser.parse_args()
     runs: list[dict[str, Any]] = json.loads(options.out.read_text()) if options.out.is_file() else []
+    if options.check:
+        return check(runs)
     for comparison, settings in arms(options.data, options.steps, options.precision).items():
         if options.only and comparison not in options.only:
             continue
@@ -133,6 +155,26 @@ def main() -> int:
             print(f"{comparison} | {arm} | seed {seed} | ppl {runs[-1]['perplexity']:.2f}", flush=True)
         print_table(comparison, runs)
     return 0
+
+
+def check(runs: list[dict[str, Any]]) -> int:
+    """Print each claim with the seeds, of runs in one precision, in which it holds; 1 if one fails anywhere."""
+    found: dict[tuple[str, str, str], dict[int, float]] = {}
+    for run in runs:
+        found.setdefault((run["precision"], run["comparison"], run["arm"]), {})[run["seed"]] = run["perplexity"]
+    failed = False
+    for precision in dict.fromkeys(run["precision"] for run in runs):
+        for comparison, better, worse in CLAIMS:
+            ours = found.get((precision, comparison, better), {})
+            theirs = found.get((precision, comparison, worse), {})
+            if len(theirs) == 1:  # there is no chance in it
+                theirs = dict.fromkeys(ours, *theirs.values()) if worse == "l2" else theirs
+            seeds = sorted(ours.keys() & theirs.keys())
+            if seeds:
+                held = [seed for seed in seeds if ours[seed] < theirs[seed]]
+                print(f"{precision} | {comparison}: {better} < {worse} | in {len(held)} of {len(seeds)} seeds")
+                failed = failed or len(held) < len(seeds)
+    return int(failed)
 
 
 def order(settings: dict[str, Any], seeds: int) -> Iterator[tuple[str, int]]:

@@ -6,6 +6,7 @@ configuration; 130 interrupted (run the same command again to go on).
 
 import argparse
 import errno
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -50,8 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _in_words(error: OSError | UnicodeDecodeError) -> str:
     """What the system refused, and what to do about it."""
-    number = getattr(error, "errno", None)
-    what = f"{error.strerror}: {error.filename}" if number and error.filename else str(error)  # type: ignore[union-attr]
+    number, what = 0, str(error)
+    if isinstance(error, OSError) and error.errno and error.filename:
+        number, what = error.errno, f"{error.strerror}: {error.filename}"
     hints = {
         errno.EACCES: "Give yourself the permission (chmod), or name another file or folder.",
         errno.ENOSPC: "Free some space, or choose an --out on another disk.",
@@ -259,6 +261,7 @@ def quieten_libraries() -> None:
         "LOGLEVEL": "ERROR",
     }.items():
         os.environ.setdefault(key, value)
+    logging.getLogger("lm_eval").setLevel(os.environ["LOGLEVEL"])
 
 
 def _load_plugins(paths: list[Path]) -> None:

@@ -237,8 +237,10 @@ def judge(options: Namespace) -> int:
     spec = judge_spec(options)
     if options.dry_run:
         from kick.judge.estimate import estimate_cost
+        from kick.judge.run import reference_verdicts
 
         spec.check()
+        reference_verdicts(spec)  # a file of them that is not there is said now, too
         cost = estimate_cost(options.run, spec)
         usd = "unknown without --price" if cost["estimated_usd"] is None else f"about {cost['estimated_usd']:.2f} USD"
         tokens = f"{cost['estimated_prompt_tokens']:,} + {cost['estimated_output_tokens']:,} tokens"

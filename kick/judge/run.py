@@ -73,7 +73,7 @@ class Outcome:
 def judge_run(root: Path, spec: JudgeSpec, progress: Progress) -> Outcome:
     """Ask what was not asked before, then write judgments, scores and the record. Safe to kill and call again."""
     spec.check()
-    verdicts = _reference_verdicts(spec)  # read before anything is paid for
+    verdicts = reference_verdicts(spec)  # read before anything is paid for
     with lock(root):
         evaluations = find_evaluations(root, spec)
         cache = Cache(root / JUDGE_CACHE, spec)
@@ -285,7 +285,7 @@ def _record(
     }
 
 
-def _reference_verdicts(spec: JudgeSpec) -> dict[str, dict[str, Answer]]:
+def reference_verdicts(spec: JudgeSpec) -> dict[str, dict[str, Answer]]:
     """suite -> "SETTING/QUESTION" -> answer, from the file of the spec."""
     found: dict[str, dict[str, Answer]] = {}
     if spec.verdicts is not None and not Path(spec.verdicts).is_file():

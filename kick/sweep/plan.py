@@ -200,11 +200,11 @@ def make_plan(config: SweepConfig, as_is: bool = False, weights: bool = True, re
     names = [setting.name for setting in settings]
     engines = [(spec, find_lm(spec.name).check(params_of(spec), names)) for spec in lms(config)]
     for planned in suites:
-        spec = planned.spec.lm or config.lm
+        lm = planned.spec.lm or config.lm
         beside = planned.suite.needs_dense and len(settings) > 1
-        if beside and not find_lm(spec.name).leaves_room_for_another(params_of(spec), device):
+        if beside and not find_lm(lm.name).leaves_room_for_another(params_of(lm), device):
             raise ConfigError(
-                f"the suite '{planned.name}' asks the dense model beside each other, and one of the lm '{spec.name}' "
+                f"the suite '{planned.name}' asks the dense model beside each other, and one of the lm '{lm.name}' "
                 "takes more than half of a device.",
                 "Set lm.params.memory_utilization to 0.45, or give that suite an lm of its own, such as {name: fast}.",
             )
