@@ -68,7 +68,7 @@ class FastLM(TokenLM):
         self._like = DynamicCache()  # of a few tokens, once it is known that the model fills one
         self._bytes_per_token = memory.key_value_bytes(model)  # of its cache
         self.halved = 0  # how often rows or a batch did not fit into memory
-        self._batches = self._keeps_cache = True
+        self._batches = self._keeps_cache = self.finite = True
         self._shares_in_decoding = False
         self._alike = rotary_limit(model.config) or self.max_length
         self.no_sharing = self._why_no_sharing()

@@ -140,9 +140,11 @@ class Mine(LayerwiseCompressor):
         return weight * (weight.abs() >= weight.abs().quantile(level.fraction))
 """
     (tmp_path / "mine.py").write_text(code)
+    monkeypatch.setattr(plugins, "_files", [])
     monkeypatch.setattr(plugins, "_from_files", {plugins.COMPRESSORS: {}, plugins.SUITES: {}})
     plugin = ["--plugin", str(tmp_path / "mine.py")]
     assert cli.main(["compress", str(tiny_model), "mine@0.5", "--out", str(tmp_path / "made"), *plugin]) == 0
+    monkeypatch.setattr(plugins, "_files", [])
     monkeypatch.setattr(plugins, "_from_files", {plugins.COMPRESSORS: {}, plugins.SUITES: {}})
     ask = ["evaluate", str(tmp_path / "made"), "--suite", "mmlu", "--data", "embedded", "--limit", "2"]
     assert cli.main([*ask, "--out", str(tmp_path / "run")]) == 0
