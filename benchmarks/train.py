@@ -107,6 +107,8 @@ def arms(data: str, steps: int, precision: str) -> dict[str, dict[str, dict[str,
     }
 
 
+WITHOUT_CHANCE = ("dense", "l2")
+
 CLAIMS = (  # comparison, what loses less, than what
     ("llm_pruner", "element1", "random"),
     ("llm_pruner", "random", "l2"),
@@ -167,8 +169,8 @@ def check(runs: list[dict[str, Any]]) -> int:
         for comparison, better, worse in CLAIMS:
             ours = found.get((precision, comparison, better), {})
             theirs = found.get((precision, comparison, worse), {})
-            if len(theirs) == 1:  # there is no chance in it
-                theirs = dict.fromkeys(ours, *theirs.values()) if worse == "l2" else theirs
+            if worse in WITHOUT_CHANCE and theirs:  # its one run stands for every seed
+                theirs = dict.fromkeys(ours, *theirs.values())
             seeds = sorted(ours.keys() & theirs.keys())
             if seeds:
                 held = [seed for seed in seeds if ours[seed] < theirs[seed]]
@@ -181,7 +183,7 @@ def order(settings: dict[str, Any], seeds: int) -> Iterator[tuple[str, int]]:
     """Seed by seed, so that a run that is cut short has compared something; what knows no chance runs once."""
     for seed in range(seeds):
         for arm in settings:
-            if seed == 0 or arm not in ("dense", "l2"):
+            if seed == 0 or arm not in WITHOUT_CHANCE:
                 yield arm, seed
 
 

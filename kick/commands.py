@@ -323,17 +323,14 @@ def _draw_figures(options: Namespace, names: Sequence[str]) -> int:
     """Some figures anew into the run; its page keeps all of them."""
     from kick.report.figures import draw_all
     from kick.report.results import read_results
-    from kick.sweep.lock import lock
-    from kick.sweep.store import read_run
+    from kick.sweep.store import alone_in
 
     if options.lm_eval or options.log_to:
         raise ConfigError(
             f"--figures {options.figures} draws nothing but figures into {options.run}.",
             "Give --out for a whole report.",
         )
-    check_writable(options.run)
-    read_run(options.run)
-    with lock(options.run):
+    with alone_in(options.run):
         results = read_results(options.run)
         results.perplexity_margin = options.perplexity_margin
         drawn = draw_all(results, options.run / "figures", names)

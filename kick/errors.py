@@ -57,6 +57,10 @@ class RunError(KickError):
     """A run folder that cannot be used as asked."""
 
 
+class DiskFullError(RunError):
+    """Nothing more can be written."""
+
+
 class CheckpointError(KickError):
     """A checkpoint that is incomplete or not what its record says."""
 

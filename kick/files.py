@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from kick.errors import RunError
+from kick.errors import DiskFullError, RunError
 
 _OLD = 24 * 3600.0  # seconds
 _LONGEST_NAME = 180  # bytes
@@ -87,10 +87,12 @@ def new_directory(path: Path) -> Iterator[Path]:
 
 
 def stop_if_full(error: BaseException) -> None:
-    """Raise RunError where an error says that a disk is full: that is nobody's fault, and ends everything."""
+    """Raise DiskFullError where an error says that a disk is full: that is nobody's fault, and ends everything."""
+    if isinstance(error, DiskFullError):  # said before
+        raise error
     number = error.errno if isinstance(error, OSError) else None
     if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
-        raise RunError(
+        raise DiskFullError(
             f"the disk is full: {error}.", "Free some space and run the same command again; what is there is kept."
         ) from error
 

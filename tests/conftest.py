@@ -34,6 +34,15 @@ def tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>", pad_token="</s>")
 
 
+def swept(folder, text):
+    """The run of a sweep file, which lies beside it."""
+    from kick import cli
+
+    (folder / "sweep.yaml").write_text(text)
+    assert cli.main(["sweep", str(folder / "sweep.yaml"), "--out", str(folder / "run")]) == 0
+    return folder / "run"
+
+
 def make_tiny_llama(**changes):
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM

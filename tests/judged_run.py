@@ -5,7 +5,7 @@ import json
 import shutil
 
 import pytest
-from conftest import make_tiny_llama
+from conftest import make_tiny_llama, swept
 
 from kick import cli
 from kick.judge.client import Judge
@@ -33,10 +33,7 @@ def roomy_model(tmp_path_factory, tokenizer):
 @pytest.fixture(scope="session")
 def answered(tmp_path_factory, roomy_model):
     """A run with the answers of a dense and a pruned tiny model; its sweep file lies beside it."""
-    folder = tmp_path_factory.mktemp("judge")
-    (folder / "sweep.yaml").write_text(SWEEP.format(model=roomy_model))
-    assert cli.main(["sweep", str(folder / "sweep.yaml"), "--out", str(folder / "run")]) == 0
-    return folder / "run"
+    return swept(tmp_path_factory.mktemp("judge"), SWEEP.format(model=roomy_model))
 
 
 @pytest.fixture

@@ -117,7 +117,8 @@ def train(
         means = {name: float(accelerator.reduce(value)) for name, value in sums.items()}
         norm = parallel.as_number(torch.nn.utils.clip_grad_norm_(objective.clipped(), spec.clip))
         _check_finite({**means, "gradient norm": norm}, step, batch, folder)
-        state.prove(folder)
+        if step == begin or step % spec.checkpoint_every == 0:
+            state.prove(folder)
         optimizer.step()
         optimizer.zero_grad()
         rate = schedule.get_last_lr()[0]
@@ -137,6 +138,7 @@ def train(
         if (step + 1) % spec.checkpoint_every == 0 or (more_follows and step + 1 == spec.steps):
             rest = {"batches": batches.state_dict(), "schedule": schedule.state_dict()}
             state.save(folder, step + 1, objective, optimizer, rest)
+    state.prove(folder)  # no step follows that could
     accelerator.wait_for_everyone()
     if sharded:
         parallel.unshard(objective)

@@ -51,7 +51,7 @@ def save(folder: Path, step: int, objective: Objective, optimizer: torch.optim.O
 
 
 def prove(folder: Path) -> None:
-    """The last state led to a loss that is finite: those before it are let go."""
+    """The last state led to a finite loss, or is the last of all: those before it are let go."""
     if distributed.is_main():
         for path in states(folder)[:-1]:
             shutil.rmtree(path)

@@ -109,7 +109,7 @@ class Stream:
         self._window: Tokens = self.held[:0]
         self._begin: dict[str, Any] = {"number": -1, "documents": self._first, "carried": []}
         self._next = {**self._begin, "number": 0}
-        self._rows: Iterator[list[int]] = iter(())  # of the documents, those after the window
+        self._seek(self._first)
         self._at = 0
         self.taken = 0  # sequences so far
 
@@ -132,7 +132,7 @@ class Stream:
 
     def _open(self, begin: dict[str, Any]) -> None:
         """Read the window that starts at `begin`, and remember where the one after it starts."""
-        if begin is not self._next or begin["number"] == 0:  # else the documents stand there already
+        if begin is not self._next:  # else the documents stand there already
             self._seek(begin["documents"])
         self._begin, carried = begin, list(begin["carried"])
         read = 1  # documents since the first one, or as good as one where it began in the middle
@@ -167,16 +167,16 @@ class Stream:
         Of each document no more than one sequence's tokens, so that none stands for its domain; in a domain of few
         documents, all that they have.
         """
+        enough = wanted * self.length
         for most in (self.length, None):
             tokens: list[int] = []
-            rows = iter(documents)
-            for used, row in enumerate(rows, 1):
+            used, rows = 0, iter(documents)
+            while len(tokens) < enough and (row := next(rows, None)) is not None:
                 tokens += self._tokens(row["text"])[:most]
-                if len(tokens) >= wanted * self.length:
-                    if most is None or any(more["text"] for more in rows):  # something is left to train on
-                        held = np.array(tokens[: wanted * self.length], dtype=np.int32)
-                        return held.reshape(wanted, self.length), used
-                    break
+                used += 1
+            something_is_left = most is None or any(row["text"] for row in rows)
+            if len(tokens) >= enough and something_is_left:
+                return np.array(tokens[:enough], dtype=np.int32).reshape(wanted, self.length), used
         raise DataError(
             f"the domain '{self.name}' holds {len(tokens):,} tokens; {wanted} x {self.length} are to be held out.",
             "Ask for fewer, or give it more text.",

@@ -29,9 +29,8 @@ from kick.progress import Progress
 from kick.rows import read_jsonl
 from kick.settings import DENSE, Setting, digest
 from kick.suite import Sample
-from kick.sweep.lock import lock
 from kick.sweep.plan import PlannedSuite, judged_suites, judging_of, plan_suite
-from kick.sweep.store import JUDGE, JUDGE_CACHE, EvaluationStore, Store, read_run
+from kick.sweep.store import JUDGE, JUDGE_CACHE, EvaluationStore, Store, alone_in, read_run
 
 NOT_ASKED = "not asked: the budget is spent"
 RULE = "kick: by rule"  # the judge of what needs none, such as an empty answer
@@ -74,7 +73,7 @@ def judge_run(root: Path, spec: JudgeSpec, progress: Progress) -> Outcome:
     """Ask what was not asked before, then write judgments, scores and the record. Safe to kill and call again."""
     spec.check()
     verdicts = reference_verdicts(spec)  # read before anything is paid for
-    with lock(root):
+    with alone_in(root):
         evaluations = find_evaluations(root, spec)
         cache = Cache(root / JUDGE_CACHE, spec)
         budget = Budget(spec.budget_usd, spec.budget_tokens, spec.price_in, spec.price_out, *cache.spent())

@@ -139,7 +139,8 @@ class FastLM(TokenLM):
         # the token before the first target has to be in the row: it predicts it
         unscored = [len(sequences[index].tokens) - sequences[index].n_targets - 1 - length for index in members]
         results: dict[int, tuple[float, bool]] = {}
-        for more, own in clusters(rests, unscored, row_tokens) if keep else [(0, list(range(len(members))))]:
+        everything = [(0, list(range(len(members))))]
+        for more, own in clusters(rests, unscored, row_tokens) if keep else everything:
             inside, deeper = [members[place] for place in own], (*prefixes, length + more)
             if more and sum(deeper) <= self._most_cached_tokens():  # what does not fit into a row is a stem to be kept
                 results |= self._score_cluster(sequences, inside, deeper, row_tokens)
@@ -309,9 +310,8 @@ class FastLM(TokenLM):
         read = self._read_padded if alone or self.no_sharing is not None else self._read
         rows, found = read([contexts[index] for index in chosen], decoding.most)
         while True:
-            some = range(0, len(alive), LOGITS_AT_ONCE)
-            parts = zip(found.split(LOGITS_AT_ONCE), (alive[at : at + LOGITS_AT_ONCE] for at in some), strict=True)
-            tokens = [token for own, rows_of in parts for token in choose(self.runner.logits(own), rows_of)]
+            parts = [slice(at, at + LOGITS_AT_ONCE) for at in range(0, len(alive), LOGITS_AT_ONCE)]
+            tokens = [token for own in parts for token in choose(self.runner.logits(found[own]), alive[own])]
             ended = [row for row, (own, token) in enumerate(zip(alive, tokens, strict=True)) if own.add(token)]
             for row in reversed(ended):
                 rows.drop(row)

@@ -58,7 +58,8 @@ class Decoding:
                 raise KickError(
                     f"{what}; kick decodes greedily or samples by temperature, top_k and top_p.", f"Drop {name}."
                 )
-        if not 0 < (1.0 if own["top_p"] is None else own["top_p"]) <= 1:
+        top_p = 1.0 if own["top_p"] is None else float(own["top_p"])
+        if not 0 < top_p <= 1:
             raise KickError(f"top_p={own['top_p']!r} is asked for.", "Expected a share above 0 and up to 1.")
         if own["temperature"] < 0:
             raise KickError(f"temperature={own['temperature']!r} is asked for.", "Expected 0 (greedy) or more.")
@@ -67,7 +68,7 @@ class Decoding:
             sampling = {
                 "temperature": float(own["temperature"]),
                 "top_k": max(0, int(own["top_k"] or 0)),  # -1 means all, too
-                "top_p": 1.0 if own["top_p"] is None else float(own["top_p"]),
+                "top_p": top_p,
                 "seed": int(own["seed"] or 0),
             }
         return cls(

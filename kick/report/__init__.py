@@ -6,8 +6,7 @@ from pathlib import Path
 
 from kick.files import check_own, check_writable, write_text
 from kick.report.results import PERPLEXITY_MARGIN, Results, read_results
-from kick.sweep.lock import lock
-from kick.sweep.store import read_run
+from kick.sweep.store import alone_in
 
 
 def write_tables(results: Results, out: Path) -> None:
@@ -33,11 +32,11 @@ def write_report(
     from kick.report import figures, html
 
     out = out or run
-    check_writable(out)
-    if out.resolve() != run.resolve():
+    into_the_run = out.resolve() == run.resolve()
+    if not into_the_run:
+        check_writable(out)
         check_own(out, "report.html")
-    read_run(run)
-    with lock(run) if out.resolve() == run.resolve() else nullcontext():  # a run has one writer
+    with alone_in(run) if into_the_run else nullcontext():
         results = read_results(run)
         results.perplexity_margin = perplexity_margin
         out.mkdir(parents=True, exist_ok=True)

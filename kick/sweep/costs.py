@@ -13,7 +13,7 @@ def training_costs(plan: Plan) -> dict[str, Cost]:
     """By the names of the settings; stages that train one after the other add up, but for their memory."""
     found: dict[str, Cost] = {}
     skeleton = None
-    for setting in plan.settings if plan.given is None else ():
+    for setting in plan.made:
         for step in prepare(setting):
             if type(step.compressor).cost is Compressor.cost:
                 continue
@@ -32,7 +32,7 @@ def training_costs(plan: Plan) -> dict[str, Cost]:
 def remarks(plan: Plan) -> list[str]:
     """What is allowed and hardly meant, in words."""
     found = [slow] if is_usable(plan.device) and (slow := slow_precision(plan.device, plan.dtype)) else []
-    for setting in plan.settings if plan.given is None else ():  # a checkpoint's compressor need not be here
+    for setting in plan.made:
         for step in prepare(setting):
             stages = (step.compressor.params, *vars(step.compressor.params).values())
             if any(getattr(stage, "sharding", None) == "fsdp" for stage in stages):

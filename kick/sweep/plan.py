@@ -69,6 +69,11 @@ class Plan:
     engines: list[tuple[LMSpec, dict[str, str]]]  # of each LM the versions of what answers outside this interpreter
     given: checkpoints.Checkpoint | None = None  # evaluated as it is: the plan's only setting
 
+    @property
+    def made(self) -> list[Setting]:
+        """The settings that are made: not a checkpoint that is asked as it is, whose compressor need not be here."""
+        return self.settings if self.given is None else []
+
     @cached_property
     def parameters(self) -> int:
         return loading.count_parameters(self.path)

@@ -25,6 +25,7 @@ from kick import meter
 from kick.checkpoint import HISTORY, RECORD, TRAINING
 from kick.errors import RunError
 from kick.files import (
+    check_own,
     check_writable,
     clear_partials,
     read_json,
@@ -348,13 +349,20 @@ def read_run(root: Path) -> dict[str, Any]:
     return run
 
 
+@contextmanager
+def alone_in(root: Path) -> Iterator[None]:
+    """A run directory to write into while nobody else does. Raises RunError if it is none, or is being written."""
+    check_writable(root)
+    read_run(root)  # a lock is left in no folder of something else
+    with lock(root):
+        yield
+
+
 def check_usable(root: Path, plan: Plan, fresh: bool) -> None:
     """Raise RunError unless `plan` may be run (again) in `root`."""
     check_writable(root)
-    if root.exists() and any(root.iterdir()) and not (root / RUN).is_file() and not _only_lock(root):
-        raise RunError(
-            f"{root} is not empty and holds no {RUN}.", "Choose another --out: kick writes into folders of its own."
-        )
+    if root.is_dir() and not _only_lock(root):
+        check_own(root, RUN)
     if not fresh:
         check_continues(root, plan.identity)
 

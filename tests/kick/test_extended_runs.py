@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+from conftest import swept
 from test_sweep import SWEEP
 
 from kick import cli
@@ -18,10 +19,7 @@ def config(tmp_path, tiny_model):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, tiny_model):
-    folder = tmp_path_factory.mktemp("extended")
-    (folder / "sweep.yaml").write_text(SWEEP.format(model=tiny_model))
-    assert cli.main(["sweep", str(folder / "sweep.yaml"), "--out", str(folder / "run")]) == 0
-    return folder / "run"
+    return swept(tmp_path_factory.mktemp("extended"), SWEEP.format(model=tiny_model))
 
 
 LONGER = """

@@ -38,6 +38,9 @@ def test_a_disk_that_is_full_is_said_to_be(tmp_path):
         with pytest.raises(RunError, match="the disk is full"), new_directory(tmp_path / "x"):
             raise error
     assert list(tmp_path.iterdir()) == []
+    with pytest.raises(RunError) as caught, new_directory(tmp_path / "x"), new_directory(tmp_path / "y"):
+        raise error
+    assert str(caught.value).count("the disk is full") == 1  # told once, however many are on the way
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ import sys
 import time
 
 import pytest
+from conftest import swept
 
 from kick import cli, meter
 from kick.config import load
@@ -44,10 +45,7 @@ def config(tmp_path, tiny_model):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, tiny_model):
     """A run that nothing disturbed."""
-    folder = tmp_path_factory.mktemp("sweep")
-    (folder / "sweep.yaml").write_text(SWEEP.format(model=tiny_model))
-    assert cli.main(["sweep", str(folder / "sweep.yaml"), "--out", str(folder / "run")]) == 0
-    return folder / "run"
+    return swept(tmp_path_factory.mktemp("sweep"), SWEEP.format(model=tiny_model))
 
 
 def rows(path):
