@@ -54,7 +54,7 @@ def main() -> None:
 def compare(text: str, source: models.ModelSource, path: Path, options: argparse.Namespace, scratch: Path) -> dict:
     setting = parse_setting(text).model_copy(update={"params": {"group_size": options.group_size}})
     calibration = CalibrationSpec(samples=8, sequence_length=256)
-    made = compress(Recipe(source, models.fingerprint(path), setting, calibration, "float32", "cpu"), scratch / "made")
+    made = compress(Recipe.of(source, setting, calibration), scratch / "made")
     exported = find_format("gptq")(made, scratch / "exported", "auto")
     tokens = torch.randint(2, 40_000, (4, 64), generator=torch.Generator().manual_seed(0))
     save_file({"tokens": tokens}, scratch / "tokens")

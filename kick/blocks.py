@@ -127,7 +127,7 @@ def largest_block_list(model: nn.Module, order: list[nn.Module] | None = None) -
             continue
         ran_once = all(times[child] == 1 for child in module)
         if order is None or (ran_once and sorted(module, key=place.__getitem__) == list(module)):
-            size = sum(parameter.numel() for parameter in module.parameters())
+            size = parameter_count(module)
             candidates.append((size, -len(name), name, module))
     if not candidates:
         raise ModelError(
@@ -136,6 +136,11 @@ def largest_block_list(model: nn.Module, order: list[nn.Module] | None = None) -
         )
     _, _, name, layers = max(candidates, key=lambda candidate: candidate[:2])
     return name, layers
+
+
+def parameter_count(module: nn.Module) -> int:
+    """Each once, also where the head is the embedding."""
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def count_block_weights(model: nn.Module) -> int:

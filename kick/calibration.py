@@ -15,8 +15,8 @@ import numpy as np
 from pydantic import Field
 
 from kick.errors import DataError
+from kick.jsonl import read_texts
 from kick.meter import processor
-from kick.rows import read_texts
 from kick.spec import Seed, Spec
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ def begin_of_text(tokenizer: Any) -> list[int]:
 
 def read_documents(source: str, text_field: str = "text") -> list[str]:
     """The documents of `source`, in a fixed order. Raises DataError if there is none or a row has no text."""
-    if source != "embedded" and is_hub(source):
+    if is_hub(source):
         return _read_hub(source, text_field)
     return [document for file in text_files(source) for document in read_texts(file, text_field)]
 

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kick import checkpoint as checkpoints
-from kick import config as configs
-from kick import devices, distributed, models
+from kick import devices, distributed, models, sweep_file
 from kick.calibration import CalibrationSpec
 from kick.compress import Recipe, prepare
 from kick.compress import compress as make_checkpoint
@@ -21,7 +20,7 @@ from kick.judge.spec import JudgeSpec
 from kick.listing import LISTS
 from kick.lm.spec import LMSpec
 from kick.options import accepted, compress_params, judge_spec, lm_params, split_params
-from kick.progress import Silent, duration, progress
+from kick.progress import Silent, display, duration
 from kick.settings import Setting, parse_setting
 from kick.spec import validated
 from kick.sweep.executors.spec import ExecutorSpec
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
 
 def sweep(options: Namespace) -> int:
     _check_tracker(options)
-    config = configs.load(options.config, options.overrides)
+    config = sweep_file.load(options.config, options.overrides)
     if options.data is not None:
         config = config.model_copy(update={"data": options.data})
     if options.limit:
@@ -122,7 +121,7 @@ def evaluate(options: Namespace) -> int:
 
 def _run(plan: "Plan", out: Path, options: Namespace) -> tuple[int, str, dict[str, Any]]:
     """(exit code, what to say, the same as a document)."""
-    from kick.sweep.costs import remarks
+    from kick.sweep.costs import remarks, training_costs
     from kick.sweep.estimate import describe
     from kick.sweep.run import run
     from kick.sweep.store import Store
@@ -130,10 +129,12 @@ def _run(plan: "Plan", out: Path, options: Namespace) -> tuple[int, str, dict[st
     config = plan.config
     if options.dry_run:
         return 0, *describe(plan, out, options.fresh)
-    plan.parameters  # noqa: B018 (a damaged model is said before a folder of its name is begun)
+    # what is wrong with the model, or with a target for it, is said before a folder is begun
+    plan.parameters  # noqa: B018
+    training_costs(plan)
     for remark in remarks(plan):
         print(f"kick: {remark}", file=sys.stderr)
-    watching = progress()
+    watching = display()
     with Store.open(out, plan, fresh=options.fresh) as store:
         try:
             summary = run(plan, store, watching, debug=options.debug)
@@ -191,15 +192,14 @@ def compress(options: Namespace) -> int:
     asked = devices.default_device() if options.device == "auto" else options.device
     device, dtype = devices.choose(distributed.own_device(asked), options.dtype)
     distributed.begin(device)
-    path = models.fetch(source)
-    recipe = Recipe(source, models.fingerprint(path), setting, calibration, dtype, device, options.stream)
-    watching = progress() if distributed.is_main() else Silent()
+    recipe = Recipe.of(source, setting, calibration, dtype, device, options.stream)
+    watching = display() if distributed.is_main() else Silent()
+
+    def progress(done: int, total: int, what: str, detail: str = "") -> None:
+        watching.step(f"{setting.name}: {what}", done, total, None, detail)
+
     try:
-        made = make_checkpoint(
-            recipe,
-            options.out,
-            progress=lambda done, total, what: watching.step(f"{setting.name}: {what}", done, total, None),
-        )
+        made = make_checkpoint(recipe, options.out, progress)
     finally:
         watching.close()
         distributed.end()
@@ -216,7 +216,7 @@ def _what_to_compress(options: Namespace) -> tuple[str, Setting, CalibrationSpec
         first, *then = (stage.model_copy(update={"params": own[stage.compressor]}) for stage in asked.stages)
         setting = Setting(compressor=first.compressor, level=first.level, params=first.params, then=tuple(then))
         return options.model, setting, calibration
-    config = configs.load(Path(options.model))
+    config = sweep_file.load(Path(options.model))
     if options.param:
         raise ConfigError(f"--param {options.param[0]} beside {options.model}.", "Change it in the file.")
     if not isinstance(config.model, str):
@@ -268,7 +268,7 @@ def judge(options: Namespace) -> int:
 def _judge(run: Path, spec: JudgeSpec) -> Any:
     from kick.judge.run import judge_run
 
-    watching = progress()
+    watching = display()
     try:
         return judge_run(run, spec, watching)
     finally:

@@ -12,21 +12,21 @@ from pydantic import ValidationError
 from kick import __version__, adapters, distributed, plugins
 from kick import checkpoint as checkpoints
 from kick.calibration import Calibration, CalibrationSpec, draw
-from kick.compressor import Compressor, LayerwiseCompressor, Progress, no_progress
+from kick.compressor import Compressor, Progress, no_progress
 from kick.errors import ConfigError, LevelError
 from kick.files import scratch_directory
 from kick.levels import parse_level
 from kick.loading import is_skeleton, load_model, load_skeleton, load_tokenizer
 from kick.measured import Structure, measure
 from kick.meter import Meter, computes_on, versions
-from kick.models import ModelSource, fetch
+from kick.models import ModelSource, fetch, fingerprint
 from kick.outcome import Outcome, Step
-from kick.settings import Setting, Stage, digest
+from kick.settings import Setting, Stage, Variant, digest
 from kick.spec import explain
 from kick.streaming import open_streamed
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """Everything that decides what a checkpoint holds."""
 
@@ -38,6 +38,27 @@ class Recipe:
     device: str
     stream: bool = False  # blocks are read from disk one at a time; the result is the same
 
+    @classmethod
+    def of(
+        cls,
+        source: ModelSource,
+        setting: Setting,
+        calibration: CalibrationSpec,
+        dtype: str = "float32",
+        device: str = "cpu",
+        stream: bool = False,
+    ) -> "Recipe":
+        """Of the files that `source` has now, which are fetched if they are not here."""
+        return cls(
+            source=source,
+            fingerprint=fingerprint(fetch(source)),
+            setting=setting,
+            calibration=calibration,
+            dtype=dtype,
+            device=device,
+            stream=stream,
+        )
+
 
 def prepare(setting: Setting) -> list[Step]:
     """The steps of `setting`, none for dense.
@@ -48,11 +69,13 @@ def prepare(setting: Setting) -> list[Step]:
         if setting.level or not setting.is_uniform:
             raise LevelError("'dense' takes no level and no rules for layers.", "It is the model as it came.")
         try:
-            assert setting.variant
+            Variant(**setting.params)
         except ValidationError as error:
             raise ConfigError(f"dense: {explain(error)}", "It can be asked with another dtype or lm.") from error
         return []
     steps = [_step(stage, setting) for stage in setting.stages]
+    for number, step in enumerate(steps):
+        step.compressor.stages_before = number
     for step in steps[1:]:
         if step.compressor.brings_a_model:
             raise LevelError(
@@ -65,16 +88,8 @@ def _step(stage: Stage, setting: Setting) -> Step:
     kind = plugins.compressor(stage.compressor)
     try:
         level = parse_level(stage.level, kind.knob)
-        params = kind.Params(**stage.params)
-        compressor = kind(params, seed=setting.seed)
-        if isinstance(compressor, LayerwiseCompressor):
-            compressor.follow(stage, level)
-        elif not stage.is_uniform:
-            raise ConfigError(
-                f"{kind.name} does not work linear by linear: it takes no layer rules.", "Leave them out."
-            )
-        elif level is not None:
-            compressor.check_level(level)
+        compressor = kind(kind.Params(**stage.params), seed=setting.seed)
+        compressor.follow(stage, level)
     except (LevelError, ConfigError) as error:
         raise type(error)(f"setting '{setting.name}': {error.message}", error.hint) from error
     except ValidationError as error:
@@ -107,12 +122,11 @@ def compress(
     with ExitStack() as stack:
         meter = stack.enter_context(Meter(recipe.device))
         path = start or fetch(recipe.source)
+        if recipe.stream:
+            check_streamable(steps, recipe.device)
         if steps and steps[0].compressor.brings_a_model:
-            if recipe.stream:
-                raise ConfigError(f"{steps[0].stage} cannot be streamed.", "It brings a whole model.")
             model = load_skeleton(path, recipe.dtype)
         elif recipe.stream and (path.is_dir() or steps):  # a dense .gguf file has to be read as a whole, once
-            _check_streamable(steps, recipe.device)
             scratch = stack.enter_context(scratch_directory(out.with_name(f".{out.name}.blocks")))
             model = open_streamed(path, recipe.dtype, scratch)
         else:
@@ -122,7 +136,7 @@ def compress(
             calibration = None
         known = Structure(adapters=adapters.attached(model))
         done = Outcome(None if is_skeleton(model) else measure(model, structure=known), structure=known)
-        workspace = find_workspace(out, recipe)
+        workspace = find_workspace(out, recipe, steps)
         for number, step in enumerate(steps, 1):
             step.compressor.workspace = workspace / f"{number}-{step.stage.compressor}"
             if step.compressor.needs_calibration and calibration is None:
@@ -162,9 +176,9 @@ def compress(
         return checkpoints.read(out)
 
 
-def find_workspace(out: Path, recipe: Recipe) -> Path:
+def find_workspace(out: Path, recipe: Recipe, steps: list[Step]) -> Path:
     """Where what is needed to go on is kept until `out` is there. What another recipe left for it is removed."""
-    own = out.with_name(f".{out.name}.{identity(recipe)}.work")
+    own = out.with_name(f".{out.name}.{identity(recipe, steps)}.work")
     if distributed.is_main():
         for path in out.parent.glob(f".{glob.escape(out.name)}.*.work"):
             if path != own and re.fullmatch(r"[0-9a-f]{16}", path.name.split(".")[-2]):
@@ -172,10 +186,10 @@ def find_workspace(out: Path, recipe: Recipe) -> Path:
     return own
 
 
-def identity(recipe: Recipe) -> str:
-    """What tells apart the workspaces of different recipes for one place."""
+def identity(recipe: Recipe, steps: list[Step]) -> str:
+    """What tells apart the workspaces of different recipes, whose `steps` are prepared, for one place."""
     parts = (recipe.fingerprint, recipe.setting.model_dump(mode="json"), recipe.calibration.model_dump(mode="json"))
-    return digest([__version__, *parts, recipe.dtype, [step.compressor.inputs() for step in prepare(recipe.setting)]])
+    return digest([__version__, *parts, recipe.dtype, [step.compressor.inputs() for step in steps]])
 
 
 def kept_files(workspace: Path) -> dict[str, Path]:
@@ -188,9 +202,10 @@ def kept_files(workspace: Path) -> dict[str, Path]:
     }
 
 
-def _check_streamable(steps: list[Step], device: str) -> None:
+def check_streamable(steps: list[Step], device: str) -> None:
+    """Raise ConfigError where not all blocks can be read from disk one at a time."""
     for step in steps:
-        if not isinstance(step.compressor, LayerwiseCompressor):
+        if not step.compressor.streams:
             raise ConfigError(f"{step.stage} cannot be streamed.", "It does not work linear by linear.")
     if device != "cpu":
-        raise ConfigError(f"streaming on '{device}'.", "Streaming runs on the cpu.")
+        raise ConfigError(f"streaming cannot run on '{device}'.", "Ask for the device cpu.")

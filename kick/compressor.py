@@ -1,12 +1,12 @@
 """The Compressor interface, and the base class that walks the blocks for compressors working linear by linear."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from pydantic import BaseModel
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from kick.blocks import Block, Decoder, Group, Linear, find_decoder
 from kick.calibration import Calibration
-from kick.errors import KickError, LevelError
+from kick.errors import ConfigError, KickError, LevelError
 from kick.levels import Joint, Knob, Level, Pattern, parse_level
 from kick.policy import OWL, Policy
 from kick.quantization import Grid, Quantized
@@ -34,11 +34,13 @@ class Cost:
     memory_bytes: int
 
 
-Progress = Callable[[int, int, str], None]
-"""Called with (done, total, what): progress(3, 30, "model.layers.2")."""
+class Progress(Protocol):
+    """Called as progress(3, 30, "model.layers.2"): done, of how many, and what. detail: what changes all the time."""
+
+    def __call__(self, done: int, total: int, what: str, detail: str = "") -> None: ...
 
 
-def no_progress(done: int, total: int, what: str) -> None:
+def no_progress(done: int, total: int, what: str, detail: str = "") -> None:
     """The progress of someone who is not watching."""
 
 
@@ -54,6 +56,7 @@ class Compressor(ABC):
     knob: ClassVar[Knob]
     needs_calibration: bool = False
     brings_a_model: ClassVar[bool] = False  # made elsewhere: it stands first, and is given shapes without weights
+    streams: ClassVar[bool] = False  # works on a model whose blocks are read from disk one at a time
 
     class Params(Spec):
         """Hyper-parameters: validated, and part of the setting's identity."""
@@ -62,6 +65,8 @@ class Compressor(ABC):
         self.params: Any = params if params is not None else self.Params()
         self.seed = seed
         self.policy = Policy()
+        self.level: Level | None = None  # that `follow` was told
+        self.stages_before = 0  # in a chain: what it is given is no dense model
         self.warnings: list[str] = []
         self.layers: dict[str, dict[str, Any]] = {}  # what is known of each linear, for the record
         self.grids: dict[str, Grid] = {}  # those of quantised linears
@@ -89,15 +94,39 @@ class Compressor(ABC):
             with TemporaryDirectory() as folder:
                 yield Path(folder)
 
+    def follow(self, policy: Policy, level: Level | None) -> None:
+        """Take `level`, and `policy` for its linears, before the next `compress`.
+
+        Raises LevelError for a level that this compressor cannot reach, ConfigError for a policy that it cannot follow.
+        """
+        if not policy.is_uniform:
+            raise ConfigError(
+                f"{self.name} does not work linear by linear: it takes no layer rules.", "Leave them out."
+            )
+        if level is not None:
+            self.check_level(level)
+        self.level = level
+
     def check_level(self, level: Level) -> None:  # noqa: B027 (most reach all that their knob allows)
         """Raise LevelError for a level of the right kind that this compressor cannot reach."""
+
+    def asked_levels(self, level: Level | None, decoder: Decoder) -> dict[str, Level]:
+        """By the names of linears, the level that each was to reach in the last `compress`.
+
+        One that is free in where it prunes promises nothing of any linear, unless it is a pattern.
+        """
+        return {linear.name: level for linear in decoder.linears} if isinstance(level, Pattern) else {}
 
     def inputs(self) -> dict[str, str]:
         """What it reads besides the source, and its fingerprint: part of the setting's identity.
 
-        Raises KickError for what is not there; called before anything is written.
+        Called after `follow`, before anything is written. Raises KickError for what is not there.
         """
         return {}
+
+    def remarks(self) -> Iterable[str]:
+        """What a plan that uses it should say: allowed, and hardly meant."""
+        return ()
 
     def trained_on(self) -> Iterable[str]:
         """Documents that it learns from besides calibration text, or the first of very many: none may be scored."""
@@ -150,8 +179,10 @@ class LayerwiseCompressor(Compressor):
     where a rule names it.
     """
 
+    streams = True
     statistic: ClassVar[type[Statistic] | None] = None
     group: Group  # the one that `solve_group` is called for
+    linears: list[Linear]  # those of the group whose weights it is given
     levels: dict[str, Level]  # of each linear that was compressed, known once `compress` has begun
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -173,13 +204,15 @@ class LayerwiseCompressor(Compressor):
         """Called after a block was compressed."""
 
     def follow(self, policy: Policy, level: Level | None) -> None:
-        """Take `policy` for the next `compress`. Raises LevelError for a level in it that does not exist here."""
-        self.policy = policy
+        self.policy, self.level = policy, level
         self.needs_calibration = self.statistic is not None or policy.allocation is not None
         for asked in (level, *map(self._parse, policy.asked_levels())):
             if asked is not None:
                 self.check_level(asked)
         policy.check(level)
+
+    def asked_levels(self, level: Level | None, decoder: Decoder) -> dict[str, Level]:
+        return self.levels
 
     def _parse(self, text: str) -> Level | None:
         return parse_level(text, self.knob)

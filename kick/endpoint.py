@@ -37,6 +37,11 @@ def said(error: "openai.OpenAIError") -> str:
     return " ".join(text.split())
 
 
+def without_key(text: str, key: str) -> str:
+    """What an endpoint says may hold the key that it was sent; no record may."""
+    return text.replace(key, "[key]") if len(key) > 4 else text
+
+
 def _words(body: object) -> str:
     detail = body.get("detail", body) if isinstance(body, dict) else body
     faults = detail if isinstance(detail, list) else []

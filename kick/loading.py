@@ -174,7 +174,15 @@ def check_configuration(path: Path) -> None:
 
 
 def check_config(config: dict[str, Any], path: Path) -> None:
-    """Raise ModelError for a configuration that names code to fetch: kernels of the hub are given as owner/name."""
+    """Raise ModelError for a model of another kind, or a configuration that names code to fetch.
+
+    Kernels of the hub are given as owner/name.
+    """
+    if config.get("is_encoder_decoder"):
+        raise ModelError(
+            f"{path.name} is an encoder with a decoder ({config.get('model_type')}).",
+            "kick asks causal language models: decoders alone.",
+        )
     for key in ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation"):
         if isinstance(config.get(key), str) and "/" in config[key]:
             raise ModelError(
@@ -202,7 +210,9 @@ def count_parameters(path: Path) -> int:
     """Parameters of the model at `path`, from the headers of its weight files, or its configuration where there are
     none: no weight is read."""
     if path.is_dir() and not holds_weights(path):
-        return sum(parameter.numel() for parameter in load_skeleton(path, "float32").parameters())
+        from kick.blocks import parameter_count
+
+        return parameter_count(load_skeleton(path, "float32"))
     files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
     return sum(_count_parameters(file) for file in files)
 

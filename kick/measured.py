@@ -160,3 +160,18 @@ def pattern_violations(weight: Tensor, pattern: Pattern) -> int:
     """How many groups of M neighbours along `in` hold more than N non-zeros."""
     groups = weight.reshape(weight.shape[0], -1, pattern.of)
     return int(((groups != 0).sum(dim=-1) > pattern.keep).sum())
+
+
+def is_pruned(weight: Tensor) -> bool:
+    """Whether so many weights are zero that they are a mask."""
+    return float((weight == 0).float().mean()) > STRAY_ZEROS
+
+
+def packed_bytes(record: dict[str, Any]) -> float:
+    """Bytes with each linear as codes and scales, or as its non-zero weights and a bit mask, whichever is smaller."""
+    stored = 8 * getattr(torch, record["dtype"]).itemsize
+    bits = 0.0
+    for layer in record["layers"].values():
+        weights, each = layer["weights"], layer["bits_per_weight"]
+        bits += min(weights * each, (weights - layer["zeros"]) * each + weights) - weights * stored
+    return record["bytes"] + bits / 8

@@ -4,8 +4,7 @@ from argparse import Namespace
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from kick import config as configs
-from kick import plugins
+from kick import plugins, sweep_file
 from kick.calibration import CalibrationSpec
 from kick.errors import ConfigError
 from kick.judge.spec import JudgeSpec
@@ -16,7 +15,7 @@ def key_value(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise ConfigError(f"--param {text} has no '='.", "For example --param shots=5.")
-    return key, configs.read_yaml(value, f"--param {key}")
+    return key, sweep_file.read_yaml(value, f"--param {key}")
 
 
 def lm_params(given: Iterable[str]) -> tuple[dict[str, Any], list[str]]:

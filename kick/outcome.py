@@ -54,7 +54,7 @@ class Outcome:
                 f"{step.stage} failed: {type(error).__name__}: {error}", "--debug shows the whole error."
             ) from error
         decoder = find_decoder(model)
-        levels = _levels(compressor, step.level, decoder)
+        levels = compressor.asked_levels(step.level, decoder)
         patterns = {name: pattern for name, level in levels.items() if isinstance(pattern := _pruned(level), Pattern)}
         known = self.structure
         head = decoder.head.name if decoder.head is not None else None
@@ -143,13 +143,6 @@ def revived(decoder: Decoder, masks: dict[str, np.ndarray]) -> int:
 
 def _count(measured: Measured, names: Iterable[str], key: str) -> int:
     return sum(measured.layers.get(name, {}).get(key, 0) for name in names)
-
-
-def _levels(compressor: Compressor, level: Level | None, decoder: Decoder) -> dict[str, Level]:
-    """The level that each linear was asked to reach; of a compressor that is free in this, nothing but patterns."""
-    if isinstance(compressor, LayerwiseCompressor):
-        return compressor.levels
-    return {linear.name: level for linear in decoder.linears} if isinstance(level, Pattern) else {}
 
 
 def _pruned(level: Level | None) -> Level | None:

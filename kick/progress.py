@@ -5,15 +5,18 @@ import time
 from typing import Protocol, TextIO
 
 
-class Progress(Protocol):
-    """Told what is going on and how much of it is done; `left` is seconds, None while unknown."""
+class Display(Protocol):
+    """Told what is going on and how much of it is done.
 
-    def step(self, what: str, done: int, total: int, left: float | None) -> None: ...
+    left: seconds, None while unknown. detail: what changes all the time, such as the loss of a training.
+    """
+
+    def step(self, what: str, done: int, total: int, left: float | None, detail: str = "") -> None: ...
     def note(self, message: str) -> None: ...
     def close(self) -> None: ...
 
 
-def progress(stream: TextIO | None = None) -> Progress:
+def display(stream: TextIO | None = None) -> Display:
     """A bar if `stream` (by default stderr) is a terminal, else lines."""
     stream = stream or sys.stderr
     return Bar() if stream.isatty() else Lines(stream)
@@ -22,7 +25,7 @@ def progress(stream: TextIO | None = None) -> Progress:
 class Silent:
     """For those who only want the result."""
 
-    def step(self, what: str, done: int, total: int, left: float | None) -> None:
+    def step(self, what: str, done: int, total: int, left: float | None, detail: str = "") -> None:
         pass
 
     def note(self, message: str) -> None:
@@ -33,10 +36,7 @@ class Silent:
 
 
 class Lines:
-    """A line when something new begins, and while it lasts at most one every ten seconds.
-
-    What stands after a comma may change without being new.
-    """
+    """A line when something new begins, and while it lasts at most one every ten seconds."""
 
     EVERY = 10.0
 
@@ -45,14 +45,13 @@ class Lines:
         self._what = ""
         self._last = 0.0
 
-    def step(self, what: str, done: int, total: int, left: float | None) -> None:
+    def step(self, what: str, done: int, total: int, left: float | None, detail: str = "") -> None:
         now = time.monotonic()
-        begun = what.partition(", ")[0]
-        if begun == self._what and now - self._last < self.EVERY:
+        if what == self._what and now - self._last < self.EVERY:
             return
-        self._what, self._last = begun, now
-        remaining = f", {duration(left)} left" if left is not None else ""
-        self.note(f"{100 * done // max(1, total):3d} %  {what}{remaining}")
+        self._what, self._last = what, now
+        remaining = f"{duration(left)} left" if left is not None else ""
+        self.note(f"{100 * done // max(1, total):3d} %  {', '.join(filter(None, (what, detail, remaining)))}")
 
     def note(self, message: str) -> None:
         print(message, file=self.stream, flush=True)
@@ -80,9 +79,10 @@ class Bar:
         self._bar.start()
         self._task = self._bar.add_task("", total=None, left="")
 
-    def step(self, what: str, done: int, total: int, left: float | None) -> None:
+    def step(self, what: str, done: int, total: int, left: float | None, detail: str = "") -> None:
         remaining = f"{duration(left)} left" if left is not None else ""
-        self._bar.update(self._task, description=what, completed=done, total=total, left=remaining)
+        shown = f"{what}, {detail}" if detail else what
+        self._bar.update(self._task, description=shown, completed=done, total=total, left=remaining)
 
     def note(self, message: str) -> None:
         self._bar.console.print(message, markup=False, highlight=False)

@@ -71,6 +71,11 @@ class Sample:
     n_output_tokens: int = 0
     error: str | None = None
 
+    @property
+    def left_out(self) -> Literal["failed", "truncated"] | None:
+        """Why it is counted beside the scores and is in none; an error comes before a prompt that was cut."""
+        return "failed" if self.error is not None else "truncated" if self.truncated else None
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -257,6 +262,13 @@ class Suite(ABC):
         return found
 
 
+def left_out(samples: Iterable[Sample], graded: Mapping[str, Sequence[Any]]) -> tuple[int, int]:
+    """(truncated, failed) of a score by a judge. Of a sample whose list in `graded`, by ids, is empty it was asked for
+    grades and gave none."""
+    reasons = [sample.left_out or ("failed" if graded.get(sample.id) == [] else None) for sample in samples]
+    return reasons.count("truncated"), reasons.count("failed")
+
+
 class _Tally:
     """A score in the making: numbers and ids of samples, not the samples."""
 
@@ -270,9 +282,9 @@ class _Tally:
     def add(self, sample: Sample) -> None:
         value = sample.scores.get(self.metric.value)
         self.applies = self.applies or value is not None
-        if sample.error is not None:
+        if sample.left_out == "failed":
             self.failed += 1
-        elif sample.truncated:
+        elif sample.left_out == "truncated":
             self.truncated += 1
         elif value is not None:
             self.ids.append(sample.id)

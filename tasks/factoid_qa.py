@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import Field
 
 from kick.errors import DataError
-from kick.rows import read_jsonl
+from kick.jsonl import read_jsonl
 from kick.spec import Seed, Spec
 from kick.suite import DataSource, Example, Sample, Suite
 

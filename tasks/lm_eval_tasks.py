@@ -23,9 +23,9 @@ import numpy as np
 from pydantic import BaseModel, Field
 
 from kick.errors import ConfigError, DataError, first_line, unknown_name
+from kick.jsonl import read_jsonl
 from kick.judge.questions import Judgment
 from kick.lm.generation import Decoding
-from kick.rows import read_jsonl
 from kick.settings import digest
 from kick.spec import Spec
 from kick.statistics import wilson

@@ -15,11 +15,11 @@ import numpy as np
 from pydantic import Field
 
 from kick.errors import ConfigError, DataError
+from kick.jsonl import read_jsonl
 from kick.judge.questions import Judgment, Question, Ratings, Winner, by_sample, outcome
 from kick.lm import generate
-from kick.rows import read_jsonl
 from kick.spec import Seed, Spec
-from kick.suite import DataSource, Example, Metric, Sample, Score, Suite
+from kick.suite import CHARACTERS_PER_TOKEN, DataSource, Example, Metric, Sample, Score, Suite, left_out
 
 from . import lexical, sources
 from .prompts import ChatTemplate, Prompt, converse, fit, uses_chat
@@ -118,7 +118,7 @@ class MTBench(Suite):
 
     def length(self, example: Example) -> int:
         turns = example.content["turns"]
-        return sum(map(len, turns)) + 4 * self.params.max_new_tokens * len(turns)
+        return sum(map(len, turns)) + CHARACTERS_PER_TOKEN * self.params.max_new_tokens * len(turns)
 
     def groups_of(self, sample: Sample) -> list[str]:
         return [*super().groups_of(sample), f"turn {_turn_of(sample)}"]
@@ -140,7 +140,7 @@ class MTBench(Suite):
                 "Set mt_bench.kinds to [single], or a baseline.",
             )
         for sample in samples:
-            if sample.error is not None or sample.truncated:
+            if sample.left_out:
                 continue
             example = examples[sample.id]
             if "single" in judging.kinds:
@@ -155,7 +155,7 @@ class MTBench(Suite):
             RATING: {id: [j.answer["rating"] for j in found if j.answer] for id, found in single.items()},
             WIN_RATE: {id: [] if (won := outcome(found)) is None else [won] for id, found in pair.items()},
         }
-        usable = [sample for sample in samples if sample.error is None and not sample.truncated]
+        usable = [sample for sample in samples if sample.left_out is None]
         values |= {metric: {s.id: [s.scores[metric.value]] for s in usable} for metric in self.metrics}
         return [
             _by_conversation(metric, group, members, values[metric])
@@ -168,6 +168,7 @@ class MTBench(Suite):
 def _by_conversation(metric: Metric, group: str, samples: Sequence[Sample], values: Mapping[str, list[float]]) -> Score:
     """Turn by turn; those of one conversation are not independent, and are resampled as one."""
     scored = sorted((sample for sample in samples if values.get(sample.id)), key=lambda sample: sample.id)
+    truncated, failed = left_out(samples, values)
     return Score(
         metric=metric,
         group=group,
@@ -175,10 +176,8 @@ def _by_conversation(metric: Metric, group: str, samples: Sequence[Sample], valu
         clusters=tuple(map(_conversation_of, scored)),
         value=np.array([sum(values[sample.id]) for sample in scored], dtype=np.float64),
         per=np.array([float(len(values[sample.id])) for sample in scored]),
-        truncated=sum(sample.truncated for sample in samples),
-        failed=sum(
-            not sample.truncated and (sample.error is not None or values.get(sample.id) == []) for sample in samples
-        ),
+        truncated=truncated,
+        failed=failed,
     )
 
 

@@ -18,8 +18,8 @@ from typing import Any
 from pydantic import Field
 
 from kick.errors import DataError
+from kick.jsonl import read_texts
 from kick.lm import rolling_loglikelihoods
-from kick.rows import read_texts
 from kick.spec import Spec
 from kick.suite import DataSource, Example, Metric, Sample, Suite
 

@@ -13,9 +13,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field
 
 from kick.errors import DataError
-from kick.rows import read_jsonl
+from kick.jsonl import read_jsonl
 from kick.spec import Seed, Spec
-from kick.suite import OVERALL, DataSource, Example, Metric, Sample, Suite
+from kick.suite import CHARACTERS_PER_TOKEN, OVERALL, DataSource, Example, Metric, Sample, Suite
 
 from . import scoring, sources
 from .free_answers import INSTRUCTION, METRICS, answer_freely, draw_shots
@@ -151,7 +151,7 @@ class RetrievalQA(Suite):
 
     def length(self, example: Example) -> int:
         shown = sum(len(str(passage)) for passage in _passages(example))
-        return len(example.content["question"]) + min(shown, 4 * self.params.evidence_tokens)
+        return len(example.content["question"]) + min(shown, CHARACTERS_PER_TOKEN * self.params.evidence_tokens)
 
     def groups_of(self, sample: Sample) -> list[str]:
         if "answer_in_evidence" not in sample.scores:

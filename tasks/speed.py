@@ -18,8 +18,8 @@ from typing import Any
 from pydantic import Field
 
 from kick.errors import ConfigError, KickError
+from kick.jsonl import read_texts
 from kick.lm import generate
-from kick.rows import read_texts
 from kick.spec import Spec
 from kick.suite import CHARACTERS_PER_TOKEN, DataSource, Example, Metric, Sample, Suite
 

@@ -17,11 +17,11 @@ import numpy as np
 from pydantic import Field
 
 from kick.errors import ConfigError, DataError
+from kick.jsonl import read_jsonl
 from kick.judge.questions import Judgment, PairRatings, Question, Ratings, by_sample
 from kick.lm import generate
-from kick.rows import read_jsonl
 from kick.spec import Seed, Spec
-from kick.suite import DataSource, Example, Metric, Sample, Score, Suite
+from kick.suite import CHARACTERS_PER_TOKEN, DataSource, Example, Metric, Sample, Score, Suite, left_out
 
 from . import lexical, sources
 from .prompts import ChatTemplate, converse, fit, uses_chat
@@ -130,7 +130,7 @@ class Summarization(Suite):
             )
 
     def length(self, example: Example) -> int:
-        return len(example.content["article"]) + 4 * self.params.max_new_tokens
+        return len(example.content["article"]) + CHARACTERS_PER_TOKEN * self.params.max_new_tokens
 
     def judge_questions(
         self,
@@ -141,7 +141,7 @@ class Summarization(Suite):
     ) -> Iterator[Question]:
         references = _references(judging.reference, examples, dense)
         for sample in samples:
-            if sample.error is None and not sample.truncated:
+            if sample.left_out is None:
                 reference = references.get(sample.id, "")
                 summary = (sample.output or "").strip()
                 if judging.protocol == "both" and reference.strip() and summary:
@@ -268,6 +268,7 @@ def _judged_score(
 ) -> Score:
     names = CRITERIA if metric.name == "quality" else (metric.name,)
     kept = sorted(sample.id for sample in samples if rated.get(sample.id))
+    truncated, failed = left_out(samples, rated)
     values = [[ratings[name] for ratings in rated[id] for name in names] for id in kept]
     return Score(
         metric=metric,
@@ -275,8 +276,8 @@ def _judged_score(
         ids=tuple(kept),
         value=np.array([sum(own) for own in values], dtype=np.float64),
         per=np.array([float(len(own)) for own in values]),
-        truncated=sum(sample.truncated and sample.error is None for sample in samples),
-        failed=sum(sample.error is not None or rated.get(sample.id) == [] for sample in samples),
+        truncated=truncated,
+        failed=failed,
     )
 
 

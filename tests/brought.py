@@ -6,7 +6,7 @@ from safetensors.torch import save_file
 
 from kick.calibration import CalibrationSpec
 from kick.compress import Recipe, compress
-from kick.models import find_source, fingerprint
+from kick.models import find_source
 from kick.settings import Setting
 
 GPTQ_V1 = {"quant_method": "gptq", "bits": 4, "group_size": 16, "sym": False, "desc_act": False}
@@ -38,7 +38,7 @@ def bring(path, dense, out, then=(), **params):
     source = find_source(str(dense))
     setting = Setting(compressor="external", params={"path": str(path), **params}, then=then)
     spec = CalibrationSpec(samples=4, sequence_length=32)
-    return compress(Recipe(source, fingerprint(source.path), setting, spec, "float32", "cpu"), out)
+    return compress(Recipe.of(source, setting, spec), out)
 
 
 def is_linear(name):

@@ -116,12 +116,9 @@ def real_checkpoint(real_model, tmp_path_factory):
     """The packaged model as a dense checkpoint: read from its .gguf once for all tests."""
     from kick.calibration import CalibrationSpec
     from kick.compress import Recipe, compress
-    from kick.models import fingerprint
     from kick.settings import Setting
 
-    recipe = Recipe(
-        real_model, fingerprint(real_model.path), Setting(compressor="dense"), CalibrationSpec(), "float32", "cpu"
-    )
+    recipe = Recipe.of(real_model, Setting(compressor="dense"), CalibrationSpec())
     return compress(recipe, tmp_path_factory.mktemp("real") / "dense")
 
 

@@ -47,7 +47,7 @@ def test_the_commands_of_the_first_sweep(tmp_path, monkeypatch, tiny_model, caps
 def test_the_page_on_training(tmp_path, monkeypatch, tokenizer, capsys):
     from conftest import make_tiny_llama
 
-    from kick.config import parse, read_yaml
+    from kick.sweep_file import parse, read_yaml
 
     monkeypatch.chdir(tmp_path)
     model = tmp_path / "model"
@@ -114,7 +114,7 @@ def test_the_documented_compressor_works_as_an_installed_package(tmp_path, tiny_
 def test_the_documented_policies_are_valid():
     import yaml
 
-    from kick.config import parse
+    from kick.sweep_file import parse
 
     for text in blocks("docs/compressors.md", "yaml"):
         config = parse({"model": "m", "suites": ["perplexity"], **yaml.safe_load(text)}, "docs/compressors.md")
@@ -143,7 +143,7 @@ def test_the_table_of_keys_is_complete():
 
 
 def test_the_documented_study_has_a_setting_and_a_suite_for_each_value():
-    from kick.config import parse, read_yaml
+    from kick.sweep_file import parse, read_yaml
 
     _, study, by_size = blocks("docs/first-sweep.md", "yaml")
     config = parse({"model": "m", **read_yaml(study, "the page")}, "the page")
@@ -155,7 +155,7 @@ def test_the_documented_study_has_a_setting_and_a_suite_for_each_value():
 
 
 def test_the_documented_executors_are_valid():
-    from kick.config import parse, read_yaml
+    from kick.sweep_file import parse, read_yaml
 
     found = []
     for text in blocks("docs/clusters.md", "yaml"):
@@ -167,8 +167,8 @@ def test_the_documented_executors_are_valid():
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "configs").rglob("*.yaml")), ids=lambda path: path.stem)
 def test_the_shipped_sweep_files_are_valid(path):
     from kick.compress import prepare
-    from kick.config import load
     from kick.sweep.plan import make_suite
+    from kick.sweep_file import load
 
     config = load(path)
     assert all(prepare(setting) is not None for setting in config.all_settings())
@@ -192,9 +192,9 @@ def test_the_commands_of_the_page_on_judges(tmp_path, monkeypatch, tiny_model, c
 def test_the_page_on_lms(tmp_path, tiny_model, capsys):
     import yaml
 
-    from kick.config import parse
     from kick.lm import find_lm, params_of
     from kick.settings import Variant
+    from kick.sweep_file import parse
 
     for line in blocks("docs/lms.md", "console")[0].strip().split("\n"):
         assert run(line, ("smollm2-135m", tiny_model)) == 0, line

@@ -18,8 +18,8 @@ from kick.checkpoint import Checkpoint, read_grids
 from kick.errors import CheckpointError
 from kick.export import check_plain
 from kick.files import new_directory, write_json
+from kick.gptq_layout import pack_linear
 from kick.loading import load_model, load_tokenizer
-from kick.packing import pack_linear
 from kick.quantization import Grid
 
 

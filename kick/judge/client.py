@@ -12,7 +12,7 @@ from typing import Any
 
 import openai
 
-from kick.endpoint import said
+from kick.endpoint import said, without_key
 from kick.errors import KickError
 from kick.judge.budget import Bound, Budget, BudgetSpent
 from kick.judge.questions import Answer, Form, Question
@@ -69,13 +69,9 @@ class Judge:
     def ask(self, question: Question) -> Verdict:
         """Raises BudgetSpent before a request that might not fit, and KickError where no question can succeed."""
         verdict = self._ask(question)
-        verdict.reply = self._without_key(verdict.reply)
-        verdict.failed = None if verdict.failed is None else self._without_key(verdict.failed)
+        verdict.reply = without_key(verdict.reply, self._key)
+        verdict.failed = None if verdict.failed is None else without_key(verdict.failed, self._key)
         return verdict
-
-    def _without_key(self, text: str) -> str:
-        """What an endpoint says may hold the key that it was sent; no record may."""
-        return text.replace(self._key, "[key]") if len(self._key) > 4 else text
 
     def _ask(self, question: Question) -> Verdict:
         verdict = Verdict(judge=self.spec.model)

@@ -19,14 +19,14 @@ from kick.compare import estimate
 from kick.config import SuiteSpec, SweepConfig
 from kick.errors import ConfigError, RunError, unknown_name
 from kick.files import write_json
-from kick.judge import calibration
+from kick.jsonl import read_jsonl
+from kick.judge import trust
 from kick.judge.budget import Budget, BudgetSpent
 from kick.judge.cache import Cache
 from kick.judge.client import Judge, Verdict, how_to_answer
 from kick.judge.questions import Answer, Judgment, Question
 from kick.judge.spec import JudgeSpec
-from kick.progress import Progress
-from kick.rows import read_jsonl
+from kick.progress import Display
 from kick.settings import DENSE, Setting, digest
 from kick.suite import Sample
 from kick.sweep.plan import PlannedSuite, judged_suites, judging_of, plan_suite
@@ -47,7 +47,7 @@ class Asked:
 
 
 @dataclass
-class Evaluation:
+class Judged:
     """An evaluation whose samples can be judged."""
 
     setting: str
@@ -58,7 +58,7 @@ class Evaluation:
 
 
 @dataclass
-class Outcome:
+class Summary:
     """What a call found and did; the record is what judge.json holds."""
 
     questions: int
@@ -69,7 +69,7 @@ class Outcome:
     record: dict[str, Any]
 
 
-def judge_run(root: Path, spec: JudgeSpec, progress: Progress) -> Outcome:
+def judge_run(root: Path, spec: JudgeSpec, display: Display) -> Summary:
     """Ask what was not asked before, then write judgments, scores and the record. Safe to kill and call again."""
     spec.check()
     verdicts = reference_verdicts(spec)  # read before anything is paid for
@@ -87,7 +87,7 @@ def judge_run(root: Path, spec: JudgeSpec, progress: Progress) -> Outcome:
                 for asked, verdict in ask_all(judge, missing, spec.concurrency):
                     cache.add(asked.key, verdict)
                     done += 1
-                    progress.step(f"judge: {asked.suite}", done, len(missing), None)
+                    display.step(f"judge: {asked.suite}", done, len(missing), None)
             except BudgetSpent:
                 stopped = f"the budget is spent after {done} of {len(missing)} questions"
         _stop_if_nothing_came(root, spec, cache, everything)
@@ -104,7 +104,7 @@ def judge_run(root: Path, spec: JudgeSpec, progress: Progress) -> Outcome:
         }
         record = {**_record(spec, cache, evaluations, verdicts), "last_call": now}
         write_json(root / JUDGE, record)
-        return Outcome(len(everything), cached, done, record["failed"], stopped, record)
+        return Summary(len(everything), cached, done, record["failed"], stopped, record)
 
 
 def _stop_if_nothing_came(root: Path, spec: JudgeSpec, cache: Cache, asked: Collection[str]) -> None:
@@ -120,7 +120,7 @@ def _stop_if_nothing_came(root: Path, spec: JudgeSpec, cache: Cache, asked: Coll
         )
 
 
-def find_evaluations(root: Path, spec: JudgeSpec) -> list[Evaluation]:
+def find_evaluations(root: Path, spec: JudgeSpec) -> list[Judged]:
     """Every complete evaluation of a suite that can be judged, with its questions. Raises RunError if there is none."""
     run = read_run(root)
     config = SweepConfig(**{key: value for key, value in run["config"].items() if key != "judge"})
@@ -133,7 +133,7 @@ def find_evaluations(root: Path, spec: JudgeSpec) -> list[Evaluation]:
             own = store.evaluation(setting.name, suite.name)
             result = own.result()
             if result and result["status"] == "complete" and own.is_complete(result["key"]):
-                found.append(Evaluation(setting.name, planned, own, own.samples()))
+                found.append(Judged(setting.name, planned, own, own.samples()))
     if not found:
         raise RunError(f"{root} holds no finished evaluation of {judged[0].name}.", "Run the sweep first.")
     for evaluation in found:
@@ -142,7 +142,7 @@ def find_evaluations(root: Path, spec: JudgeSpec) -> list[Evaluation]:
     return found
 
 
-def by_key(evaluations: Iterable[Evaluation]) -> dict[str, Asked]:
+def by_key(evaluations: Iterable[Judged]) -> dict[str, Asked]:
     """Each question once, by its content."""
     return {asked.key: asked for evaluation in evaluations for asked in evaluation.questions}
 
@@ -158,7 +158,7 @@ def _plan_again(suite: SuiteSpec, data: str, recorded: dict[str, Any]) -> Planne
     return planned
 
 
-def _questions(evaluation: Evaluation, everything: list[Evaluation], spec: JudgeSpec) -> list[Asked]:
+def _questions(evaluation: Judged, everything: list[Judged], spec: JudgeSpec) -> list[Asked]:
     planned = evaluation.planned
     judging = judging_of(planned.suite, planned.name, spec)
     same = {e.setting: e for e in everything if e.planned.name == planned.name}
@@ -168,12 +168,12 @@ def _questions(evaluation: Evaluation, everything: list[Evaluation], spec: Judge
     elif whose != DENSE and whose not in same:
         raise unknown_name("setting to compare with", whose, same, "A file of answers ends in .jsonl.")
     answers = same[whose].samples if whose in same else []
-    usable = {sample.id: sample for sample in answers if sample.error is None and not sample.truncated}
+    usable = {sample.id: sample for sample in answers if sample.left_out is None}
     questions = planned.suite.judge_questions(judging, planned.by_sample(), evaluation.samples, usable)
     return [Asked(evaluation.setting, planned.name, question, _key(question, spec)) for question in questions]
 
 
-def _repeat_some(evaluations: list[Evaluation], spec: JudgeSpec) -> None:
+def _repeat_some(evaluations: list[Judged], spec: JudgeSpec) -> None:
     """Add `repeats` questions of each suite, drawn with a fixed seed, a second time."""
     rng = np.random.default_rng(0)
     for suite in dict.fromkeys(evaluation.planned.name for evaluation in evaluations):
@@ -252,7 +252,7 @@ def _judgment(asked: Asked, cache: Cache, spec: JudgeSpec) -> Judgment:
 
 
 def _record(
-    spec: JudgeSpec, cache: Cache, evaluations: list[Evaluation], verdicts: dict[str, dict[str, Answer]]
+    spec: JudgeSpec, cache: Cache, evaluations: list[Judged], verdicts: dict[str, dict[str, Answer]]
 ) -> dict[str, Any]:
     judgments: dict[str, list[Judgment]] = {}
     words: dict[str, dict[str, int]] = {}
@@ -279,7 +279,7 @@ def _record(
         "output_tokens": output_tokens,
         "usd": spec.usd(prompt_tokens, output_tokens),
         "calibration": {
-            name: calibration.table(found, words[name], verdicts.get(name, {})) for name, found in judgments.items()
+            name: trust.table(found, words[name], verdicts.get(name, {})) for name, found in judgments.items()
         },
     }
 

@@ -3,21 +3,26 @@
 from pathlib import Path
 from typing import Any
 
-from kick.compressor import Cost
 from kick.devices import is_usable
-from kick.meter import product_speed
 from kick.models import bytes_to_fetch
 from kick.progress import duration
 from kick.settings import DENSE
 from kick.suite import CHARACTERS_PER_TOKEN
-from kick.sweep.costs import checkpoint_bytes, remarks, training_costs, worker_bytes
+from kick.sweep.costs import (
+    A100,
+    TRAINING_SHARE,
+    checkpoint_bytes,
+    remarks,
+    speed_of,
+    training_costs,
+    training_seconds,
+    worker_bytes,
+)
 from kick.sweep.executors import find_executor
 from kick.sweep.plan import Plan
 from kick.sweep.run import missing_evaluations
 from kick.sweep.store import RUN, Store, check_usable
 
-_A100 = 312e12  # operations a second in bfloat16
-_TRAINING_SHARE = 0.35  # of the speed of plain products that training reaches
 _OVERHEAD = 3.0
 """Measured wall seconds over matrix products at full speed alone, on the packaged model: attention, generation token by
 token, loading, and the few-shot examples in front of a question."""
@@ -32,7 +37,16 @@ def describe(plan: Plan, out: Path, fresh: bool = False) -> tuple[str, dict[str,
     parameters = plan.parameters
     seconds = _seconds(plan, store, {name: [s.name for s in suites] for name, suites in missing.items()}, parameters)
     costs = {name: cost for name, cost in training_costs(plan).items() if name in missing}
-    training = _training(plan, costs)
+    here = training_seconds(plan, costs)
+    training = {
+        name: {
+            "tokens": cost.tokens,
+            "memory_bytes": cost.memory_bytes,
+            "seconds_here": here[name],
+            "a100_hours": cost.operations / (A100 * TRAINING_SHARE) / 3600,
+        }
+        for name, cost in costs.items()
+    }
     seconds += sum(cost["seconds_here"] for cost in training.values())
     workers = find_executor(plan.config.executor).works_here(plan)
     memory = max(1, workers) * worker_bytes(plan, costs)
@@ -89,25 +103,6 @@ def describe(plan: Plan, out: Path, fresh: bool = False) -> tuple[str, dict[str,
     return "\n".join(lines), document
 
 
-def _training(plan: Plan, costs: dict[str, Cost]) -> dict[str, dict[str, Any]]:
-    """Their time here and on an A100."""
-    speed = _speed(plan, "float32" if plan.device == "cpu" else "bfloat16") if costs else 1.0
-    return {
-        name: {
-            "tokens": cost.tokens,
-            "memory_bytes": cost.memory_bytes,
-            "seconds_here": cost.operations / (speed * _TRAINING_SHARE),
-            "a100_hours": cost.operations / (_A100 * _TRAINING_SHARE) / 3600,
-        }
-        for name, cost in costs.items()
-    }
-
-
-def _speed(plan: Plan, dtype: str) -> float:
-    """Of plain products, in operations a second: measured, or an A100's where the device is on other machines only."""
-    return product_speed(plan.device, dtype) if is_usable(plan.device) else _A100
-
-
 def _judge(plan: Plan, missing: dict[str, list[str]], held: Path | None) -> dict[str, Any] | None:
     """What grading the missing answers, and those in the run `held` that are not graded, may take at most."""
     spec = plan.config.judge
@@ -137,7 +132,7 @@ def _seconds(plan: Plan, store: Store, missing: dict[str, list[str]], parameters
             if suite.name in rates:
                 total += rates[suite.name] * len(suite.examples)
                 continue
-            speed = speed or _speed(plan, plan.dtype)
+            speed = speed or speed_of(plan, plan.dtype)
             tokens = sum(map(suite.suite.length, suite.examples)) / CHARACTERS_PER_TOKEN
             total += _OVERHEAD * tokens * 2 * parameters / speed
     for setting in plan.settings:
@@ -145,7 +140,7 @@ def _seconds(plan: Plan, store: Store, missing: dict[str, list[str]], parameters
             continue
         total += 2 * parameters * 4 / 1e9  # to read and write weights
         if setting.name in plan.calibrated:
-            speed = speed or _speed(plan, plan.dtype)
+            speed = speed or speed_of(plan, plan.dtype)
             spec = setting.calibration or plan.config.calibration
             total += 2 * spec.samples * spec.sequence_length * 2 * parameters / speed  # a block runs before and after
     return total

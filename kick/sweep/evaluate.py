@@ -94,7 +94,7 @@ class Counts:
     def over(self, samples: Iterable[Sample]) -> Iterator[Sample]:
         for sample in samples:
             self.n += 1
-            self.truncated += sample.truncated
-            self.failed += sample.error is not None
+            self.truncated += sample.left_out == "truncated"
+            self.failed += sample.left_out == "failed"
             self.shots[str(sample.shots)] = self.shots.get(str(sample.shots), 0) + 1
             yield sample

@@ -14,13 +14,14 @@ import torch
 from kick import __version__, devices, loading, meter, models, plugins
 from kick import checkpoint as checkpoints
 from kick.calibration import Calibration, CalibrationSpec, draw, precision_of
-from kick.compress import Recipe, needs_calibration, prepare
+from kick.compress import Recipe, check_streamable, needs_calibration, prepare
 from kick.config import SuiteSpec, SweepConfig
 from kick.errors import CheckpointError, ConfigError, DataError
 from kick.judge.spec import JudgeSpec
 from kick.lm import find_lm, params_of
 from kick.lm.spec import LMSpec
 from kick.models import ModelSource
+from kick.outcome import Step
 from kick.settings import Setting, digest
 from kick.spec import distinct, validated
 from kick.suite import DataSource, Example, Suite, data_fingerprint, repeated_id, subset
@@ -53,7 +54,7 @@ class PlannedSuite:
         return {id: example for example in self.examples for id in self.suite.sample_ids(example)}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     config: SweepConfig
     source: ModelSource
@@ -62,17 +63,22 @@ class Plan:
     dtype: str
     device: str
     settings: list[Setting]
+    steps: dict[str, list[Step]]  # of the settings that are made, to look at; carried out are others like them
     suites: list[PlannedSuite]
     calibrations: dict[CalibrationSpec, Calibration]  # each drawn once for all settings that need it
-    calibrated: frozenset[str]  # the settings that need it
     inputs: dict[str, list[dict[str, str]]]  # what the stages of a setting read besides the source
     engines: list[tuple[LMSpec, dict[str, str]]]  # of each LM the versions of what answers outside this interpreter
-    given: checkpoints.Checkpoint | None = None  # evaluated as it is: the plan's only setting
+    given: checkpoints.Checkpoint | None = None  # evaluated as it is: the plan's only setting, whose steps are not here
 
     @property
-    def made(self) -> list[Setting]:
-        """The settings that are made: not a checkpoint that is asked as it is, whose compressor need not be here."""
-        return self.settings if self.given is None else []
+    def dense(self) -> Setting:
+        """The model as it came; of a checkpoint that is asked as it is, its one setting."""
+        return self.settings[0]
+
+    @cached_property
+    def calibrated(self) -> frozenset[str]:
+        """The settings that need calibration."""
+        return frozenset(name for name, steps in self.steps.items() if needs_calibration(steps))
 
     @cached_property
     def parameters(self) -> int:
@@ -86,9 +92,9 @@ class Plan:
     @property
     def decided(self) -> SweepConfig:
         """The sweep file with what it leaves to the machine decided: other machines must not decide otherwise."""
-        own = self.config.calibration
-        own = own.model_copy(update={"precision": precision_of(own, self.dtype, self.device)})
-        return self.config.model_copy(update={"device": self.device, "dtype": self.dtype, "calibration": own})
+        spec = self.config.calibration
+        spec = spec.model_copy(update={"precision": precision_of(spec, self.dtype, self.device)})
+        return self.config.model_copy(update={"device": self.device, "dtype": self.dtype, "calibration": spec})
 
     def calibration_of(self, setting: Setting) -> Calibration | None:
         """None where nothing needs it."""
@@ -96,13 +102,13 @@ class Plan:
 
     def recipe(self, setting: Setting) -> Recipe:
         return Recipe(
-            self.source,
-            self.fingerprint,
-            setting,
-            setting.calibration or self.config.calibration,
-            self.dtype,
-            self.device,
-            self.config.stream,
+            source=self.source,
+            fingerprint=self.fingerprint,
+            setting=setting,
+            calibration=setting.calibration or self.config.calibration,
+            dtype=self.dtype,
+            device=self.device,
+            stream=self.config.stream,
         )
 
     @cached_property
@@ -166,12 +172,12 @@ class Plan:
         return digest({**self.identity, **own})
 
 
-def make_plan(config: SweepConfig, as_is: bool = False, weights: bool = True, repeated: bool = False) -> Plan:
+def make_plan(config: SweepConfig, as_is: bool = False, weights: bool = True, check_overlap: bool = True) -> Plan:
     """Resolve and check everything that `config` names.
 
     as_is: a model that is a kick checkpoint keeps its setting, instead of being the dense model of a new sweep.
-    repeated: the process that started this one has made it before, and seen that nothing scored is learned from.
     weights: False for a plan to look at only, for which those of `config.model` are not fetched from the hub.
+    check_overlap: False where it was seen before that no text is both learned from and scored.
     """
     executor = find_executor(config.executor)
     executor.check(config.executor)
@@ -179,71 +185,86 @@ def make_plan(config: SweepConfig, as_is: bool = False, weights: bool = True, re
     dtype = devices.choose_dtype(config.dtype, device)
     config = with_sizes_as_levels(config, dtype)
     settings = config.all_settings()
-    inputs = {setting.name: [step.compressor.inputs() for step in prepare(setting)] for setting in settings}
-    if config.judge is not None:  # what would stop the judge at the end is said at the beginning
+    steps = {setting.name: prepare(setting) for setting in settings}
+    inputs = {name: [step.compressor.inputs() for step in own] for name, own in steps.items()}
+    _check_judge(config)
+    assert isinstance(config.model, str)  # several models have a plan each
+    source = models.find_source(config.model)
+    given = _as_given(source) if as_is else None
+    if given is not None:
+        settings, steps = [Setting(**given.record["setting"])], {}
+    suites = [plan_suite(spec, config.data) for spec in config.all_suites()]
+    _check_dense_beside(config, settings, suites, device)
+    engines = [(spec, find_lm(spec.name).check(params_of(spec), [s.name for s in settings])) for spec in lms(config)]
+    path = models.fetch(source, weights=weights)
+    if config.stream:
+        for setting in settings:
+            check_streamable(steps.get(setting.name, []), device)
+    if any(spec.name == "fast" for spec, _ in engines):
+        loading.check_unpacks(path)
+    wanted = [s.calibration or config.calibration for s in settings if needs_calibration(steps.get(s.name, []))]
+    tokenizer = loading.load_tokenizer(path) if wanted else None
+    calibrations = {spec: draw(spec, tokenizer, dtype, device) for spec in distinct(wanted)}
+    if check_overlap:
+        _check_apart(calibrations, steps, suites, tokenizer)
+    return Plan(
+        config=config,
+        source=source,
+        path=path,
+        fingerprint=models.fingerprint(path),
+        dtype=dtype,
+        device=device,
+        settings=settings,
+        steps=steps,
+        suites=suites,
+        calibrations=calibrations,
+        inputs=inputs,
+        engines=engines,
+        given=given,
+    )
+
+
+def _check_judge(config: SweepConfig) -> None:
+    """What would stop the judge at the end is said at the beginning."""
+    if config.judge is not None:
         config.judge.check()
         config.judge.key()
         for spec in judged_suites(config, config.judge):
             judging_of(make_suite(spec), spec.name, config.judge)
-    assert isinstance(config.model, str)  # several models have a plan each
-    source = models.find_source(config.model)
-    given = None
-    if as_is and (models.fetch(source, weights=False) / checkpoints.RECORD).is_file():
-        given = checkpoints.read(models.fetch(source))
-        if damage := checkpoints.damage(given):
-            raise CheckpointError(
-                f"{given.path} is not what its record says: {damage[0]}.", "Copy or compress it again."
-            )
-        settings = [Setting(**given.record["setting"])]
-    suites = [plan_suite(spec, config.data) for spec in config.all_suites()]
+
+
+def _as_given(source: ModelSource) -> checkpoints.Checkpoint | None:
+    """The checkpoint that `source` is, if it is one of kick's. Raises CheckpointError for a damaged one."""
+    if not (models.fetch(source, weights=False) / checkpoints.RECORD).is_file():
+        return None
+    given = checkpoints.read(models.fetch(source))
+    if damage := checkpoints.damage(given):
+        raise CheckpointError(f"{given.path} is not what its record says: {damage[0]}.", "Copy or compress it again.")
+    return given
+
+
+def _check_dense_beside(config: SweepConfig, settings: list[Setting], suites: list[PlannedSuite], device: str) -> None:
+    """Raise ConfigError where a suite needs the dense model and it is not there, or does not fit beside another."""
     for planned in suites:
-        if planned.suite.needs_dense and not any(setting.is_dense for setting in settings):
+        if not planned.suite.needs_dense:
+            continue
+        if not any(setting.is_dense for setting in settings):
             raise ConfigError(
                 f"the suite '{planned.name}' compares with the dense model, which a checkpoint by itself is not.",
                 "Ask it in a sweep, where `dense` is always run.",
             )
-    names = [setting.name for setting in settings]
-    engines = [(spec, find_lm(spec.name).check(params_of(spec), names)) for spec in lms(config)]
-    for planned in suites:
         lm = planned.spec.lm or config.lm
-        beside = planned.suite.needs_dense and len(settings) > 1
-        if beside and not find_lm(lm.name).leaves_room_for_another(params_of(lm), device):
+        if len(settings) > 1 and not find_lm(lm.name).leaves_room_for_another(params_of(lm), device):
             raise ConfigError(
                 f"the suite '{planned.name}' asks the dense model beside each other, and one of the lm '{lm.name}' "
                 "takes more than half of a device.",
                 "Set lm.params.memory_utilization to 0.45, or give that suite an lm of its own, such as {name: fast}.",
             )
-    path = models.fetch(source, weights=weights)
-    if any(spec.name == "fast" for spec, _ in engines):
-        loading.check_unpacks(path)
-    calibrations, calibrated = {}, frozenset[str]()
-    if given is None:
-        calibrated = frozenset(s.name for s in settings if needs_calibration(prepare(s)))
-        wanted = [s.calibration or config.calibration for s in settings if s.name in calibrated]
-        tokenizer = loading.load_tokenizer(path) if wanted else None
-        calibrations = {spec: draw(spec, tokenizer, dtype, device) for spec in distinct(wanted)}
-        if not repeated:
-            _check_apart(calibrations, settings, suites, tokenizer)
-    return Plan(
-        config,
-        source,
-        path,
-        models.fingerprint(path),
-        dtype,
-        device,
-        settings,
-        suites,
-        calibrations,
-        calibrated,
-        inputs,
-        engines,
-        given,
-    )
 
 
 def _check_apart(
     calibrations: dict[CalibrationSpec, Calibration],
-    settings: list[Setting],
+    steps: dict[str, list[Step]],
     suites: list[PlannedSuite],
     tokenizer: Any,
 ) -> None:
@@ -263,8 +284,8 @@ def _check_apart(
                 )
     if not scored:
         return
-    steps = {(step.stage.compressor, str(step.stage.params)): step for own in settings for step in prepare(own)}
-    for step in steps.values():
+    different = {(step.stage.compressor, str(step.stage.params)): step for own in steps.values() for step in own}
+    for step in different.values():
         learned = list(step.compressor.trained_on())
         for name, text in scored.items():
             if passage := shared_passage([text], learned):
@@ -283,7 +304,7 @@ def lms(config: SweepConfig) -> list[LMSpec]:
 
 def gpus_each(plan: Plan) -> int:
     """GPUs of one work: as many as the LM that spreads over most of them asks for."""
-    return max(int(spec.params.get("tensor_parallel_size", 1)) for spec in lms(plan.config))
+    return max(find_lm(spec.name).gpus(params_of(spec)) for spec in lms(plan.config))
 
 
 def judged_suites(config: SweepConfig, judge: JudgeSpec) -> list[SuiteSpec]:

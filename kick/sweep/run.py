@@ -9,14 +9,15 @@ import shutil
 from collections import Counter, deque
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from typing import Any
 
 from kick import checkpoint as checkpoints
 from kick import plugins
 from kick.errors import CheckpointError, RunError
-from kick.progress import Progress
+from kick.progress import Display
 from kick.settings import DENSE, Setting
-from kick.sweep.clock import COMPRESS, Clock
-from kick.sweep.costs import checkpoint_bytes
+from kick.sweep.clock import Clock
+from kick.sweep.costs import checkpoint_bytes, training_costs, training_seconds
 from kick.sweep.executors import find_executor
 from kick.sweep.executors.base import Ended, Executor, Job
 from kick.sweep.plan import Plan, PlannedSuite
@@ -37,16 +38,16 @@ class Summary:
     failed: dict[str, str] = field(default_factory=dict)
 
 
-def run(plan: Plan, store: Store, progress: Progress, debug: bool = False) -> Summary:
+def run(plan: Plan, store: Store, display: Display, debug: bool = False) -> Summary:
     """Compress and evaluate every setting that is not complete. A failing one is recorded and the rest goes on."""
     missing = missing_evaluations(plan, store)
     total = len(plan.settings) * len(plan.suites)
     summary = Summary(evaluations=total, already=total - sum(map(len, missing.values())))
     if missing:
-        units = Counter({COMPRESS: len(missing)})
+        questions: Counter[str] = Counter()
         for suites in missing.values():
-            units.update({suite.name: len(suite.examples) for suite in suites})
-        clock = Clock(progress, units)
+            questions.update({suite.name: len(suite.examples) for suite in suites})
+        clock = Clock(display, questions, missing, training_seconds(plan, training_costs(plan)))
         spec = plan.config.executor
         config = plan.decided.model_dump(mode="json")
         job = Job(str(store.root.resolve()), config, plugins.files(), plan.identity, spec.timeout, debug)
@@ -60,6 +61,9 @@ def run(plan: Plan, store: Store, progress: Progress, debug: bool = False) -> Su
     if not plan.config.keep_checkpoints:
         for setting in plan.settings:  # also what a killed run left behind
             store.drop_checkpoint(setting.name)
+    elif plan.config.disk_budget_gb is not None:  # it may be smaller than it was
+        done = [setting.name for setting in plan.settings if setting.name != DENSE]
+        store.trim_checkpoints(1e9 * plan.config.disk_budget_gb, done)
     return summary
 
 
@@ -99,7 +103,7 @@ class _Scheduler:
 
     def __init__(self, plan: Plan, store: Store, executor: Executor, clock: Clock, summary: Summary) -> None:
         self.plan, self.store, self.executor = plan, store, executor
-        self.clock, self.progress, self.summary = clock, clock.progress, summary
+        self.clock, self.display, self.summary = clock, clock.display, summary
         self.settings = {setting.name: setting for setting in plan.settings}
         self.suites = {suite.name: suite for suite in plan.suites}
         self.deaths: Counter[tuple[str, str]] = Counter()  # (setting, suite) -> tries that ended badly
@@ -170,23 +174,22 @@ class _Scheduler:
             self._settle_checkpoint(ended)
             return
         owed = [self.suites[name] for name, _ in ended.work.owed]
-        results = {suite.name: self.store.evaluation(setting.name, suite.name).result() for suite in owed}
+        results = {suite.name: self._result(setting, suite) for suite in owed}
         unanswered = [suite for suite in owed if results[suite.name] is None]
-        # the first was under way, or all of them waited for the checkpoint that was
-        made = self.executor.has_weights(ended.work, answered=len(unanswered) < len(owed))
-        at_fault = unanswered[:1] if made else unanswered
-        at_fault += [suite for suite in owed if (results[suite.name] or {}).get("try_again")]
         died = ended.refused or ended.died
-        again = [suite for suite in unanswered if suite not in at_fault]
+        again, at_fault = unanswered[1:], unanswered[:1]  # the first was under way
+        made = self.executor.has_weights(ended.work, answered=len(unanswered) < len(owed))
+        if unanswered and not made:  # nothing was asked yet that smaller batches could help
+            again, at_fault = self._after_a_making(setting, unanswered, died or _NOTHING_CAME), []
+        at_fault += [suite for suite in owed if (results[suite.name] or {}).get("try_again")]
         for suite in at_fault:
             self.deaths[setting.name, suite.name] += 1
             tries = self.deaths[setting.name, suite.name]
             if tries <= self.plan.config.executor.retries:
                 reason = died or (results[suite.name] or {}).get("reason", _NOTHING_CAME)
-                self.progress.note(f"trying again: {setting.name} on {suite.name}: {reason}")
+                self.display.note(f"trying again: {setting.name} on {suite.name}: {reason}")
                 again.append(suite)
-                if made:
-                    self.clock.again(suite.name, len(suite.examples))
+                self.clock.again(suite.name, len(suite.examples))
             elif results[suite.name] is None:
                 times = f" ({tries} times)" if tries > 1 else ""
                 reason = f"its process died{times}: {died}" if ended.died else f"{died or _NOTHING_CAME}{times}"
@@ -200,17 +203,34 @@ class _Scheduler:
             self.finished.append(setting.name)
             self._clear_away(setting)
 
+    def _result(self, setting: Setting, suite: PlannedSuite) -> dict[str, Any] | None:
+        """What is known of an evaluation of this plan: a job that outlived another may have left its own."""
+        found = self.store.evaluation(setting.name, suite.name).result()
+        return found if found is not None and found["key"] == self.plan.key(setting, suite) else None
+
+    def _after_a_making(self, setting: Setting, suites: list[PlannedSuite], reason: str) -> list[PlannedSuite]:
+        """The process died while the checkpoint was made: the suites for which that is tried again."""
+        self.deaths[setting.name, ""] += 1
+        tries = self.deaths[setting.name, ""]
+        if tries <= self.plan.config.executor.retries:
+            self.display.note(f"trying again: {setting.name}: {reason}")
+            return suites
+        times = f" ({tries} times)" if tries > 1 else ""
+        for suite in suites:
+            record_failure(self.plan, self.store, setting, suite, f"its process died{times}: {reason}")
+        return []
+
     def _settle_checkpoint(self, ended: Ended) -> None:
         """Of the dense model alone. If it is not there, whoever needs it makes it, and records why it cannot."""
         if ended.died is not None:
             self.deaths[DENSE, ""] += 1
             if self.deaths[DENSE, ""] <= self.plan.config.executor.retries:
-                self.progress.note(f"trying again: the dense model: {ended.died}")
+                self.display.note(f"trying again: the dense model: {ended.died}")
                 self.waiting.appendleft(ended.work)
 
     def _give_up_without_dense(self, owed: list[PlannedSuite]) -> None:
         """Where the dense model could not even be made, neither can anything that starts from it."""
-        results = [self.store.evaluation(DENSE, suite.name).result() for suite in owed]
+        results = [self._result(self.plan.dense, suite) for suite in owed]
         could_be_made = self.store.has_checkpoint(DENSE) or self.executor.apart or self.plan.given is not None
         if could_be_made or any(result is None or result["status"] != "failed" for result in results):
             return
@@ -231,10 +251,10 @@ class _Scheduler:
 
     def _count(self, setting: Setting, settled: list[PlannedSuite]) -> None:
         for suite in settled:
-            result = self.store.evaluation(setting.name, suite.name).result()
+            result = self._result(setting, suite)
             assert result is not None
             if result["status"] == "complete":
                 self.summary.done += 1
             else:
                 self.summary.failed[f"{setting.name} on {suite.name}"] = result["reason"]
-                self.progress.note(f"failed: {setting.name} on {suite.name}: {result['reason']}")
+                self.display.note(f"failed: {setting.name} on {suite.name}: {result['reason']}")

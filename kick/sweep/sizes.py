@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kick import loading, models, plugins, shapes
-from kick.blocks import count_block_weights
+from kick.blocks import count_block_weights, parameter_count
 from kick.compressor import LayerwiseCompressor
 from kick.config import Grid, SameSize, SweepConfig
 from kick.errors import ConfigError, ModelError
@@ -37,11 +37,11 @@ def with_sizes_as_levels(config: SweepConfig, dtype: str) -> SweepConfig:
         _check(grid)
     assert isinstance(config.model, str)
     own = _skeleton(config.model)
-    parameters, prunable = _parameters(own), count_block_weights(own)
+    parameters, prunable = parameter_count(own), count_block_weights(own)
 
     @cache
     def size(name: str) -> int:
-        return _parameters(_skeleton(name))
+        return parameter_count(_skeleton(name))
 
     def reached(asked: SameSize) -> SameSize:
         mask = 1 / (8 * getattr(torch, dtype).itemsize) if asked.by == "bytes" else 0.0
@@ -108,8 +108,3 @@ def _skeleton(name: str) -> torch.nn.Module:
 
 def _nothing(size: list[int]) -> Tensor:
     return torch.empty(size, device="meta")
-
-
-def _parameters(model: torch.nn.Module) -> int:
-    """Each once, also where the head is the embedding."""
-    return sum(parameter.numel() for parameter in model.parameters())

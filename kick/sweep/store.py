@@ -35,8 +35,8 @@ from kick.files import (
     write_json,
     write_text,
 )
+from kick.jsonl import read_jsonl
 from kick.judge.questions import Judgment
-from kick.rows import read_jsonl
 from kick.suite import Sample
 from kick.sweep.lock import lock
 from kick.sweep.plan import Plan

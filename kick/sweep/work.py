@@ -88,9 +88,9 @@ class _AtWork:
     def suites(self) -> Iterator[str]:
         by_name = {suite.name: suite for suite in self.plan.suites}
         suites = [by_name[name] for name in self.halvings]
+        if self.setting.name == DENSE:
+            check_parity(self.workshop, self.watch, self.rules)
         with _limited(self.rules):
-            if self.setting.name == DENSE:
-                check_parity(self.workshop, self.watch)
             if not suites:
                 try:
                     self._checkpoint()
@@ -110,14 +110,15 @@ class _AtWork:
         except Exception as error:  # whatever a compressor does wrong costs its own setting only
             while left:
                 suite = left.popleft()
+                self.watch.ask(self.setting.name, suite.name, len(suite.examples))
                 self._failed(suite, error)
+                self.watch.stop()
                 yield suite.name
             return
         with closing(lm):
             lives = True
             while left and lives:
                 suite = left.popleft()
-                self.watch.start(f"{self.setting.name}: {suite.name}", suite.name, len(suite.examples))
                 try:
                     with _limited(self.rules):
                         self._evaluate(lm, spec, suite)
@@ -135,6 +136,7 @@ class _AtWork:
 
     def _evaluate(self, lm: Any, spec: LMSpec, suite: PlannedSuite) -> None:
         dense = self.workshop.dense_lm(self.setting, suite, lm, self.watch) if suite.suite.needs_dense else None
+        self.watch.ask(self.setting.name, suite.name, len(suite.examples))
         evaluate(
             lm,
             dense,
@@ -186,12 +188,12 @@ class _Moving:
 
     def __init__(self, watch: Watch, rules: Rules) -> None:
         self._watch, self._rules = watch, rules
-        self.start, self.skip, self.advance = watch.start, watch.skip, watch.advance
-        self.stop, self.note = watch.stop, watch.note
+        self.make, self.made, self.ask = watch.make, watch.made, watch.ask
+        self.skip, self.advance, self.stop, self.note = watch.skip, watch.advance, watch.stop, watch.note
 
-    def show(self, *progress: object) -> None:
+    def show(self, done: int, total: int, what: str, detail: str = "") -> None:
         _start_timeout(self._rules)
-        self._watch.show(*progress)
+        self._watch.show(done, total, what, detail)
 
 
 def _still_computes(device: str) -> bool:
@@ -218,8 +220,11 @@ def record_failure(
         raise
 
 
-def check_parity(workshop: Workshop, watch: Watch) -> None:
-    """Where several LMs answer, whether they say the same of the dense model; once a run, kept in run.json."""
+def check_parity(workshop: Workshop, watch: Watch, rules: Rules) -> None:
+    """Where several LMs answer, whether they say the same of the dense model; once a run, kept in run.json.
+
+    Each may take as long as an evaluation.
+    """
     plan, store = workshop.plan, workshop.store
     if knows_parity(plan, store):
         return
@@ -227,10 +232,12 @@ def check_parity(workshop: Workshop, watch: Watch) -> None:
     asked: list[tuple[LMSpec, Answers | str]] = []
     for spec in (first, *others):  # one after the other: each may want all of a GPU
         try:
-            lm = load_lm(spec, workshop.checkpoint(plan.settings[0], watch).path, plan.dtype, plan.device)
-            with closing(lm):
-                asked.append((spec, ask(lm)))
-            del lm
+            with _limited(rules):
+                path = workshop.checkpoint(plan.dense, _Moving(watch, rules)).path
+                lm = load_lm(spec, path, plan.dtype, plan.device)
+                with closing(lm):
+                    asked.append((spec, ask(lm)))
+                del lm
         except Exception as error:  # its evaluations will fail with the same reason, the others need not
             stop_if_full(error)
             asked.append((spec, error.message if isinstance(error, KickError) else f"{type(error).__name__}: {error}"))

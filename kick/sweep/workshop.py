@@ -8,8 +8,9 @@ from kick.checkpoint import Checkpoint
 from kick.compress import compress
 from kick.errors import CheckpointError
 from kick.lm import load_lm
+from kick.lm.memory import give_back
 from kick.settings import DENSE, Setting
-from kick.sweep.clock import COMPRESS, Watch
+from kick.sweep.clock import Watch
 from kick.sweep.plan import Plan, PlannedSuite
 from kick.sweep.store import Store
 
@@ -53,7 +54,7 @@ class Workshop:
         if setting.name == DENSE:
             return lm
         if self._dense is None:
-            spec = self.plan.lm_of(self.plan.settings[0], suite)
+            spec = self.plan.lm_of(self.plan.dense, suite)
             self._dense = load_lm(spec, self._dense_checkpoint(watch).path, self.plan.dtype, self.plan.device)
         return self._dense
 
@@ -77,11 +78,10 @@ class Workshop:
 
     def _dense_checkpoint(self, watch: Watch) -> Checkpoint:
         """For another setting: where it is not there yet, whoever comes first makes it and the others wait."""
-        dense = self.plan.settings[0]  # always first
         if DENSE in self.checkpoints or self.store.has_checkpoint(DENSE):
-            return self.checkpoint(dense, watch)
+            return self.checkpoint(self.plan.dense, watch)
         with self.store.alone_with(DENSE):
-            return self.checkpoint(dense, watch)
+            return self.checkpoint(self.plan.dense, watch)
 
     def _on_disk(self, setting: Setting) -> Checkpoint | None:
         if not self.store.has_checkpoint(setting.name):
@@ -96,11 +96,12 @@ class Workshop:
         start: Path | None = None
         if not setting.is_dense:
             start = self._dense_checkpoint(watch).path
-        watch.start(f"{setting.name}: {'load' if setting.is_dense else 'compress'}", COMPRESS, 1)
+        watch.make(setting.name, "load" if setting.is_dense else "compress")
         out = self.store.checkpoint_path(setting.name)
         recipe = self.plan.recipe(setting)
         made = compress(recipe, out, watch.show, start, self.plan.calibration_of(setting))
-        watch.advance(1)
+        give_back(self.plan.device)
+        watch.made()
         return made
 
     def _check_same(self, setting: Setting, found: Checkpoint) -> None:

@@ -122,7 +122,7 @@ def test_calibration_and_evaluation_text_do_not_overlap():
     """No run of eight words stands in both embedded texts."""
     from kick_tasks import sources
 
-    from kick.rows import read_jsonl
+    from kick.jsonl import read_jsonl
 
     def runs(texts):
         for text in texts:

@@ -19,7 +19,7 @@ SMALL = CalibrationSpec(samples=4, sequence_length=32)
 def make(model, out, compressor, level="", layers=(), **params):
     source = find_source(str(model))
     setting = Setting(compressor=compressor, level=level, params=params, layers=layers)
-    return compress(Recipe(source, fingerprint(source.path), setting, SMALL, "float32", "cpu"), out)
+    return compress(Recipe.of(source, setting, SMALL), out)
 
 
 @pytest.fixture(scope="module")

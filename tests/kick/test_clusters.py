@@ -11,12 +11,14 @@ import pytest
 import torch
 
 from kick import cli
-from kick.config import load, parse
-from kick.errors import ConfigError
+from kick.errors import ConfigError, RunError
 from kick.progress import Silent
+from kick.sweep.clock import Clock, Lane
 from kick.sweep.plan import make_plan
 from kick.sweep.run import run
 from kick.sweep.store import Store
+from kick.sweep.work import Work
+from kick.sweep_file import load, parse
 
 SWEEP = """
 model: {model}
@@ -321,6 +323,41 @@ def test_submitit_gives_what_one_process_gives(config, scores, tmp_path):
     assert list((tmp_path / "run" / "slurm").iterdir())
 
 
+def test_a_job_that_slurm_does_not_take_costs_itself_only(config, tmp_path, monkeypatch):
+    """A controller that is busy, a limit of jobs: handed in again, then one of the settings that fail."""
+    pytest.importorskip("submitit")
+    from kick.sweep.executors import slurm
+    from kick.sweep.executors.base import Job
+
+    monkeypatch.setattr(slurm, "_PAUSES", (0.0, 0.0))
+    plan = make_plan(load(config, ["executor={name: slurm, params: {cluster: local}}"]))
+    with Store.open(tmp_path / "run", plan) as store:
+        job = Job(str(store.root), plan.config.model_dump(mode="json"), [], plan.identity)
+        executor = slurm.Slurm(plan, store, job, unwatched)
+        asked = []
+
+        def submit(*arguments):
+            asked.append(arguments)
+            raise RuntimeError("sbatch: error: QOSMaxSubmitJobPerUserLimit")
+
+        monkeypatch.setattr(executor._executor, "submit", submit)
+        with pytest.raises(RunError, match="Slurm takes no job: sbatch: error: QOSMax"):
+            executor.submit(Work("dense", ()))
+        assert len(asked) == 3
+        executor._jobs.append((None, Work("dense", ()), unwatched()))  # something is under way
+        executor.submit(Work("magnitude@0.5", ()))
+        (ended,) = executor.wait(0.1)
+        assert (ended.work.setting, ended.died) == (
+            "magnitude@0.5",
+            "Slurm took no job: sbatch: error: QOSMaxSubmitJobPerUserLimit",
+        )
+        executor._jobs.clear()
+
+
+def unwatched():
+    return Lane(Clock(Silent(), {}))
+
+
 def test_the_script_that_slurm_gets(config, tmp_path, monkeypatch):
     """sbatch is replaced by a script that keeps what it is given and says what Slurm says."""
     pytest.importorskip("submitit")
@@ -336,7 +373,6 @@ def test_the_script_that_slurm_gets(config, tmp_path, monkeypatch):
     plan = make_plan(load(config, [f"executor={{name: slurm, params: {params}}}"]))
     from kick.sweep.executors.base import Job
     from kick.sweep.executors.slurm import Slurm
-    from kick.sweep.work import Work
 
     with Store.open(tmp_path / "run", plan) as store:
         job = Job(str(store.root), plan.config.model_dump(mode="json"), [], plan.identity)

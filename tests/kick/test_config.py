@@ -4,9 +4,9 @@ import pytest
 from conftest import REPOSITORY
 
 from kick.calibration import CalibrationSpec
-from kick.config import load, read_yaml, schema
 from kick.errors import ConfigError
 from kick.settings import Setting
+from kick.sweep_file import load, parse, read_yaml, schema
 
 MINIMAL = "model: m\nsuites: [perplexity]\n"
 
@@ -131,6 +131,30 @@ def test_a_wrong_file_says_which_key_and_what_is_allowed(tmp_path, text, says):
         assert words in str(error.value)
 
 
+def test_keys_that_do_not_go_together_are_said_without_the_whole_file():
+    with pytest.raises(ConfigError) as caught:
+        parse({"model": "m", "suites": ["mmlu"], "disk_budget_gb": 1}, "sweep.yaml")
+    assert caught.value.message == "sweep.yaml: disk_budget_gb is of kept checkpoints: set keep_checkpoints: true."
+
+
+@pytest.mark.parametrize("value", ["a|b.txt", "x\ny"])
+def test_names_that_values_make_must_fit_a_table_too(value):
+    config = parse(
+        {
+            "model": "m",
+            "suites": ["mmlu"],
+            "settings": [{"compressor": "wanda", "levels": [0.5], "vary": {"calibration.source": ["c4", value]}}],
+        },
+        "sweep.yaml",
+    )
+    with pytest.raises(ConfigError, match="a label may hold neither a bar"):
+        config.all_settings()
+
+
+def test_numbers_are_decimal():
+    assert read_yaml("seeds: [010, 7]", "here") == {"seeds": [10, 7]}
+
+
 def test_a_missing_file(tmp_path):
     with pytest.raises(ConfigError, match="no sweep file"):
         load(tmp_path / "nothing.yaml")
@@ -205,7 +229,7 @@ def test_a_method_is_what_is_left_of_a_name(compressor, label, expected):
 
 def test_the_schema_for_editors_is_the_one_that_is_shipped():
     shipped = json.loads((REPOSITORY / "configs/schema.json").read_text(encoding="utf-8"))
-    again = "python -c 'import json; from kick.config import schema; print(json.dumps(schema(), indent=2))'"
+    again = "python -c 'import json; from kick.sweep_file import schema; print(json.dumps(schema(), indent=2))'"
     assert shipped == json.loads(json.dumps(schema())), f"write it again: {again} > configs/schema.json"
 
 

@@ -16,8 +16,8 @@ from kick.checkpoint import read
 from kick.cli import main
 from kick.errors import CheckpointError
 from kick.export import find_format
+from kick.gptq_layout import pack, pack_linear, unpack, unpack_linear
 from kick.loading import load_model
-from kick.packing import pack, pack_linear, unpack, unpack_linear
 
 
 def load(path, **options):

@@ -17,13 +17,13 @@ from kick.calibration import Calibration, CalibrationSpec, draw
 from kick.checkpoint import GRIDS, verify
 from kick.compress import Recipe, compress, prepare
 from kick.compressor import outlier_shares
-from kick.config import load
 from kick.errors import ConfigError, LevelError
 from kick.levels import Sparsity
 from kick.loading import load_model, load_skeleton
-from kick.models import find_source, fingerprint
+from kick.models import find_source
 from kick.policy import OWL, LayerRule, Policy, allocate
 from kick.settings import Setting, parse_setting
+from kick.sweep_file import load
 from kick.walk import BlockWalk
 
 
@@ -99,7 +99,7 @@ def test_the_head_is_compressed_where_a_rule_names_it(tokenizer, tmp_path):
     rule = LayerRule(match="lm_head", level="0.25")
     spec = CalibrationSpec(samples=6, sequence_length=32)
     setting = Setting(compressor="wanda", level="0.5", layers=(rule,))
-    made = compress(Recipe(source, fingerprint(source.path), setting, spec, "float32", "cpu"), tmp_path / "out")
+    made = compress(Recipe.of(source, setting, spec), tmp_path / "out")
     found = load_model(made.path, "float32", "cpu")
     reached = []
     found.lm_head.register_forward_pre_hook(lambda _, args: reached.append(args[0].reshape(-1, 32)))
@@ -126,7 +126,7 @@ def test_a_quantised_head_is_exported(tokenizer, tmp_path):
     rule = LayerRule(match="lm_head", level="4")
     setting = Setting(compressor="awq", level="4", params={"group_size": 16}, layers=(rule,))
     spec = CalibrationSpec(samples=6, sequence_length=32)
-    made = compress(Recipe(source, fingerprint(source.path), setting, spec, "float32", "cpu"), tmp_path / "out")
+    made = compress(Recipe.of(source, setting, spec), tmp_path / "out")
     exported = write(made, tmp_path / "gptq", "auto")
     assert json.loads((exported / "quantize_config.json").read_text())["lm_head"] is True
     again = External(External.Params(path=str(exported)))
@@ -210,10 +210,7 @@ def chained(tiny_model, out, text, **params):
         stage.model_copy(update={"params": params if stage.compressor in quantisers else {}}) for stage in setting.then
     )
     source = find_source(str(tiny_model))
-    recipe = Recipe(
-        source, fingerprint(source.path), setting.model_copy(update={"then": then}), SMALL, "float32", "cpu"
-    )
-    return compress(recipe, out)
+    return compress(Recipe.of(source, setting.model_copy(update={"then": then}), SMALL), out)
 
 
 def test_a_chain_keeps_the_mask_and_says_what_each_stage_reached(tiny_model, tmp_path):
@@ -286,7 +283,7 @@ def test_a_grid_survives_pruning_by_zeros_and_not_by_updates(tiny_model, tmp_pat
     def quantised(out, text):
         setting = parse_setting(text).model_copy(update={"params": {"group_size": 16}})
         source = find_source(str(tiny_model))
-        return compress(Recipe(source, fingerprint(source.path), setting, SMALL, "float32", "cpu"), out).record
+        return compress(Recipe.of(source, setting, SMALL), out).record
 
     zeroed = quantised(tmp_path / "zeroed", "gptq@4 > wanda@0.5")
     assert (zeroed["grid_violations"], zeroed["bits_per_weight"], zeroed["sparsity"] >= 0.5) == (0, 5.25, True)
@@ -300,5 +297,5 @@ def test_a_grid_survives_pruning_by_zeros_and_not_by_updates(tiny_model, tmp_pat
 def test_weights_that_round_to_zero_are_no_fault(tiny_model, tmp_path, text):
     setting = parse_setting(text).model_copy(update={"params": {"group_size": 16}})
     source = find_source(str(tiny_model))
-    made = compress(Recipe(source, fingerprint(source.path), setting, SMALL, "float32", "cpu"), tmp_path / "out")
+    made = compress(Recipe.of(source, setting, SMALL), tmp_path / "out")
     assert made.record["sparsity"] >= 0.5

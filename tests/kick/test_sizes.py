@@ -9,10 +9,10 @@ from conftest import make_tiny_llama
 from safetensors.torch import load_file, save_file
 
 from kick import cli
-from kick.config import parse
 from kick.errors import ConfigError, ModelError
-from kick.report.figures.retained import packed_bytes
+from kick.measured import packed_bytes
 from kick.sweep.sizes import with_sizes_as_levels
+from kick.sweep_file import parse
 
 SIZES = {"small": 2, "middle": 3, "large": 6}  # blocks
 

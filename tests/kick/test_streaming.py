@@ -13,7 +13,7 @@ from kick.checkpoint import verify
 from kick.compress import Recipe, compress
 from kick.errors import ConfigError, ModelError
 from kick.loading import load_model
-from kick.models import find_source, fingerprint
+from kick.models import find_source
 from kick.settings import parse_setting
 from kick.streaming import open_streamed, resident
 
@@ -23,7 +23,7 @@ SETTINGS = ["dense", "magnitude@0.5", "wanda@2:4", "sparsegpt@0.5", "gptq@4", "a
 def made(path, out, text, stream, **changes):
     setting = parse_setting(text)
     source = find_source(str(path))
-    return compress(Recipe(source, fingerprint(source.path), setting, SMALL, "float32", "cpu", stream), out)
+    return compress(Recipe.of(source, setting, SMALL, stream=stream), out)
 
 
 def tensors(checkpoint):
@@ -81,7 +81,7 @@ def test_only_a_change_that_is_meant_is_kept(tiny_model, tmp_path):
 
 
 def test_what_cannot_be_streamed_says_so(tiny_model, tmp_path, tokenizer):
-    from kick.compress import _check_streamable
+    from kick.compress import check_streamable
     from kick.compressor import Compressor
     from kick.outcome import Step
 
@@ -90,9 +90,9 @@ def test_what_cannot_be_streamed_says_so(tiny_model, tmp_path, tokenizer):
             return model
 
     with pytest.raises(ConfigError, match="cannot be streamed"):
-        _check_streamable([Step(parse_setting("whole@0.5"), Whole(), None)], "cpu")
-    with pytest.raises(ConfigError, match="streaming on 'cuda'"):
-        _check_streamable([], "cuda")
+        check_streamable([Step(parse_setting("whole@0.5"), Whole(), None)], "cpu")
+    with pytest.raises(ConfigError, match="cannot run on 'cuda'"):
+        check_streamable([], "cuda")
     with pytest.raises(ModelError, match=r"model\.gguf cannot be streamed"):
         open_streamed(tmp_path / "model.gguf", "float32", tmp_path)
     renamed = {name.replace("mlp", "ffn"): value for name, value in load_file(tiny_model / "model.safetensors").items()}

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -14,13 +15,13 @@ import pytest
 from conftest import swept
 
 from kick import cli, meter
-from kick.config import load
 from kick.progress import Silent
 from kick.report import write_report
 from kick.sweep.overlap import shared_passage
 from kick.sweep.plan import make_plan
 from kick.sweep.run import run
 from kick.sweep.store import EvaluationStore, Store
+from kick.sweep_file import load
 
 SWEEP = """
 model: {model}
@@ -359,7 +360,7 @@ def test_one_writer_at_a_time(config, tmp_path, capsys):
 
 
 def test_what_needs_no_calibration_is_not_estimated_with_one(config, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("kick.sweep.estimate._speed", lambda *_: 1e6)
+    monkeypatch.setattr("kick.sweep.estimate.speed_of", lambda *_: 1e6)
 
     def seconds(setting, samples):
         changed = [f"settings=[{setting}]", f"calibration={{samples: {samples}, sequence_length: 16}}"]
@@ -398,7 +399,7 @@ def test_half_precision_on_a_cpu_without_units_for_it_is_warned_of(config, tmp_p
     assert cli.main([*dry, "dtype=bfloat16"]) == 0
     assert "matrix products take 3 times as long in bfloat16 as in float32 on this CPU" in capsys.readouterr().out
     assert cli.main([*dry, "dtype=float32"]) == 0
-    assert "slower" not in capsys.readouterr().out
+    assert "times as long" not in capsys.readouterr().out
     assert meter.slow_precision("cuda", "bfloat16") is None
     monkeypatch.setattr(meter, "product_speed", lambda device, dtype: {"float32": 6e10, "bfloat16": 3.3e10}[dtype])
     assert "take 1.8 times as long" in str(meter.slow_precision("cpu", "bfloat16"))
@@ -491,6 +492,30 @@ def test_report_again_gives_the_same_tables(finished, tmp_path):
 
 
 # Policies, several models
+
+
+def test_a_smaller_budget_holds_for_what_was_kept_before(config, tmp_path):
+    config.write_text(config.read_text() + "keep_checkpoints: true\nexecutor: {name: inline}\n")
+    _run(config, tmp_path / "run")
+    assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 3
+    config.write_text(config.read_text() + "disk_budget_gb: 0.0003\n")
+    _run(config, tmp_path / "run")  # nothing is left to be asked
+    assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 2
+
+
+@pytest.mark.parametrize("setting", ["{compressor: tune}", "ast@2:4"])
+def test_what_cannot_be_streamed_is_said_before_anything_is_run(config, tmp_path, setting, capsys):
+    config.write_text(re.sub("settings: .*", f"settings: [{setting}]", config.read_text()) + "stream: true\n")
+    assert cli.main(["sweep", str(config), "--out", str(tmp_path / "run"), "--dry-run"]) == 2
+    assert "cannot be streamed" in capsys.readouterr().err
+
+
+def test_a_suite_that_is_timed_beside_other_works_is_said(config, tmp_path, capsys):
+    config.write_text(config.read_text().replace("suites:", "suites:\n  - {suite: speed}", 1))
+    for workers, said in ((2, True), (1, False)):
+        arguments = ["sweep", str(config), "--out", str(tmp_path / "run"), "--dry-run", "--executor", "local"]
+        assert cli.main([*arguments, "--set", f"executor.workers={workers}"]) == 0
+        assert ("speed is timed while other works run beside it" in capsys.readouterr().out) == said
 
 
 def test_kept_checkpoints_stay_within_their_budget(config, tmp_path):

@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from kick.config import load
 from kick.sweep import work
 from kick.sweep.executors.base import Job
 from kick.sweep.executors.local import Local
 from kick.sweep.plan import make_plan
 from kick.sweep.store import Store
+from kick.sweep_file import load
 
 SWEEP = """
 model: {model}
@@ -285,6 +285,35 @@ def test_a_compression_may_take_longer_than_the_timeout_as_long_as_it_moves(conf
     scores = json.loads((tmp_path / "run/evaluations/slow@0.5/mmlu/scores.json").read_text())
     assert scores["status"] == ("complete" if goes_on else "failed")
     assert goes_on or "it took longer than the timeout of 10 s" in scores["reason"]
+
+
+KILLED_ONCE = """
+import os, signal
+from pathlib import Path
+from kick_compressors.magnitude import Magnitude
+
+class Killed(Magnitude):
+    name = "killed"
+    def compress(self, model, level, calibration, progress):
+        mark = Path({mark!r})
+        if not mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().compress(model, level, calibration, progress=progress)
+"""
+
+
+def test_a_process_that_dies_while_it_compresses_is_no_reason_for_smaller_batches(config, tmp_path):
+    """As when a cluster takes a node away: nothing was asked yet."""
+    (tmp_path / "killed.py").write_text(KILLED_ONCE.format(mark=str(tmp_path / "mark")))
+    sweep = config.read_text().replace("[magnitude@0.3, magnitude@0.5]", "[killed@0.5]")
+    (tmp_path / "sweep.yaml").write_text(sweep)
+    command = ["sweep", tmp_path / "sweep.yaml", "--out", tmp_path / "run", "--plugin", tmp_path / "killed.py"]
+    code, _, err = finish(kick(*command))
+    assert code == 0, err
+    assert "trying again: killed@0.5: it was killed (signal 9)" in err
+    sizes = {json.loads(p.read_text())["batch_size"] for p in tmp_path.glob("run/evaluations/*/mmlu/scores.json")}
+    assert len(sizes) == 1
 
 
 def test_what_runs_out_of_memory_is_tried_again_with_smaller_batches(config, tmp_path):

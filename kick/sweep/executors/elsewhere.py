@@ -38,16 +38,22 @@ _folders: dict[str, tempfile.TemporaryDirectory[str]] = {}  # likewise, where th
 class Notes:
     """A watch where nobody looks: progress is seen from afar only as works that end."""
 
-    def start(self, what: str, kind: str, units: int) -> None:
-        print(what, file=sys.stderr, flush=True)
+    def make(self, setting: str, how: str) -> None:
+        self.note(f"{setting}: {how}")
+
+    def show(self, done: int, total: int, what: str, detail: str = "") -> None:
+        pass
+
+    def made(self) -> None:
+        pass
+
+    def ask(self, setting: str, suite: str, questions: int) -> None:
+        self.note(f"{setting}: {suite}")
 
     def skip(self, count: int) -> None:
         pass
 
     def advance(self, count: int) -> None:
-        pass
-
-    def show(self, *progress: object) -> None:
         pass
 
     def stop(self) -> None:
@@ -112,6 +118,8 @@ def carry_out_here(job: dict[str, Any], work: dict[str, Any], mark: str) -> Iter
             if (root / MARK).read_text(encoding="utf-8") == mark:  # else nobody waits for this any more
                 for suite in _site(given, root).carry_out(asked, Notes()):
                     yield Came(suite=suite)
+                    if not (root / MARK).is_file() or (root / MARK).read_text(encoding="utf-8") != mark:
+                        return  # the run was begun anew while this one was at work
         else:
             yield from _carry_out_apart(given, asked)
     except KickError as error:  # what one evaluation can do wrong is recorded: this concerns all of them
@@ -165,7 +173,7 @@ def device_elsewhere(asked: str, gpus: Any) -> str:
 
 def count(watch: Watch, plan: Plan, work: Work, suite: str) -> None:
     """Tell the clock of an evaluation that ended far away."""
-    watch.start(f"{work.setting}: {suite}", suite, next(len(own.examples) for own in plan.suites if own.name == suite))
+    watch.ask(work.setting, suite, next(len(planned.examples) for planned in plan.suites if planned.name == suite))
     watch.stop()
 
 

@@ -17,8 +17,10 @@ class Inline(Executor):
 
     def submit(self, work: Work) -> None:
         self._workshop = self._workshop or Workshop(self.plan, self.store)
-        for _ in carry_out(self._workshop, work, self.watch(), Rules(debug=self.job.debug)):
+        watch = self.watch()
+        for _ in carry_out(self._workshop, work, watch, Rules(debug=self.job.debug)):
             pass
+        watch.stop()
         self._ended = Ended(work)
 
     def wait(self, seconds: float) -> list[Ended]:

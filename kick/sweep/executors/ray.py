@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from pydantic import Field
 
-from kick.errors import ConfigError
+from kick.errors import ConfigError, RunError
 from kick.extras import import_extra
 from kick.spec import Spec, validated
 from kick.sweep.clock import Watch
@@ -58,8 +58,9 @@ class Ray(Executor):
                     include_dashboard=False,
                     logging_level=logging.ERROR,
                 )
-            except ConnectionError as error:
-                raise ConfigError(f"no Ray cluster at {params.address}: {error}", "`ray status` there?") from error
+            except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+                said = " ".join(str(error).split())[-300:]
+                raise ConfigError(f"no Ray cluster at {params.address}: {said}", "`ray status` there?") from error
         gpus = params.num_gpus
         if gpus is None:
             gpus = float(gpus_each(plan) if plan.device.startswith("cuda") else 0)
@@ -97,7 +98,13 @@ class Ray(Executor):
         self._streams[stream] = _UnderWay(work, self.watch(), [name for name, _ in work.owed])
 
     def wait(self, seconds: float) -> list[Ended]:
-        heard, _ = self._ray.wait(list(self._streams), timeout=seconds)
+        try:
+            heard, _ = self._ray.wait(list(self._streams), timeout=seconds)
+        except self._ray.exceptions.RayError as error:
+            raise RunError(
+                f"the Ray cluster is gone: {' '.join(str(error).split())[-300:]}",
+                "The same command goes on, once there is one again.",
+            ) from error
         return [ended for stream in heard if (ended := self._hear(stream)) is not None]
 
     def _hear(self, stream: Any) -> Ended | None:

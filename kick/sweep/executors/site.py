@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-from kick import config as configs
-from kick import devices, plugins
+from kick import devices, plugins, sweep_file
 from kick.errors import RunError
 from kick.settings import DENSE
 from kick.sweep.clock import Watch
@@ -31,7 +30,7 @@ class Site:
         """Raises RunError where this process comes to another plan: other versions, other data, another device."""
         for path in job.plugins:
             plugins.load_file(Path(path))
-        plan = make_plan(configs.parse(job.config, "the job"), repeated=True)
+        plan = make_plan(sweep_file.parse(job.config, "the job"), check_overlap=False)
         devices.check_device(plan.device)
         if shown := differences(job.identity, plan.identity):
             raise RunError(

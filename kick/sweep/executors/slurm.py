@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
-from kick.errors import ConfigError
+from kick.errors import ConfigError, RunError
 from kick.extras import import_extra
 from kick.sweep.clock import Watch
 from kick.sweep.executors.base import Ended, Executor, Job
@@ -23,6 +23,7 @@ from kick.sweep.work import Work
 _LOOK_EVERY = 0.2  # seconds; submitit itself asks Slurm less often
 _QUEUED = 64  # jobs that Slurm is given at once; sites limit how many may wait
 _DEFAULTS = {"timeout_min": 24 * 60}
+_PAUSES = (1.0, 5.0, 25.0)  # seconds, before a job that was not taken is handed in again
 
 
 def _gpus(params: Mapping[str, Any]) -> Any:
@@ -56,6 +57,7 @@ class Slurm(Executor):
             ) from error
         self._mark = leave_mark(store.root)
         self._jobs: list[tuple[Any, Work, Watch]] = []
+        self._refused: list[Ended] = []
 
     @classmethod
     def check(cls, spec: ExecutorSpec) -> None:
@@ -66,16 +68,33 @@ class Slurm(Executor):
         return device_elsewhere(asked, _gpus(spec.params))
 
     def submit(self, work: Work) -> None:
-        job = self._executor.submit(carry_out_whole, self.job.to_json(), work.to_json(), self._mark)
-        self._jobs.append((job, work, self.watch()))
+        """Raises RunError where Slurm takes no job; what is under way is not given up for one that it does not take."""
+        watch = self.watch()
+        for pause in (*_PAUSES, None):
+            try:
+                job = self._executor.submit(carry_out_whole, self.job.to_json(), work.to_json(), self._mark)
+            except (RuntimeError, OSError) as error:
+                said = " ".join(str(error).split())[-300:]
+                if pause is not None:  # a controller that is busy, a limit of jobs
+                    time.sleep(pause)
+                elif not self._jobs:
+                    raise RunError(f"Slurm takes no job: {said}", "Try the same with sbatch.") from error
+                else:
+                    self._refused.append(Ended(work, f"Slurm took no job: {said}"))
+            else:
+                self._jobs.append((job, work, watch))
+                return
 
     def wait(self, seconds: float) -> list[Ended]:
         until = time.monotonic() + seconds
-        while True:
+        while not self._refused:
             done = [entry for entry in self._jobs if entry[0].done()]
             if done or time.monotonic() > until:
                 break
             time.sleep(_LOOK_EVERY)
+        else:
+            ended, self._refused = self._refused, []
+            return ended
         self._jobs = [entry for entry in self._jobs if entry not in done]
         return [self._end(*entry) for entry in done]
 

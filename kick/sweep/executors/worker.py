@@ -56,17 +56,23 @@ class Teller:
     def __init__(self, say: Any) -> None:
         self._say = say
 
-    def start(self, what: str, kind: str, units: int) -> None:
-        self._tell("start", what, kind, units)
+    def make(self, setting: str, how: str) -> None:
+        self._tell("make", setting, how)
+
+    def show(self, done: int, total: int, what: str, detail: str = "") -> None:
+        self._tell("show", done, total, what, detail)
+
+    def made(self) -> None:
+        self._tell("made")
+
+    def ask(self, setting: str, suite: str, questions: int) -> None:
+        self._tell("ask", setting, suite, questions)
 
     def skip(self, count: int) -> None:
         self._tell("skip", count)
 
     def advance(self, count: int) -> None:
         self._tell("advance", count)
-
-    def show(self, *progress: object) -> None:
-        self._tell("show", *progress)
 
     def stop(self) -> None:
         self._tell("stop")
