@@ -10,8 +10,13 @@ def default_device() -> str:
 
 
 def default_dtype(device: str) -> str:
-    """float32 on a CPU, bfloat16 elsewhere: what each computes in without surprises."""
-    return "float32" if device.partition(":")[0] == "cpu" else "bfloat16"
+    """float32 on a CPU; on a GPU bfloat16, or float16 where it has no units for that: without surprises."""
+    import torch
+
+    if device.partition(":")[0] == "cpu":
+        return "float32"
+    without = torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False)
+    return "float16" if without else "bfloat16"
 
 
 def choose(device: str, dtype: str) -> tuple[str, str]:

@@ -11,7 +11,7 @@ from kick.calibration import CalibrationSpec
 from kick.compress import Recipe, compress
 from kick.errors import KickError
 from kick.lm import load_lm
-from kick.lm.parity import TOLERANCE, ask, compare
+from kick.lm.parity import GENERATION, TOLERANCE, ask, compare
 from kick.lm.spec import LMSpec
 from kick.settings import DENSE, Setting
 
@@ -59,11 +59,15 @@ def check_lm(spec: LMSpec, model: str, dtype: str, device: str) -> tuple[str, di
         other.close()
     lines = [", ".join(f"{key} {value}" for key, value in record.items())]
     for row in rows:
-        unit = "of the texts differ" if row.kind == "greedy generation" else "nats at most"
+        unit = "of the texts differ" if row.kind == GENERATION else "nats at most"
         found = row.reason if row.difference is None else f"{row.difference:.2g} {unit}"
         lines.append(f"{row.kind} ({row.n}): {found}{'' if row.agrees else '  DISAGREES'}")
-    agrees = all(row.agrees for row in rows) and any(row.difference is not None for row in rows)
-    lines.append(f"{'agrees' if agrees else 'DISAGREES'} with fast (tolerance {TOLERANCE[dtype]:g} in {dtype})")
+    at_odds = any(not row.agrees for row in rows)
+    agrees = not at_odds and any(row.difference is not None for row in rows)
+    if agrees or at_odds:
+        lines.append(f"{'agrees' if agrees else 'DISAGREES'} with fast (tolerance {TOLERANCE[dtype]:g} in {dtype})")
+    else:
+        lines.append("nothing could be compared with fast")
     return "\n".join(lines), {"agrees": agrees, "lm": record, "requests": [row.as_row() for row in rows]}
 
 
@@ -77,7 +81,7 @@ def _checkpoint(model: str, dtype: str, device: str) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="kick-") as scratch:
         setting = Setting(compressor=DENSE)
-        recipe = Recipe(source, models.fingerprint(path), setting, CalibrationSpec(), dtype, device)
+        recipe = Recipe.of(source, setting, CalibrationSpec(), dtype, device)
         yield compress(recipe, Path(scratch) / DENSE).path
 
 

@@ -13,15 +13,18 @@ from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
+import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from kick.errors import KickError
 from kick.lm.generation import Decoding
+from kick.lm.memory import total_bytes
 from kick.lm.packing import common_length
 
-_REMEMBERED_TOKENS = 20_000_000  # four bytes each
+_REMEMBERED_SHARE = 0.02  # of all memory, for tokens of four bytes each: MMLU with five examples takes some 400 MB
 _TOKENISED_AT_ONCE = 2_000  # texts: what a tokenizer knows of each takes many times its tokens
+_CONTEXT_LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "seq_length")
 
 
 class Scored(NamedTuple):
@@ -54,6 +57,12 @@ class TokenLM(TemplateLM):
         """Whether two such LMs, of two models, can stand on one device at a time."""
         del params, device
         return True
+
+    @classmethod
+    def gpus(cls, params: Any) -> int:
+        """How many GPUs one model spreads over."""
+        del params
+        return 1
 
     @abstractmethod
     def score(self, sequences: Sequence[Scored]) -> list[tuple[float, bool]]:
@@ -196,7 +205,9 @@ class TokenLM(TemplateLM):
 
 def context_length(config: Any) -> int:
     """Tokens, by the configuration of a model; that of a model of several kinds of input is in a part of its own."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None) or 2048
+    own = config.get_text_config()
+    named = (getattr(own, name, None) for name in _CONTEXT_LENGTHS)
+    return next((length for length in named if isinstance(length, int)), 2048)
 
 
 def room_of_engine(context: int) -> int:
@@ -261,6 +272,7 @@ class Encoder:
         for key, ids in new.items():
             self._remembered[(self._key, *key)] = ids
             Encoder._held += ids.size + len(key[0]) // 4
-        while Encoder._held > _REMEMBERED_TOKENS:
+        most = _REMEMBERED_SHARE * total_bytes(torch.device("cpu")) / 4
+        while Encoder._held > most:
             (_, text, _), ids = self._remembered.popitem(last=False)
             Encoder._held -= ids.size + len(text) // 4

@@ -9,7 +9,6 @@ and on `row_tokens` and the number of threads, which the record names: an interr
 batches again gets the same answers.
 """
 
-import gc
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -24,7 +23,7 @@ from pydantic import Field
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from kick.errors import KickError
+from kick.errors import KickError, ModelError
 from kick.lm import attention, memory
 from kick.lm.base import Scored, TokenLM, context_length
 from kick.lm.generation import Completion, Decoding, batches_within, choose, row_seeds, stop_tokens
@@ -40,7 +39,7 @@ _AGREEMENT = {torch.float32: 1e-3, torch.float64: 1e-6}  # of log-likelihoods, c
 _HALF_DIVERGENCE = 0.05  # nats between next-token distributions, computed in two ways in half precision
 _PROBE = ((7, 15), (11, 40), (13, 40))  # step, length: a stem and two rests that stand far from each other in a row
 _HALVINGS_WITH_A_PREFIX = 4  # by how much rows are cut before what they follow is given up
-_PADDED_AT_ONCE = 16  # rows' tokens of prompts that are read in one padded batch: half of a memory's ROW_SHARE or so
+_PADDED_AT_ONCE = 5  # rows' tokens of each lane, of prompts that are read in one padded batch: half of what is free
 _NOT_SUPPORTED = (TypeError, ValueError, RuntimeError, IndexError, AttributeError)  # what a model raises that can't
 
 
@@ -67,6 +66,7 @@ class FastLM(TokenLM):
         self.runner: Any = Runner(model)
         self._like = DynamicCache()  # of a few tokens, once it is known that the model fills one
         self._bytes_per_token = memory.key_value_bytes(model)  # of its cache
+        self._check_looks_back()
         self.halved = 0  # how often rows or a batch did not fit into memory
         self._batches = self._keeps_cache = self.finite = True
         self._shares_in_decoding = False
@@ -83,11 +83,8 @@ class FastLM(TokenLM):
         return cls(load_model(path, dtype, device), load_tokenizer(path), path, params)
 
     def close(self) -> None:
-        on_gpu = self.device.type == "cuda"
         self.model = self.runner = None
-        gc.collect()
-        if on_gpu:
-            torch.cuda.empty_cache()  # for the engine that may come next
+        memory.give_back(self.device.type)
 
     def record(self) -> dict[str, Any]:
         return {
@@ -208,7 +205,7 @@ class FastLM(TokenLM):
         longest = max(len(row.tokens) for row in rows)
         held = max(prefixes, default=0) + (longest if longest > self.row_tokens else 0)
         mask = min(longest, self.row_tokens) * (1 + self.model.dtype.itemsize)
-        return memory.lanes_beside(self.device, held * (self._bytes_per_token + mask))
+        return memory.lanes_beside(self.model, held * (self._bytes_per_token + mask))
 
     def _after(
         self, tokens: Sequence[int], prefixes: tuple[int, ...], row_tokens: int
@@ -290,7 +287,8 @@ class FastLM(TokenLM):
         if self.no_sharing is not None:  # all prompts of a batch are read at once
             read = [len(context) for context in contexts]
             batches = chain.from_iterable(
-                batches_within(read, batch, _PADDED_AT_ONCE * self.row_tokens) for batch in batches
+                batches_within(read, batch, _PADDED_AT_ONCE * lane_count(self.device) * self.row_tokens)
+                for batch in batches
             )
         for batch in chain(batches, alone):
             results |= dict(zip(batch, self._halving(batch, work), strict=True))
@@ -311,7 +309,7 @@ class FastLM(TokenLM):
         rows, found = read([contexts[index] for index in chosen], decoding.most)
         while True:
             parts = [slice(at, at + LOGITS_AT_ONCE) for at in range(0, len(alive), LOGITS_AT_ONCE)]
-            tokens = [token for own in parts for token in choose(self.runner.logits(found[own]), alive[own])]
+            tokens = [token for own in parts for token in choose(self.runner.logits(found[own]), alive[own], ends)]
             ended = [row for row, (own, token) in enumerate(zip(alive, tokens, strict=True)) if own.add(token)]
             for row in reversed(ended):
                 rows.drop(row)
@@ -386,7 +384,7 @@ class FastLM(TokenLM):
 
     def _most_cached_tokens(self) -> int:
         """How many tokens' keys and values a generation batch of several rows may hold, or the kept prefixes."""
-        return memory.most_cached_tokens(self.device, self._bytes_per_token)
+        return memory.most_cached_tokens(self.model, self._bytes_per_token)
 
     def _halving(self, rows: list[int], work: Callable[[list[int]], list[Any]]) -> list[Any]:
         """`work(rows)`; where memory runs out, both halves one after the other."""
@@ -401,7 +399,23 @@ class FastLM(TokenLM):
         self.halved += 1
         self.runner.forget()
 
-    # May prefixes be shared at all?
+    # What can the model do?
+
+    @torch.inference_mode()
+    def _check_looks_back(self) -> None:
+        """Raise ModelError where a token changes what is said of those before it: then likelihoods mean nothing."""
+        vocabulary = self.model.get_input_embeddings().weight.shape[0]
+        tokens = [(9 * place + 4) % vocabulary for place in range(6)]
+        columns = torch.arange(5, device=self.device)
+        said = []
+        for last in (tokens[-1], (tokens[-1] + 1) % vocabulary):
+            inputs = {"input_ids": torch.tensor([[*tokens[:-1], last]], device=self.device), "use_cache": False}
+            said.append(self.runner.logits(self.runner.at(inputs, torch.zeros_like(columns), columns)))
+        if all(bool(logits.isfinite().all()) for logits in said) and not self._agree(*said):
+            raise ModelError(
+                f"a {self.model.config.model_type} model looks at the tokens after a place, too.",
+                "kick asks causal language models, which see what comes before a token alone.",
+            )
 
     @torch.inference_mode()
     def _why_no_sharing(self) -> str | None:

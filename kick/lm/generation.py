@@ -5,7 +5,7 @@ in the batch.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,7 +95,7 @@ class Completion:
 
     def add(self, token: int) -> bool:
         """Whether the completion has ended with `token`."""
-        if token in self.ends and len(self.tokens) >= self.decoding.least:
+        if token in self.ends:
             return True
         self.tokens.append(token)
         if self.decoding.until:
@@ -115,9 +115,15 @@ def stop_tokens(tokenizer: Any, decoding: Decoding) -> set[int]:
     return {special[stop] for stop in decoding.until if stop in special}
 
 
-def choose(logits: Tensor, rows: Sequence[Completion]) -> list[int]:
-    """The next token of each row. logits [rows, vocabulary]; rows of one batch are decoded alike."""
+def choose(logits: Tensor, rows: Sequence[Completion], ends: Collection[int]) -> list[int]:
+    """The next token of each row. logits [rows, vocabulary]; rows of one batch are decoded alike.
+
+    ends: tokens that a row does not have before `least` others.
+    """
     decoding = rows[0].decoding
+    if short := [place for place, row in enumerate(rows) if len(row.tokens) < decoding.least]:
+        where = torch.meshgrid(torch.tensor(short), torch.tensor(sorted(ends), dtype=torch.long), indexing="ij")
+        logits = logits.index_put([index.to(logits.device) for index in where], logits.new_tensor(-torch.inf))
     if decoding.temperature == 0:
         return logits.argmax(dim=-1).tolist()
     probabilities = (logits.double() / decoding.temperature).softmax(dim=-1)

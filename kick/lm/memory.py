@@ -1,5 +1,6 @@
 """How many tokens a model can be given at once: from the memory of the machine or GPU that it stands on."""
 
+import gc
 import os
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -10,18 +11,17 @@ from kick.cgroup import grants
 from kick.lm.lanes import lane_count
 
 CACHE_SHARE = 0.15
-"""Of all memory, what keys and values of a generation batch may take, or those of kept prefixes: fixed, so that batches
-are too."""
+"""What keys and values of a generation batch may take, or those of kept prefixes.
 
-ROW_SHARE = 0.1
-"""Of what the weights leave of all memory, what computing the rows that are worked on at a time may take.
-
-Of all memory, not of what happens to be free: rows of another size round differently, and the same run is to give the
-same scores.
+This share and the two below are of what the weights leave of all memory, not of what happens to be free: rows and
+batches of another size round differently, and the same run is to give the same scores.
 """
 
+ROW_SHARE = 0.1
+"""What computing the rows that are worked on at a time may take."""
+
 PREFIX_SHARE = 0.3
-"""Of the memory that is free, what keys and values of the rows at work may take, copies of a prefix among them."""
+"""What keys and values of the rows at work may take, copies of a prefix among them."""
 
 MOST_ROW_TOKENS = {"cpu": 1024, "cuda": 4096}
 """Longer rows are no faster: products of this many rows keep a CPU's or a GPU's units busy."""
@@ -36,8 +36,7 @@ def row_tokens(model: Any) -> int:
     config, device = model.config.get_text_config(), model.device
     hidden = config.hidden_size
     values = _LIVE_HIDDEN * hidden + _LIVE_INTERMEDIATE * _intermediate(config)
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    fits = ROW_SHARE * (total_bytes(device) - weights) / (lane_count(device) * values * model.dtype.itemsize)
+    fits = ROW_SHARE * bytes_beside(model) / (lane_count(device) * values * model.dtype.itemsize)
     tokens = MOST_ROW_TOKENS.get(device.type, MOST_ROW_TOKENS["cpu"])
     while tokens > FEWEST_ROW_TOKENS and tokens > fits:
         tokens //= 2
@@ -52,11 +51,18 @@ def _intermediate(config: Any) -> int:
     return max(widest, experts * (getattr(config, "moe_intermediate_size", None) or 0))
 
 
-def lanes_beside(device: torch.device, held_bytes: int) -> int:
+def bytes_beside(model: Any) -> int:
+    """What the weights of `model` leave of all memory that there is where it stands."""
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    return max(0, total_bytes(model.device) - weights)
+
+
+def lanes_beside(model: Any, held_bytes: int) -> int:
     """How many rows are worked on at a time, where each holds so much: its own copy of a prefix, and what it grows."""
-    if held_bytes == 0 or lane_count(device) == 1:
-        return lane_count(device)
-    return max(1, min(lane_count(device), int(PREFIX_SHARE * free_bytes(device) / held_bytes)))
+    lanes = lane_count(model.device)
+    if held_bytes == 0 or lanes == 1:
+        return lanes
+    return max(1, min(lanes, int(PREFIX_SHARE * bytes_beside(model) / held_bytes)))
 
 
 def key_value_bytes(model: Any) -> int:
@@ -89,9 +95,16 @@ def none_if_out_of_memory(work: Callable[[], Result]) -> Result | None:
     return None
 
 
-def most_cached_tokens(device: torch.device, bytes_per_token: int) -> int:
-    """How many tokens' keys and values a generation batch may hold."""
-    return int(CACHE_SHARE * total_bytes(device) / bytes_per_token)
+def most_cached_tokens(model: Any, bytes_per_token: int) -> int:
+    """How many tokens' keys and values a generation batch may hold, or the kept prefixes together."""
+    return int(CACHE_SHARE * bytes_beside(model) / bytes_per_token)
+
+
+def give_back(device: str) -> None:
+    """What models that are gone took of `device` is free for others, other processes too."""
+    gc.collect()
+    if device.startswith("cuda"):
+        torch.cuda.empty_cache()
 
 
 def total_bytes(device: torch.device) -> int:

@@ -192,7 +192,7 @@ def _rows(lengths: Sequence[int], shared: Sequence[int], max_tokens: int) -> Ite
     start = 0
     while start < len(lengths):
         end, size, ends = start + 1, lengths[start], []
-        while end < len(lengths) and size + lengths[end] - shared[end] <= max_tokens:
+        while end < len(lengths) and (shared[end] == lengths[end] or size + lengths[end] - shared[end] <= max_tokens):
             if size >= _NEARLY_FULL * max_tokens:
                 ends.append(end)
             size += lengths[end] - shared[end]

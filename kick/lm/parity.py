@@ -26,8 +26,8 @@ _PAIRS = [
 _TEXT = "Water boils at a lower temperature on a mountain, because the pressure of the air is lower there."
 _PROMPTS = (_QUESTION, "Once upon a time there was")
 _NEW_TOKENS = 16
-_CONTINUATIONS, _WHOLE_TEXT, _GENERATION = "continuations", "whole text", "greedy generation"
-_ALLOWED = {_CONTINUATIONS: 1.0, _WHOLE_TEXT: 4.0, _GENERATION: 0.0}  # times the tolerance: a text is longer
+_CONTINUATIONS, _WHOLE_TEXT, GENERATION = "continuations", "whole text", "greedy generation"
+_ALLOWED = {_CONTINUATIONS: 1.0, _WHOLE_TEXT: 4.0, GENERATION: 0.0}  # times the tolerance: a text is longer
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,13 @@ def ask(lm: Any) -> Answers:
     work: dict[str, Callable[[], list[Any]]] = {
         _CONTINUATIONS: lambda: [value for value, _ in loglikelihoods(lm, _PAIRS)],
         _WHOLE_TEXT: lambda: rolling_loglikelihoods(lm, [_TEXT]),
-        _GENERATION: lambda: generate(lm, _PROMPTS, ["\n"], _NEW_TOKENS),
+        GENERATION: lambda: generate(lm, _PROMPTS, ["\n"], _NEW_TOKENS),
     }
     answers: Answers = {}
     for kind, asking in work.items():
         try:
+            if kind == GENERATION and getattr(lm, "applies_a_template", False):
+                raise NotGivenError("it puts a template around prompts: its texts answer others.", "")
             answers[kind] = asking()
         except KickError as error:
             answers[kind] = error
@@ -68,9 +70,10 @@ def ask(lm: Any) -> Answers:
 
 
 def compare(reference: Answers | str, other: Answers | str, dtype: str) -> list[Parity]:
-    """Two LMs' answers by kind of request. Only likelihoods decide: of two texts one may follow a tie elsewhere.
+    """Two LMs' answers by kind of request. Likelihoods decide: of two texts one may follow a tie elsewhere.
 
-    A text instead of answers says why an LM gave none at all. What an LM cannot give by its nature is no disagreement.
+    Where an LM gives none, two that begin no text alike disagree. What an LM cannot give by its nature is no
+    disagreement. A text instead of answers says why an LM gave none at all.
     """
     if isinstance(reference, str) or isinstance(other, str):
         reason = next(each for each in (reference, other) if isinstance(each, str))
@@ -85,11 +88,17 @@ def compare(reference: Answers | str, other: Answers | str, dtype: str) -> list[
             continue
         assert isinstance(a, list)
         assert isinstance(b, list)
-        if kind == _GENERATION:
+        if kind == GENERATION:
             difference = sum(x != y for x, y in zip(a, b, strict=True)) / len(a)
-            rows.append(Parity(kind, len(a), difference, True))
+            measured = any(row.difference is not None for row in rows)
+            alike = any(_first_word(x) == _first_word(y) for x, y in zip(a, b, strict=True))
+            rows.append(Parity(kind, len(a), difference, measured or alike))
             continue
         differences = [abs(x - y) for x, y in zip(a, b, strict=True)]
         difference = math.inf if any(map(math.isnan, differences)) else max(differences)
         rows.append(Parity(kind, len(a), difference, difference <= allowed * TOLERANCE[dtype]))
     return rows
+
+
+def _first_word(text: str) -> str:
+    return next(iter(text.split()), "")

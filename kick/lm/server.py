@@ -7,6 +7,7 @@ tokenizer, so that both sides mean the same tokens; as text where an endpoint ta
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import suppress
@@ -17,8 +18,9 @@ import openai
 from pydantic import Field
 from transformers import AutoConfig
 
-from kick.endpoint import check_url, said
-from kick.errors import ConfigError, KickError, NotGivenError
+from kick.calibration import begin_of_text
+from kick.endpoint import check_url, said, without_key
+from kick.errors import ConfigError, EngineError, KickError, NotGivenError
 from kick.lm.base import Scored, TokenLM, context_length, room_of_engine
 from kick.lm.generation import Decoding, row_seeds, stop_tokens
 from kick.loading import load_tokenizer
@@ -26,6 +28,11 @@ from kick.spec import Spec
 
 _UNDO = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 """What an engine may have defaults for that change texts, with the values that change nothing."""
+
+_ROUNDING = 0.9, 8
+"""Of the tokens of a text, the share that a server must have read, but for so many: it may cut words otherwise."""
+
+_MAY_GO = (openai.APIConnectionError, openai.RateLimitError, openai.InternalServerError)
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -52,6 +59,8 @@ class ServerLM(TokenLM):
         self.check(params, [setting])
         self._model = params.models[setting]
         self._neutral = True  # whether the endpoint takes what undoes its own defaults
+        self._begin = begin_of_text(self.tokenizer)
+        self._without_text: list[str] = []  # why replies were empty that did not end by themselves
         self._key = os.environ.get(params.key_env) or "none"
         self._client = openai.OpenAI(
             api_key=self._key, base_url=params.base_url, timeout=params.timeout, max_retries=params.retries
@@ -79,7 +88,13 @@ class ServerLM(TokenLM):
             "model": self._model,
             **self.params.model_dump(include={"base_url", "api", "prompt"}),
             **({} if self._neutral else {"decoding": f"the endpoint's own defaults of {', '.join(_UNDO)}"}),
+            **({"empty_replies": dict(Counter(self._without_text))} if self._without_text else {}),
         }
+
+    @property
+    def applies_a_template(self) -> bool:
+        """Whether what it answers is not the prompt itself, but a conversation that begins with it."""
+        return self.params.api == "chat"
 
     @property
     def has_chat_template(self) -> bool:
@@ -87,6 +102,11 @@ class ServerLM(TokenLM):
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         if self.params.api == "chat":  # the server applies its own
+            if not add_generation_prompt:
+                raise NotGivenError(
+                    "a chat endpoint ends the assistant's turn: it does not go on with an answer that is begun for it.",
+                    "Use api: completions, or a task that begins no answer (gen_prefix).",
+                )
             return json.dumps(chat_history, ensure_ascii=False)
         return super().apply_chat_template(chat_history, add_generation_prompt)
 
@@ -137,8 +157,8 @@ class ServerLM(TokenLM):
 
     def _complete(self, context: list[int], seed: int, decoding: Decoding, stops: list[int]) -> str:
         prompt: list[int] | str = context
-        if self.params.prompt == "text":  # a server puts the beginning-of-text token there itself
-            prompt = self.tokenizer.decode(context[context[:1] == [self.tokenizer.bos_token_id] :])
+        if self.params.prompt == "text":  # what a tokenizer puts in front of every text, the server puts there itself
+            prompt = self.tokenizer.decode(context[len(self._begin) if context[:1] == self._begin else 0 :])
         more = {"stop_token_ids": stops} if stops and self.params.prompt == "tokens" else {}
         reply = self._ask_for_text(
             lambda **options: self._client.completions.create(model=self._model, prompt=prompt, **options),
@@ -146,16 +166,11 @@ class ServerLM(TokenLM):
             seed,
             more,
         )
-        read = getattr(reply.usage, "prompt_tokens", None) if isinstance(prompt, list) else None
-        if read and read != len(context):
-            raise KickError(
-                f"the endpoint {self.params.base_url} read {read} tokens where {len(context)} were sent.",
-                "It cuts prompts, or adds to them: give it the whole context of the model, and no template.",
-            )
+        self._check_read(reply, len(context), exactly=isinstance(prompt, list))
         text = getattr(reply.choices[0], "text", None)
         if not isinstance(text, str):
             raise KickError(*self._no_completion)
-        return decoding.cut(text)
+        return self._cut(reply, text, decoding)
 
     def _chat(self, request: tuple[str, Decoding, int]) -> str:
         prompt, decoding, seed = request
@@ -168,10 +183,29 @@ class ServerLM(TokenLM):
             seed,
             {},
         )
+        contents = self._encoder([(message["content"], False) for message in messages])
+        self._check_read(reply, sum(map(len, contents)), exactly=False)
         message = getattr(reply.choices[0], "message", None)
         text = getattr(message, "content", None) or ""  # a model that only thought has said nothing
         if message is None or not isinstance(text, str):
             raise KickError(*self._no_completion)
+        return self._cut(reply, text, decoding)
+
+    def _check_read(self, reply: Any, sent: int, exactly: bool) -> None:
+        """Raise KickError where the endpoint read another prompt than the one of `sent` tokens, or less of a text."""
+        read = getattr(reply.usage, "prompt_tokens", None)
+        share, some = _ROUNDING
+        if read and (read != sent if exactly else read < share * sent - some):
+            raise KickError(
+                f"the endpoint {self.params.base_url} read {read} tokens where {sent} were sent.",
+                "It cuts prompts, or adds to them: give it the whole context of the model, and no template.",
+            )
+
+    def _cut(self, reply: Any, text: str, decoding: Decoding) -> str:
+        """`text` up to a stop string; where there is none at all for a reason of the endpoint's, that is counted."""
+        reason = getattr(reply.choices[0], "finish_reason", None)
+        if not text and reason not in (None, "stop"):
+            self._without_text.append(reason)
         return decoding.cut(text)
 
     def _ask_for_text(self, create: Callable[..., Any], decoding: Decoding, seed: int, more: dict[str, Any]) -> Any:
@@ -207,8 +241,9 @@ class ServerLM(TokenLM):
         try:
             reply = self._whole(request)
         except openai.OpenAIError as error:
-            raise KickError(
-                f"the endpoint {self.params.base_url} failed: {self._without_key(said(error))[:300]}",
+            kind = EngineError if isinstance(error, _MAY_GO) else KickError
+            raise kind(
+                f"the endpoint {self.params.base_url} failed: {without_key(said(error), self._key)[:300]}",
                 f"Is '{self._model}' served there? prompt: text is for endpoints that take no token ids.",
             ) from error
         if not getattr(reply, "choices", None):
@@ -231,10 +266,6 @@ class ServerLM(TokenLM):
             f"the endpoint {self.params.base_url} answered with something that is no completion.",
             "Is its path right? Most end in /v1.",
         )
-
-    def _without_key(self, text: str) -> str:
-        """What an endpoint says may hold the key that it was sent; no record may."""
-        return text.replace(self._key, "[key]") if len(self._key) > 4 else text
 
 
 def _options(decoding: Decoding, seed: int, more: dict[str, Any]) -> dict[str, Any]:

@@ -83,6 +83,10 @@ class VLLM(TokenLM):
         return device == "cpu" or (params.memory_utilization or _SHARE_OF_A_GPU) <= 0.5
 
     @classmethod
+    def gpus(cls, params: Any) -> int:
+        return params.tensor_parallel_size
+
+    @classmethod
     def check(cls, params: Any, settings: Iterable[str]) -> dict[str, str]:
         return {"vllm": interpreter.version_in(params.python, _DISTRIBUTIONS, "lm 'vllm'")}
 

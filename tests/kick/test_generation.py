@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_tiny_llama
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from lm_reference import greedy
 from transformers import AddedToken
 
@@ -31,6 +33,40 @@ def test_generation_after_a_shared_prefix_is_generation_alone(lm, tokenizer):
     for prompt, text in zip(prompts, generate(lm, prompts, [], 10), strict=True):
         tokens = greedy(lm.model, tokenizer(prompt)["input_ids"], 10, tokenizer.eos_token_id)
         assert text == tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 2), st.lists(st.integers(2, 300), min_size=1, max_size=12)), min_size=1, max_size=9
+    ),
+    st.integers(1, 7),
+    st.sampled_from([(), ("e",), (" t", "a"), ("s, ",)]),
+    st.sampled_from([16, 50, 200]),
+    st.sampled_from([40, 250, 10_000]),
+    st.integers(0, 3),
+)
+@settings(max_examples=25, deadline=None, derandomize=True)  # of near ties rounding decides: always the same ones
+def test_any_mix_of_prompts_is_completed_as_alone(tokenizer, asked, most, stops, row_tokens, room, failures):
+    """Shared beginnings, repeated prompts, lengths, stop strings, sizes of rows and batches, memory that runs out."""
+    stem = [10 + place % 50 for place in range(2 * PREFIX_STEP + 5)]
+    heads = ([], stem[:PREFIX_STEP], stem)
+    contexts = [heads[head] + own for head, own in asked]
+    lm = FastLM(make_tiny_llama(initializer_range=0.2), tokenizer, params=FastLM.Params(row_tokens=row_tokens))
+    lm._most_cached_tokens = lambda: room
+    forward, left = lm.model.model.forward, [failures]
+
+    def fails_at_first(*arguments, **options):
+        if options["input_ids"].shape[0] > 1 and left[0] > 0:
+            left[0] -= 1
+            raise torch.OutOfMemoryError("no room")
+        return forward(*arguments, **options)
+
+    lm.model.model.forward = fails_at_first
+    decoding = Decoding(stops, most)
+    alone = make_tiny_llama(initializer_range=0.2)
+    for context, text in zip(contexts, lm.complete(contexts, decoding), strict=True):
+        tokens = greedy(alone, context, most, tokenizer.eos_token_id)
+        assert text == decoding.cut(tokenizer.decode(tokens, skip_special_tokens=True))
 
 
 def test_a_shared_prefix_stands_once_for_all_rows_of_a_batch(lm, monkeypatch):
@@ -70,7 +106,11 @@ def test_a_text_of_a_wanted_length_is_not_ended_by_an_end_token(lm, tokenizer, m
     monkeypatch.setattr(lm, "_end_tokens", lambda: set(tokens[:1]))  # as if the likeliest first token ended a text
     assert generate(lm, ["Rain and"], [], 8) == [""]
     (text,) = generate(lm, ["Rain and"], [], 8, min_new_tokens=8)
-    assert text == tokenizer.decode(tokens, skip_special_tokens=True)
+    prompt = tokenizer("Rain and", return_tensors="pt")
+    expected = lm.model.generate(  # that the end comes later, not that it is passed over
+        **prompt, max_new_tokens=8, min_new_tokens=8, do_sample=False, eos_token_id=tokens[0], pad_token_id=0
+    )
+    assert text == tokenizer.decode(expected[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 def test_sampling_depends_on_the_seed_and_the_rows_own_prompt_alone(lm):

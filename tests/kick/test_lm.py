@@ -488,17 +488,23 @@ def test_rows_side_by_side_take_a_tenth_of_what_the_weights_leave(free_mb, lanes
 
 
 def test_as_many_rows_at_a_time_as_copies_of_the_prefix_fit(monkeypatch):
-    device = torch.device("cpu")
+    model = make_tiny_llama()
     monkeypatch.setattr(memory, "lane_count", lambda device: 4)
-    monkeypatch.setattr(memory, "free_bytes", lambda device: 1000)  # 300 for copies
-    assert [memory.lanes_beside(device, size) for size in (0, 10, 75, 76, 150, 151, 1000)] == [4, 4, 4, 3, 2, 1, 1]
+    leave(monkeypatch, model, 1000)  # 300 for copies
+    assert [memory.lanes_beside(model, size) for size in (0, 10, 75, 76, 150, 151, 1000)] == [4, 4, 4, 3, 2, 1, 1]
+
+
+def leave(monkeypatch, model, size):
+    """As if the weights left so many bytes of all memory."""
+    weights = sum(4 * parameter.numel() for parameter in model.parameters())
+    monkeypatch.setattr(memory, "total_bytes", lambda device: weights + size)
 
 
 def test_rows_that_hold_caches_of_their_own_are_fewer_at_a_time(tokenizer, monkeypatch):
     lm = FastLM(make_tiny_llama(), tokenizer, params=FastLM.Params(row_tokens=64))
     monkeypatch.setattr(memory, "lane_count", lambda device: 4)
     token = 2 * 2 * 2 * 8 * 4 + 64 * 5  # keys and values; what 64 queries see of it, as a number and as yes or no
-    monkeypatch.setattr(memory, "free_bytes", lambda device: 640 * 2 * token / memory.PREFIX_SHARE)
+    leave(monkeypatch, lm.model, 640 * 2 * token / memory.PREFIX_SHARE)
     long, short = Packed.chain([3] * 640), Packed.chain([3] * 64)
     assert [lm._lanes((), rows) for rows in ([short] * 9, [short, long])] == [4, 2]
     assert [lm._lanes((320, 640), [row]) for row in (short, long)] == [2, 1]
@@ -506,7 +512,7 @@ def test_rows_that_hold_caches_of_their_own_are_fewer_at_a_time(tokenizer, monke
 
 def test_a_generation_batch_holds_no_more_than_its_share(tokenizer, monkeypatch):
     lm = FastLM(make_tiny_llama(), tokenizer)
-    monkeypatch.setattr(memory, "total_bytes", lambda device: 100 * lm._bytes_per_token / memory.CACHE_SHARE)
+    leave(monkeypatch, lm.model, 100 * lm._bytes_per_token / memory.CACHE_SHARE)
     sizes, read = [], lm._read
     monkeypatch.setattr(lm, "_read", lambda contexts, room: sizes.append(len(contexts)) or read(contexts, room))
     lm.complete([[20 + number] * 38 for number in range(5)], Decoding((), most=2))

@@ -4,7 +4,9 @@ import pytest
 import torch
 from conftest import make_tiny_llama
 from lm_reference import ask, greedy, one_by_one
+from transformers import BertConfig, BertLMHeadModel, BloomConfig, GPT2Config, MptConfig
 
+from kick.errors import ModelError
 from kick.lm import generate, memory
 from kick.lm.base import context_length
 from kick.lm.fast import FastLM
@@ -216,6 +218,30 @@ def test_the_context_of_a_model_of_several_kinds_of_input_is_that_of_its_text_pa
 
     assert context_length(Gemma3Config(text_config={"max_position_embeddings": 8192})) == 8192
     assert context_length(GPT2Config(n_positions=1024)) == 1024
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (GPT2Config(n_positions=77), 77),
+        (MptConfig(max_seq_len=88), 88),
+        (BloomConfig(), 2048),  # has none: its attention sees any distance
+    ],
+)
+def test_the_context_is_known_by_several_names(config, expected):
+    assert context_length(config) == expected
+
+
+def test_a_model_that_looks_ahead_is_refused(tokenizer):
+    config = BertConfig(
+        vocab_size=600, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        initializer_range=0.5,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    with pytest.raises(ModelError, match="bert model looks at the tokens after"):
+        FastLM(BertLMHeadModel(config).eval(), tokenizer)
+    config.is_decoder = True
+    assert FastLM(BertLMHeadModel(config).eval(), tokenizer).finite
 
 
 def test_options_of_one_token_share_a_row_where_nothing_else_is_shared(tokenizer):

@@ -10,17 +10,20 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import make_tiny_llama
 from model_server import ModelServer
 
 from kick import cli
-from kick.errors import ConfigError, EngineError, KickError
+from kick.errors import ConfigError, EngineError, KickError, NotGivenError
 from kick.lm import generate, load_lm, loglikelihoods, rolling_loglikelihoods
 from kick.lm.fast import FastLM
 from kick.lm.generation import Decoding
 from kick.lm.parity import ask, compare
 from kick.lm.spec import LMSpec
 from kick.lm.vllm import VLLM, Worker
+from kick.progress import Silent
+from kick.sweep.clock import Clock, Lane
 
 PAIRS = [("The sea is", " wide"), ("The sea is", " deep and cold"), ("", "Rain"), ("A ", "b")]
 
@@ -117,6 +120,51 @@ def test_a_chat_endpoint_gets_conversations_and_gives_no_likelihoods(lm, tiny_mo
             loglikelihoods(other, PAIRS)
         with pytest.raises(KickError, match="takes no token ids gives no log-probabilities"):
             loglikelihoods(served(tiny_model, server, prompt="text"), PAIRS)
+
+
+def test_as_text_a_prompt_loses_only_what_the_server_puts_there_itself(lm, tiny_model):
+    """A chat template may begin with what is called the beginning of text, though no tokenizer puts it there."""
+    talk = "<s>user\nHello"
+    with ModelServer(lm) as server:
+        generate(served(tiny_model, server, prompt="text"), [talk], [], 4)
+        assert server.bodies[-1]["prompt"] == talk
+        other = served(tiny_model, server, prompt="text")
+        other._begin = [lm.tokenizer.bos_token_id]  # as if it did
+        generate(other, [talk], [], 4)
+        assert server.bodies[-1]["prompt"] == "user\nHello"
+
+
+@pytest.mark.parametrize("how", [{"prompt": "text"}, {"api": "chat"}])
+def test_a_server_that_cuts_prompts_is_found_out(lm, tiny_model, how):
+    text = "The sea is wide and deep. " * 20
+    choice = {"text": "x", "message": {"content": "x"}}
+    with ModelServer(lm, body={"choices": [choice], "usage": {"prompt_tokens": 64}}) as server:
+        with pytest.raises(KickError, match="read 64 tokens where"):
+            generate(served(tiny_model, server, **how), [text], [], 4)
+        assert generate(served(tiny_model, server, **how), ["The sea"], [], 4) == ["x"]  # of a template, it may be
+
+
+def test_a_chat_endpoint_cannot_go_on_with_an_answer(lm, tiny_model):
+    with ModelServer(lm) as server, pytest.raises(NotGivenError, match="ends the assistant's turn"):
+        served(tiny_model, server, api="chat").apply_chat_template(
+            [{"role": "user", "content": "?"}, {"role": "assistant", "content": "The answer is"}],
+            add_generation_prompt=False,
+        )
+
+
+def test_replies_that_are_empty_for_a_reason_are_counted(lm, tiny_model):
+    body = {"choices": [{"text": "", "finish_reason": "content_filter"}]}
+    with ModelServer(lm, body=body) as server:
+        other = served(tiny_model, server)
+        assert generate(other, ["The sea", "Rain"], [], 4) == ["", ""]
+        assert other.record()["empty_replies"] == {"content_filter": 2}
+
+
+def test_what_may_go_by_itself_is_worth_another_try(lm, tiny_model):
+    for status, kind in ((429, EngineError), (503, EngineError), (400, KickError)):
+        with ModelServer(lm, status=status, faults=9) as server, pytest.raises(KickError) as raised:
+            generate(served(tiny_model, server, retries=0), ["The sea"], [], 4)
+        assert type(raised.value) is kind
 
 
 def test_failures_that_pass_are_retried(lm, tiny_model):
@@ -261,11 +309,24 @@ def test_an_lm_that_cannot_be_asked_does_not_agree(tiny_model, capsys):
     assert "DISAGREES with fast" in capsys.readouterr().out
 
 
-def test_a_chat_endpoint_is_not_blamed_for_what_it_cannot_give(lm, tiny_model):
+def test_a_chat_endpoint_is_not_blamed_for_what_it_cannot_give(lm, tiny_model, capsys):
     with ModelServer(lm) as server:
         rows = {row.kind: row for row in compare(ask(lm), ask(served(tiny_model, server, api="chat")), "float32")}
-    assert [row.agrees for row in rows.values()] == [True, True, True]
+        arguments = ["doctor", str(tiny_model), "--lm", "server", "--param", f"lm.base_url={server.url}"]
+        assert cli.main([*arguments, "--param", "lm.models.dense=tiny", "--param", "lm.api=chat"]) == 1
+    assert [(row.agrees, row.difference) for row in rows.values()] == [(True, None)] * 3
     assert "chat endpoint gives no log-probabilities" in rows["continuations"].reason
+    assert "nothing could be compared with fast" in capsys.readouterr().out
+
+
+def test_where_there_are_no_likelihoods_texts_tell_another_model(lm, tiny_model):
+    other = FastLM(make_tiny_llama(rope_parameters={"rope_type": "default", "rope_theta": 100.0}), lm.tokenizer)
+    other.model.lm_head.weight = torch.nn.Parameter(other.model.lm_head.weight.flip(0))
+    for asked, agrees in ((lm, True), (other, False)):
+        with ModelServer(asked, echo=False) as server:
+            *likelihoods, texts = compare(ask(lm), ask(served(tiny_model, server)), "float32")
+        assert [row.difference for row in likelihoods] == [None, None]
+        assert texts.agrees == agrees
 
 
 def test_an_lm_that_does_not_start_costs_its_own_suites_only(tiny_model, tmp_path, capsys):
@@ -372,9 +433,11 @@ def test_an_lm_that_fails_the_check_of_parity_is_closed_before_the_next_is_loade
     store = SimpleNamespace(parity=lambda: None, keep_parity=kept.extend)
     specs = [LMSpec(name="fast"), LMSpec(name="vllm")]
     monkeypatch.setattr(work, "lms", lambda config: specs)
-    plan = SimpleNamespace(config=None, settings=[None], dtype="float32", device="cpu")
+    plan = SimpleNamespace(config=None, dense=None, dtype="float32", device="cpu")
     workshop = SimpleNamespace(plan=plan, store=store, checkpoint=lambda *_: SimpleNamespace(path=None))
-    work.check_parity(workshop, SimpleNamespace(note=events.append))
+    display = Silent()
+    display.note = events.append
+    work.check_parity(workshop, Lane(Clock(display, {})), work.Rules())
     assert events[:4] == ["load fast", "close fast", "load vllm", "close vllm"]
     assert kept
 

@@ -312,6 +312,14 @@ def test_a_plan_runs_no_code_that_a_configuration_names(tiny_model, tmp_path):
         open_streamed(tmp_path, "float32", tmp_path / "scratch")
 
 
+def test_an_encoder_with_a_decoder_is_no_causal_model(tiny_model, tmp_path):
+    folder = shutil.copytree(tiny_model, tmp_path / "bart")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "is_encoder_decoder": True}))
+    with pytest.raises(ModelError, match="is an encoder with a decoder"):
+        loading.load_model(folder, "float32", "cpu")
+
+
 def test_folders_that_hold_something_else_than_a_model_say_what(tmp_path):
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")

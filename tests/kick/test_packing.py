@@ -68,6 +68,12 @@ def test_a_row_ends_where_the_next_shares_least():
     assert [list(row.paths) for row in pack(long, range(4), max_tokens=15)] == [[0, 1], [2, 3]]
 
 
+def test_equal_sequences_that_are_longer_than_a_row_stand_in_one():
+    """Options of one token have one context: it is read once, however long."""
+    rows = pack([list(range(9))] * 4, range(4), 5)
+    assert [(row.tokens, len(row.paths)) for row in rows] == [(list(range(9)), 4)]
+
+
 def test_rows_side_by_side_are_even():
     sequences = [[number] * 10 for number in range(24)]
 
