@@ -24,10 +24,10 @@ from typing import Any
 
 import torch
 from kick_compressors.training.objective import Objective, mean_loss
-from kick_compressors.training.text import open_mixture
+from kick_compressors.training.text import find_domains
 
 from kick import loading, models
-from kick.calibration import CalibrationSpec
+from kick.calibration import CalibrationSpec, begin_of_text, end_of_text, read_documents
 from kick.compress import Recipe, compress
 from kick.settings import Setting
 
@@ -47,7 +47,6 @@ def arms(data: str, steps: int, precision: str) -> dict[str, dict[str, dict[str,
     sheared = {
         **text,
         "held_out": 8,  # of the text to train on: the other is what is measured
-        "pruning_every": 20,
         "continuing_every": 40,
     }
     stage = {**short, "learning_rate": 5e-4}
@@ -102,7 +101,10 @@ def arms(data: str, steps: int, precision: str) -> dict[str, dict[str, dict[str,
                 **shear,
                 "params": {**sheared, "masks": "random", "pruning": pruning, "continuing": long},
             },
-            "learned masks": {**shear, "params": {**sheared, "pruning": pruning, "continuing": continuing}},
+            "learned masks": {
+                **shear,
+                "params": {**sheared, "pruning_every": 20, "pruning": pruning, "continuing": continuing},
+            },
         },
     }
 
@@ -192,7 +194,7 @@ def run(setting: dict[str, Any], seed: int, data: str) -> dict[str, Any]:
     folder = Path(mkdtemp())
     # calibration from the training text; another seed draws another sample of it
     calibration = CalibrationSpec(source=f"{data}/calibration/redpajama", samples=32, sequence_length=512, seed=seed)
-    recipe = Recipe(source, "-", Setting(**setting, seed=seed), calibration, "float32", "cpu")
+    recipe = Recipe.of(source, Setting(**setting, seed=seed), calibration)
     begun = time.perf_counter()
     made = compress(recipe, folder / "made")
     seconds = time.perf_counter() - begun
@@ -210,13 +212,23 @@ def run(setting: dict[str, Any], seed: int, data: str) -> dict[str, Any]:
 
 
 def domain_losses(path: Path, data: str) -> dict[str, float]:
-    """Nats per token over the held-out documents of each domain, in float32."""
-    model = loading.load_model(path, "float32", "cpu")
-    mixture = open_mixture(f"{data}/ppl/redpajama", loading.load_tokenizer(path), 256, 0, held_out=HELD)
+    """Nats per token over text of each domain that is not trained on, in float32."""
+    model, tokenizer = loading.load_model(path, "float32", "cpu"), loading.load_tokenizer(path)
     return {
-        name: mean_loss(Objective(model).eval(), torch.from_numpy(stream.held.astype("int64")))
-        for name, stream in mixture.streams.items()
+        name: mean_loss(Objective(model).eval(), beginning(source, tokenizer))
+        for name, source in find_domains(f"{data}/ppl/redpajama").items()
     }
+
+
+def beginning(source: str, tokenizer: Any) -> torch.Tensor:
+    """[HELD, 256] the first tokens of a domain: what every run is measured on, whatever kick holds out in training."""
+    tokens: list[int] = []
+    for document in read_documents(source):
+        inside = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+        tokens += begin_of_text(tokenizer) + inside + end_of_text(tokenizer)
+        if len(tokens) >= HELD * 256:
+            break
+    return torch.tensor(tokens[: HELD * 256]).reshape(HELD, 256)
 
 
 def print_table(comparison: str, runs: list[dict[str, Any]]) -> None:

@@ -16,13 +16,13 @@ from pydantic import Field, field_validator
 from torch import nn
 
 from kick import adapters
-from kick.blocks import Decoder, find_decoder
+from kick.blocks import Decoder, find_decoder, parameter_count
 from kick.calibration import Calibration
 from kick.compressor import Compressor, Knob, Progress, no_progress
 from kick.errors import ConfigError, ModelError
 from kick.levels import Level, Pattern, parse_pattern
 from kick.loading import load_model
-from kick.measured import STRAY_ZEROS, pattern_violations
+from kick.measured import is_pruned, pattern_violations
 from kick.models import fetch, find_source, fingerprint
 from kick.spec import Spec
 
@@ -132,7 +132,7 @@ class External(Compressor):
         boosted = [linear for linear in linears if adapters.of(linear.module) is not None]
         if self.params.mask is None:
             for linear in boosted:
-                if not _is_pruned(linear.weight):
+                if not is_pruned(linear.weight):
                     raise ModelError(
                         f"{self.params.path}: '{linear.name}' has a low-rank branch, but its weight is dense: its mask "
                         "was not stored.",
@@ -152,7 +152,7 @@ class External(Compressor):
             asked = parse_pattern(self.params.pattern)
             self.patterns = {linear.name: asked for linear in decoder.linears if linear.weight.shape[1] % asked.of == 0}
             return
-        pruned = [linear for linear in decoder.linears if _is_pruned(linear.weight)]
+        pruned = [linear for linear in decoder.linears if is_pruned(linear.weight)]
         for pattern in _PATTERNS:
             kept = [linear for linear in pruned if keeps(linear.weight, pattern)]
             if pruned and len(kept) > _NEARLY_ALL * len(pruned):
@@ -176,16 +176,12 @@ def keeps(weight: torch.Tensor, pattern: Pattern) -> bool:
     return pattern_violations(weight, pattern) <= _STRAY * weight.numel() / pattern.of
 
 
-def _is_pruned(weight: torch.Tensor) -> bool:
-    return float((weight == 0).float().mean()) > STRAY_ZEROS
-
-
 def shape_of(model: Any) -> dict[str, Any]:
     """The dimensions that structured pruning changes, and the number of parameters."""
     config = model.config
     keys = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
     found = {key: getattr(config, key, None) for key in (*keys, "head_dim", "vocab_size")}
-    return {**found, "parameters": sum(parameter.numel() for parameter in model.parameters())}
+    return {**found, "parameters": parameter_count(model)}
 
 
 def gguf_bits(path: Path, model: Any) -> dict[str, float]:

@@ -61,10 +61,8 @@ class ModelShape:
     def configuration(self, source: Any, kept_layers: Sequence[int] | None = None) -> Any:
         """`source`, a configuration, with this shape. kept_layers: which of its layers these are; the first ones."""
         config = copy.deepcopy(source)
-        if getattr(config, "layer_types", None):
-            config.layer_types = [config.layer_types[index] for index in kept_layers or range(self.layers)]
-        config.num_hidden_layers, config.hidden_size = self.layers, self.hidden
-        config.intermediate_size = self.intermediate
+        keep_layers(config, kept_layers or range(self.layers))
+        config.hidden_size, config.intermediate_size = self.hidden, self.intermediate
         config.num_attention_heads, config.num_key_value_heads = self.heads, self.kv_heads
         config.head_dim = self.head_dim
         return config
@@ -73,15 +71,26 @@ class ModelShape:
         return f"{self.layers} x {self.hidden} x {self.intermediate} x {self.heads} heads"
 
 
+def keep_layers(config: Any, kept: Sequence[int]) -> None:
+    """Leave in a configuration what it says of each of the layers `kept`: their kind of attention, or of rotation."""
+    for key, value in config.to_dict().items():
+        if "layer" in key and isinstance(value, list) and len(value) == config.num_hidden_layers:
+            setattr(config, key, [value[index] for index in kept])
+    config.num_hidden_layers = len(kept)
+
+
+_PARTS = {f"self_attn.{part}_proj" for part in "qkvo"} | {f"mlp.{part}_proj" for part in ("gate", "up", "down")}
+_NORMS = ("input_layernorm", "post_attention_layernorm")
+
+
 def parts(layer: Any) -> tuple[Any, Any]:
-    """(attention, MLP) of a Llama-like decoder layer. Raises LevelError for any other."""
+    """(attention, MLP) of a Llama-like decoder layer. Raises LevelError for any other, also one that has more parts."""
     attention, mlp = getattr(layer, "self_attn", None), getattr(layer, "mlp", None)
     wanted = [(attention, f"{part}_proj") for part in "qkvo"] + [
         (mlp, f"{part}_proj") for part in ("gate", "up", "down")
     ]
     missing = [name for owner, name in wanted if not isinstance(getattr(owner, name, None), nn.Linear)]
-    norms = ("input_layernorm", "post_attention_layernorm")
-    missing += [name for name in norms if getattr(layer, name, None) is None]
+    missing += [name for name in _NORMS if getattr(layer, name, None) is None]
     if missing:
         raise LevelError(
             f"{type(layer).__name__} has no {missing[0]}.", "Models built like Llama (Mistral, Qwen2, SmolLM2) only."
@@ -91,9 +100,9 @@ def parts(layer: Any) -> tuple[Any, Any]:
             f"{type(layer).__name__} has norms of kind {type(layer.input_layernorm).__name__}.",
             "Models with Llama's RMSNorm (Mistral, Qwen2, SmolLM2) only.",
         )
-    for extra in ("q_norm", "k_norm", "pre_feedforward_layernorm"):
-        if hasattr(attention, extra) or hasattr(layer, extra):
-            raise LevelError(f"{type(layer).__name__} has a {extra}.", "Models built like Llama only.")
+    owners = dict.fromkeys(name.rpartition(".")[0] for name, _ in layer.named_parameters())
+    if more := [owner for owner in owners if owner not in _PARTS and owner not in _NORMS]:
+        raise LevelError(f"{type(layer).__name__} has a {more[0].rpartition('.')[2]}.", "Models built like Llama only.")
     return attention, mlp
 
 

@@ -18,13 +18,13 @@ from torch.nn.utils import parametrize
 
 from kick import adapters
 from kick.adapters import LowRank
-from kick.blocks import Linear, find_decoder
+from kick.blocks import Linear, find_decoder, parameter_count
 from kick.calibration import Calibration, is_hub
 from kick.compressor import Compressor, Cost, Knob, Progress, no_progress
 from kick.errors import ConfigError
 from kick.extras import import_extra
 from kick.levels import Level
-from kick.measured import STRAY_ZEROS
+from kick.measured import is_pruned
 
 from .ast.sparse import Masked
 from .training.figures import keep
@@ -54,9 +54,11 @@ class Tune(Compressor):
         on_hub = isinstance(data, str) and is_hub(data)
         return () if on_hub or find_pairs(data) is not None else self.params.beginnings()
 
+    def remarks(self) -> Iterable[str]:
+        return self.params.remarks()
+
     def cost(self, level: Level | None, skeleton: nn.Module) -> Cost:
-        parameters = sum(parameter.numel() for parameter in skeleton.parameters())
-        return self.params.cost(parameters, trained=0 if self.params.rank else None)
+        return self.params.cost(parameter_count(skeleton), trained=0 if self.params.rank else None)
 
     def compress(
         self,
@@ -71,7 +73,7 @@ class Tune(Compressor):
         dtype, device = llm.dtype, str(llm.device)
         llm = llm.float()
         linears = find_decoder(llm).linears
-        masks = {linear: linear.weight != 0 for linear in linears if params.keep_zeros and _is_sparse(linear)}
+        masks = {linear: linear.weight != 0 for linear in linears if params.keep_zeros and is_pruned(linear.weight)}
         if params.rank and not params.merge:
             adapters.refuse_attached(llm, "tune with merge: false")
         if params.rank and params.merge and masks:
@@ -107,10 +109,6 @@ class Tune(Compressor):
                 raise ConfigError(f"tune.{unread[0]} beside instruction pairs.", "It is about text: leave it out.")
             return Pairs(pairs, self.tokenizer, params.sequence_length, self.seed)
         return params.open(self.tokenizer, params.sequence_length, self.seed)
-
-
-def _is_sparse(linear: Linear) -> bool:
-    return float((linear.weight == 0).float().mean()) > STRAY_ZEROS
 
 
 def add_lora(model: Any, linears: list[Linear], params: Any) -> Any:

@@ -19,12 +19,12 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from kick import adapters, distributed
-from kick.blocks import Linear, find_decoder, largest_block_list
+from kick.blocks import Linear, find_decoder, largest_block_list, parameter_count
 from kick.calibration import Calibration
 from kick.compressor import Compressor, Cost, Knob, Progress, check_divisible, no_progress
 from kick.errors import ConfigError, LevelError
 from kick.levels import Level, Pattern
-from kick.loading import load_model, load_skeleton
+from kick.loading import load_model, load_skeleton, load_tokenizer
 from kick.measured import STRAY_ZEROS
 from kick.models import fetch, find_source, fingerprint
 
@@ -64,10 +64,13 @@ class AST(Compressor):
         return read | ({"teacher": fingerprint(fetch(find_source(teacher)))} if teacher is not None else {})
 
     def trained_on(self) -> Iterable[str]:
-        return chain(self.params.beginnings(), self.params.held_out_beginnings())
+        return chain(self.params.beginnings(), self.params.held_out_beginnings(self.params.text_field))
+
+    def remarks(self) -> Iterable[str]:
+        return self.params.remarks()
 
     def cost(self, level: Level | None, skeleton: nn.Module) -> Cost:
-        params, parameters = self.params, sum(parameter.numel() for parameter in skeleton.parameters())
+        params, parameters = self.params, parameter_count(skeleton)
         blocks = largest_block_list(skeleton)[1]
         pruned = sum(weight.numel() for block in blocks for weight in block.parameters() if weight.ndim == 2)
         branches = pruned // params.slorb if params.slorb else 0
@@ -104,7 +107,7 @@ class AST(Compressor):
         with self.work_folder() as folder:
             held = {"held_out": params.held_out, "validation": params.validation} if params.update_every else {}
             mixture = params.open(self.tokenizer, params.sequence_length, self.seed, **held)
-            size = sum(parameter.numel() for parameter in model.parameters())
+            size = parameter_count(model)
             domains = Domains(mixture, params, model, size, params.micro_batch) if params.update_every else None
             objective = SparseTraining(model, decoder, level, params, teacher, domains, params.update_every)
             history = train(
@@ -124,13 +127,17 @@ class AST(Compressor):
         if self.params.teacher is None:
             return own
         teacher = load_skeleton(fetch(find_source(self.params.teacher)), "float32")
-        return sum(parameter.numel() for parameter in teacher.parameters())
+        return parameter_count(teacher)
 
     def _teacher(self, model: nn.Module, linears: list[Any], device: str) -> nn.Module:
         if self.params.teacher is not None:
             teacher = load_model(fetch(find_source(self.params.teacher)), "float32", device)
             ours: Any = model
-            if teacher.config.vocab_size != ours.config.vocab_size:  # type: ignore[union-attr]
+            same = teacher.config.vocab_size == ours.config.vocab_size  # type: ignore[union-attr]
+            if same and self.tokenizer is not None:
+                path = fetch(find_source(self.params.teacher))
+                same = load_tokenizer(path).get_vocab() == self.tokenizer.get_vocab()
+            if not same:
                 raise ConfigError(
                     f"the teacher '{self.params.teacher}' has another vocabulary than the model.",
                     "A teacher must speak in the same tokens.",
@@ -142,6 +149,8 @@ class AST(Compressor):
                     "ast distils from the dense model, and the one it was given is already sparse.",
                     "Name a teacher, or set distillation to 0.",
                 )
+            if self.stages_before:
+                self.warn("its teacher is what the stages before it left, not the dense model; `teacher` names another")
             teacher = copy.deepcopy(model)
         dtype = torch.bfloat16 if self.params.bfloat16(device) else torch.float32  # it computes in this anyway
         return teacher.to(dtype).requires_grad_(False).eval()

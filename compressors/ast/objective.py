@@ -34,6 +34,9 @@ class Method(Spec):
     decay_most: float = Field(default=1e-4, ge=0, description="lambda after its ramp")
     decay_ramp: float = Field(default=0.25, gt=0, le=1, description="share of the steps over which lambda grows")
     second_moment: Literal["gradient", "momentum"] = "gradient"
+    decay_into: Literal["momentum", "gradient"] = Field(
+        default="momentum", description="gradient: plain AdamW on what is decayed, as the authors' code for LLaMA"
+    )
     distillation: float = Field(default=0.67, ge=0, le=1, description="a in a KL(teacher || student) + (1 - a) CE")
     divergence: Literal["forward", "reverse"] = "forward"
     temperature: float = Field(default=1.0, gt=0, description="of the distillation; the authors' code has 2")
@@ -88,8 +91,15 @@ class SparseTraining(Objective):
             linear = masks.get(parameter)  # type: ignore[call-overload]
             return parallel.own_part(linear.mask, parameter) if linear else None
 
-        groups, second = groups_of(self, spec), self.method.second_moment
-        self._optimizer = DecayingAdamW(groups, spec.learning_rate, spec.betas, spec.eps, mask_of, second)
+        self._optimizer = DecayingAdamW(
+            groups_of(self, spec),
+            spec.learning_rate,
+            spec.betas,
+            spec.eps,
+            mask_of,
+            self.method.second_moment,
+            self.method.decay_into,
+        )
         return self._optimizer
 
     def companions(self) -> list[nn.Module]:

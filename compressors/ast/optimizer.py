@@ -5,6 +5,8 @@
     v_t = b2 v_(t-1) + (1 - b2) (g_t + lambda (1 - m) W)^2   or, as the paper prints it, (u~)^2
     W  -= lr / (1 - b1^t)  u~ / (sqrt(v_t / (1 - b2^t)) + eps)
 
+With decay_into="gradient" it is plain AdamW on g_t + lambda (1 - m) W, as in the authors' code for LLaMA.
+
 With (u~)^2 the optimizer at lambda = 0 would not be AdamW, which the paper says that it is; so the default takes the
 gradient, and `second_moment="momentum"` the printed form. Weight decay is decoupled, as in AdamW.
 """
@@ -27,9 +29,10 @@ class DecayingAdamW(torch.optim.Optimizer):
         eps: float,
         masks: Callable[[Tensor], Tensor | None],
         second_moment: Literal["gradient", "momentum"] = "gradient",
+        decay_into: Literal["momentum", "gradient"] = "momentum",
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
-        self.masks, self.second_moment = masks, second_moment
+        self.masks, self.second_moment, self.decay_into = masks, second_moment, decay_into
         self.decay = 0.0
 
     @torch.no_grad()
@@ -48,9 +51,11 @@ class DecayingAdamW(torch.optim.Optimizer):
         state["step"] += 1
         step = int(state["step"])
         momentum, square = state["momentum"], state["square"]
-        momentum.lerp_(gradient, 1 - b1)
         mask = self.masks(weight) if self.decay else None
         pull = None if mask is None else (weight * ~mask).mul_(self.decay)
+        if pull is not None and self.decay_into == "gradient":
+            gradient, pull = gradient.add(pull), None
+        momentum.lerp_(gradient, 1 - b1)
         decayed = momentum if pull is None else momentum + pull
         pulled = gradient if pull is None else gradient.add(pull)
         squared = decayed if self.second_moment == "momentum" else pulled

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kick.errors import INCOMPLETE, ModelError
-from kick.packing import unpack, unpack_linear
+from kick.gptq_layout import unpack, unpack_linear
 from kick.quantization import Grid
 
 from .files import Foreign

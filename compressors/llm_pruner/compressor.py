@@ -16,13 +16,15 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from kick import shapes
+from kick.blocks import parameter_count
 from kick.calibration import Calibration
 from kick.compressor import Compressor, Knob, Progress, no_progress
 from kick.errors import ConfigError, LevelError
 from kick.levels import Level, Sparsity
+from kick.policy import Policy
 from kick.spec import Spec
 
-from ..llama import ModelShape, layers_of, parts, refuse_remains
+from ..llama import ModelShape, keep_layers, layers_of, parts, refuse_remains
 from .gradients import collect
 from .importance import TAYLOR, Aggregation, Importance, aggregate, unit_scores
 from .widths import channels_removed, heads_removed, ratio_for, rounded
@@ -30,6 +32,7 @@ from .widths import channels_removed, heads_removed, ratio_for, rounded
 _NEAR = 0.02  # of the level: farther off is worth a warning
 Sums = dict[nn.Module, tuple[Tensor, Tensor | None]]  # (g, F) of each linear
 Kept = tuple[Tensor, Tensor]  # of a layer: the key heads and the MLP channels that stay, in order
+_OF_GRADIENTS = {"samples", "sample_length"}
 
 
 class LLMPruner(Compressor):
@@ -56,10 +59,21 @@ class LLMPruner(Compressor):
 
         @model_validator(mode="after")
         def _says_nothing_in_vain(self) -> "LLMPruner.Params":
+            given = self.model_fields_set
             of_blocks = {"skip_first", "skip_last", "uniform", "multiple", "blocks_at_once"}
-            if self.structure != "block" and (unread := sorted(self.model_fields_set & of_blocks)):
+            if self.structure != "block" and (unread := sorted(given & of_blocks)):
                 raise ValueError(f"{unread[0]} is about structure: block, and structure: {self.structure} is asked for")
+            if self.structure == "layer" and (unread := sorted(given & {"importance", "aggregation", *_OF_GRADIENTS})):
+                raise ValueError(f"{unread[0]} is about scores, and structure: layer takes the last layers")
+            if self.importance not in TAYLOR and (unread := sorted(given & _OF_GRADIENTS)):
+                raise ValueError(f"{unread[0]} is about gradients, and importance: {self.importance} takes none")
+            if self.uniform and (unread := sorted(given & {"skip_first", "skip_last"})):
+                raise ValueError(f"{unread[0]} protects layers, and uniform: true prunes all alike")
             return self
+
+    def follow(self, policy: Policy, level: Level | None) -> None:
+        super().follow(policy, level)
+        self.needs_calibration = self.params.structure != "layer" and self.params.importance in TAYLOR
 
     def compress(
         self,
@@ -71,19 +85,14 @@ class LLMPruner(Compressor):
     ) -> nn.Module:
         if not isinstance(level, Sparsity):
             raise LevelError(f"llm_pruner takes a share to remove, not '{level}'.", "For example llm_pruner@0.2.")
-        if calibration is None:
-            raise LevelError("llm_pruner needs calibration text.", "Give a calibration source.")
         llama: Any = model
         refuse_remains(model, "llm_pruner")
         layers = layers_of(llama)
-        dtype, whole = llama.dtype, count(llama)
+        dtype, whole = llama.dtype, parameter_count(llama)
         if dtype == torch.float16:  # its gradients would vanish or overflow
             llama = llama.float()
-        tokens = calibration.tokens[: self.params.samples, : self.params.sample_length]
+        tokens = self._tokens(calibration)
         self.facts = {"tokens": tokens.numel(), "structure": self.params.structure}
-        if tokens.shape != (wanted := (self.params.samples, self.params.sample_length)):
-            asked, there = (f"{n} calibration samples of {length} tokens" for n, length in (wanted, tokens.shape))
-            self.warn(f"{asked} were asked for; there are {there}.")
         if self.params.structure == "layer":
             self._drop_layers(llama, level.fraction, whole)
         elif self.params.structure == "channel":
@@ -97,6 +106,19 @@ class LLMPruner(Compressor):
             self.warn(f"{removed:.1%} of the parameters went where {level} was asked: units are that large.")
         return llama.to(dtype).eval()
 
+    def _tokens(self, calibration: Calibration | None) -> Tensor:
+        """[samples, length] what gradients are of; none where none are needed."""
+        params = self.params
+        if params.structure == "layer" or params.importance not in TAYLOR:
+            return torch.empty((0, 0), dtype=torch.long)
+        if calibration is None:
+            raise LevelError("llm_pruner needs calibration text.", "Give a calibration source.")
+        tokens = calibration.tokens[: params.samples, : params.sample_length]
+        if tokens.shape != (wanted := (params.samples, params.sample_length)):
+            asked, there = (f"{n} calibration samples of {length} tokens" for n, length in (wanted, tokens.shape))
+            self.warn(f"{asked} were asked for; there are {there}.")
+        return tokens
+
     # Block-wise
 
     def _drop_units(self, model: Any, layers: Any, share: float, tokens: Tensor, progress: Progress) -> None:
@@ -104,25 +126,26 @@ class LLMPruner(Compressor):
         chosen = self._chosen(len(layers))
         sizes = [_unit_sizes(layers[index], shape) for index in chosen]
 
-        def gone(ratio: float) -> int:
-            heads, channels = self._removed(shape, ratio)
+        def parameters(heads: int, channels: int) -> int:
             return sum(heads * head + channels * channel for head, channel in sizes)
 
-        whole = count(model)
+        def gone(ratio: float) -> int:
+            return parameters(*self._removed(shape, ratio))
+
+        whole = parameter_count(model)
         ratio = share if self.params.ratio_of == "layers" else ratio_for(share, lambda ratio: gone(ratio) / whole)
         heads, channels = self._removed(shape, ratio)
-        self._gone = gone(ratio)
+        if self.params.uniform:
+            heads = shape.kv_heads - admissible_heads(shape, shape.kv_heads - heads)
+            if self.params.ratio_of == "model":  # channels make up for it
+                wanted = (share * whole - parameters(heads, 0)) / max(1, parameters(0, 1))
+                channels = shape.intermediate - self._width(shape, shape.intermediate - round(max(0.0, wanted)))
+        self._gone = parameters(heads, channels)
         kept_heads, kept_channels = shape.kv_heads - heads, shape.intermediate - channels
         if kept_heads < 1 or kept_channels < 1:
             raise LevelError(
                 f"level {share:g} leaves {kept_heads} key heads and {kept_channels} MLP channels in a layer.",
                 "Ask for less, or protect fewer layers.",
-            )
-        if self.params.uniform and shape.hidden % (kept_heads * shape.queries_per_key):
-            raise LevelError(
-                f"uniform at level {share:g} leaves {kept_heads * shape.queries_per_key} heads, which do not divide "
-                f"the hidden size {shape.hidden}.",
-                "transformers refuses such a configuration: choose another level, or leave out uniform.",
             )
         self.facts |= {"ratio": ratio, "layers": chosen, "key_heads": kept_heads, "mlp_channels": kept_channels}
         for index, scores in self._scored(model, layers, chosen, shape, tokens, progress):
@@ -151,9 +174,12 @@ class LLMPruner(Compressor):
 
     def _removed(self, shape: ModelShape, ratio: float) -> tuple[int, int]:
         """(key heads, MLP channels) that go from each layer."""
-        channels = channels_removed(shape.intermediate, ratio)
-        kept = rounded(shape.intermediate - channels, self.params.multiple, shape.intermediate)
+        kept = self._width(shape, shape.intermediate - channels_removed(shape.intermediate, ratio))
         return heads_removed(shape.kv_heads, shape.head_dim, ratio), shape.intermediate - kept
+
+    def _width(self, shape: ModelShape, kept: int) -> int:
+        """Of an MLP of which so many channels should stay."""
+        return rounded(kept, self.params.multiple, shape.intermediate)
 
     def _scored(
         self, model: Any, layers: Any, chosen: list[int], shape: ModelShape, tokens: Tensor, progress: Progress
@@ -237,25 +263,33 @@ class LLMPruner(Compressor):
     def _drop_layers(self, model: Any, share: float, whole: int) -> None:
         """The last layers go: as many as come nearest to the share."""
         layers = model.model.layers
-        each = sum(parameter.numel() for parameter in layers[0].parameters())
+        each = parameter_count(layers[0])
         base = whole if self.params.ratio_of == "model" else each * len(layers)
         kept = len(layers) - round(share * base / each)
         if not 0 < kept < len(layers):
             raise LevelError(f"level {share:g} leaves {kept} of {len(layers)} layers.", "Choose another share.")
         self._gone = (len(layers) - kept) * each
         model.model.layers = layers[:kept]
-        model.config.num_hidden_layers = kept
-        if getattr(model.config, "layer_types", None):
-            model.config.layer_types = model.config.layer_types[:kept]
+        keep_layers(model.config, range(kept))
         self.facts["layers"] = kept
+
+
+def admissible_heads(shape: ModelShape, wanted: int) -> int:
+    """The number of key heads nearest to `wanted` that plain transformers takes: query heads divide the hidden size.
+
+    Of two that are as near the larger. Raises LevelError if there is none.
+    """
+    fitting = [n for n in range(shape.kv_heads, 0, -1) if shape.hidden % (n * shape.queries_per_key) == 0]
+    if not fitting:
+        raise LevelError(
+            f"uniform: no number of heads divides the hidden size {shape.hidden}, which transformers asks for.",
+            "Leave out uniform.",
+        )
+    return min(fitting, key=lambda heads: abs(heads - wanted))
 
 
 def _sums(sums: Sums, module: nn.Module) -> tuple[Tensor | None, Tensor | None]:
     return sums.get(module, (None, None))
-
-
-def count(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _linears(layer: Any) -> list[Any]:
@@ -273,8 +307,8 @@ def _unit_sizes(layer: Any, shape: ModelShape) -> tuple[int, int]:
     """Parameters of a key head with its query heads, and of an MLP channel."""
     attention, mlp = parts(layer)
     inner = [attention.q_proj, attention.k_proj, attention.v_proj]
-    head = sum(count(linear) for linear in inner) + attention.o_proj.weight.numel()
-    channel = count(mlp.gate_proj) + count(mlp.up_proj) + mlp.down_proj.weight.numel()
+    head = sum(parameter_count(linear) for linear in inner) + attention.o_proj.weight.numel()
+    channel = parameter_count(mlp.gate_proj) + parameter_count(mlp.up_proj) + mlp.down_proj.weight.numel()
     return head // shape.kv_heads, channel // shape.intermediate
 
 

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from kick import distributed
+from kick.blocks import parameter_count
 from kick.calibration import Calibration
 from kick.compressor import Compressor, Cost, Knob, Progress, no_progress
 from kick.errors import LevelError
@@ -48,7 +49,6 @@ class Pruning(Training):
 class Sheared(Compressor):
     name = "sheared"
     knob = Knob.SHAPE
-    _like: dict[str, str] = {}  # noqa: RUF012 (replaced, never changed): the shape of the model that is to be like
 
     class Params(TextData, Loading):
         pruning_every: int = Field(default=50, ge=1, description="steps between new weights of domains while pruning")
@@ -70,22 +70,36 @@ class Sheared(Compressor):
         target_warmup: float = Field(default=0.2, gt=0, le=1, description="share of steps until the target holds")
 
         @model_validator(mode="after")
+        def _says_nothing_in_vain(self) -> "Sheared.Params":
+            of_masks = {"pruning_every", "target_warmup", "mask_learning_rate", "lambda_learning_rate", "constraint"}
+            if self.masks == "random" and (unread := sorted(self.model_fields_set & (of_masks | {"beta"}))):
+                raise ValueError(f"{unread[0]} is about learning masks, and masks: random learns none")
+            if self.continuing is None and "continuing_every" in self.model_fields_set:
+                raise ValueError("continuing_every is about training on, and continuing: null leaves that out")
+            return self
+
+        @model_validator(mode="after")
         def _reads_one_text(self) -> "Sheared.Params":
             if self.continuing and self.continuing.sequence_length != self.pruning.sequence_length:
                 raise ValueError("pruning and continuing read the same text: give them one sequence_length")
             return self
 
     def inputs(self) -> dict[str, str]:
-        return {"data": self.params.fingerprint(), **self.params.held_out_fingerprint(), **self._like}
+        found = {"data": self.params.fingerprint(), **self.params.held_out_fingerprint()}
+        if isinstance(self.level, Shape) and self.level.name.startswith("like:"):
+            found["target"] = digest(str(find_shape_of(self.level.name)))
+        return found
 
     def check_level(self, level: Level) -> None:
         assert isinstance(level, Shape)
         parse_shape(level.name)
-        if level.name.startswith("like:"):
-            self._like = {"target": digest(str(find_shape_of(level.name)))}
 
     def trained_on(self) -> Iterable[str]:
-        return chain(self.params.beginnings(), self.params.held_out_beginnings())
+        return chain(self.params.beginnings(), self.params.held_out_beginnings(self.params.text_field))
+
+    def remarks(self) -> Iterable[str]:
+        stages = [stage for stage in (self.params.pruning, self.params.continuing) if stage]
+        return dict.fromkeys(remark for stage in stages for remark in stage.remarks())
 
     def cost(self, level: Level | None, skeleton: nn.Module) -> Cost:
         assert isinstance(level, Shape)
@@ -94,7 +108,7 @@ class Sheared(Compressor):
         params, stages, measured = self.params, [Cost(0, 0.0, 0)], 0.0
         target = find_shape(level.name, source, params.heads == "within")
         small = count_parameters(type(full), target.configuration(full.config))
-        large = sum(p.numel() for p in full.parameters())
+        large = parameter_count(full)
         domains = len(find_domains(params.data))
         if params.masks == "learned":
             stages.append(params.pruning.cost(large))
@@ -151,9 +165,9 @@ class Sheared(Compressor):
                 objective.masked.remove()
                 self.warnings += [
                     f"masks had not settled: {opened:.1f} of {name} are expected to be open where {asked} are asked "
-                    "for, so that the last ones were kept or cut by a narrow margin; more steps of pruning help, or "
-                    "constraint: counts"
-                    for name, (opened, asked) in masks.off().items()
+                    f"for{f' (layer {row}, the farthest off)' if rows > 1 else ''}, so that the last ones were kept or "
+                    "cut by a narrow margin; more steps of pruning help, or constraint: counts"
+                    for name, (opened, asked, row, rows) in masks.off().items()
                 ]
                 z = masks.final()
             else:
@@ -200,6 +214,7 @@ class Shearing(Objective):
         self.step, self.progress = 0, 0.0
 
     def begin_step(self, step: int, spec: Training) -> None:
+        self.masks.clamp()
         self.step, self.progress = step, step / max(1.0, self.params.target_warmup * spec.steps)
 
     def forward(self, tokens: Tensor, labels: Tensor) -> dict[str, Tensor]:
@@ -266,4 +281,4 @@ def count_parameters(kind: Any, config: Any) -> int:
     with init_empty_weights():
         model = kind(config)
     model.tie_weights()
-    return sum(parameter.numel() for parameter in model.parameters())
+    return parameter_count(model)

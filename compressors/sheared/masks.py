@@ -98,13 +98,17 @@ class Masks(nn.Module):
         return total
 
     @torch.no_grad()
-    def off(self) -> dict[str, tuple[float, int]]:
-        """What is not within 0.5 % of the whole of its target: (expected open units, asked for), means over rows."""
+    def off(self) -> dict[str, tuple[float, int, int, int]]:
+        """What is not within 0.5 % of the whole of its target in some row.
+
+        By structure, of the row that is farthest off: (expected open units, asked for, which row, of how many).
+        """
         found = {}
         for name, expected in self.expected_open().items():
-            opened, asked, all_of_them = float(expected.mean()), self.keep[name], self.log_alphas[name].shape[1]
-            if abs(opened - asked) > _SETTLED * all_of_them:
-                found[name] = (opened, asked)
+            asked, (rows, size) = self.keep[name], self.log_alphas[name].shape
+            row = int((expected - asked).abs().argmax())
+            if abs(float(expected[row]) - asked) > _SETTLED * size:
+                found[name] = (float(expected[row]), asked, row, rows)
         return found
 
     @torch.no_grad()

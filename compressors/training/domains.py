@@ -55,6 +55,12 @@ class Loading(Spec):
     cap: float = Field(default=1.0, gt=0, le=1, description="the most that one domain gets")
 
     @model_validator(mode="after")
+    def _limits_what_moves(self) -> "Loading":
+        if not self.dynamic and (unread := sorted(self.model_fields_set & {"cap", "clamp", "floor"})):
+            raise ValueError(f"{unread[0]} is about new weights of domains, and dynamic: false sets none")
+        return self
+
+    @model_validator(mode="after")
     def _knows_whose_losses(self) -> "Loading":
         given = self.reference.values() if isinstance(self.reference, dict) else ()
         if any(isinstance(losses, tuple) for losses in given) and "sizes" not in self.model_fields_set:
@@ -65,9 +71,9 @@ class Loading(Spec):
         """Operations that the losses of so many updates take, for sequences of `length` and a model of `parameters`."""
         return 2.0 * updates * domains * self.held_out * length * parameters
 
-    def held_out_beginnings(self) -> Iterator[str]:
+    def held_out_beginnings(self, field: str) -> Iterator[str]:
         """The first documents of the text that decides weights and is not trained on, where it is from elsewhere."""
-        return beginnings(self.validation) if self.validation is not None else iter(())
+        return beginnings(self.validation, field) if self.validation is not None else iter(())
 
     def held_out_fingerprint(self) -> dict[str, str]:
         """Identity of the text that is not trained on, where it is from elsewhere."""

@@ -4,6 +4,7 @@ A run that was stopped goes on from its last state and ends with the weights of 
 batches are functions of seed and step, random numbers are part of the state.
 """
 
+import math
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -116,7 +117,10 @@ def train(
                 parameter.grad = accelerator.reduce(parameter.grad, "mean")
         means = {name: float(accelerator.reduce(value)) for name, value in sums.items()}
         norm = parallel.as_number(torch.nn.utils.clip_grad_norm_(objective.clipped(), spec.clip))
-        _check_finite({**means, "gradient norm": norm}, step, batch, folder)
+        broken = _not_finite({**means, "gradient norm": norm})
+        if broken is not None:
+            state.discard(folder, step)  # the weights at the beginning of this step are at fault
+            raise _stopped(broken, step, batch, folder)
         if step == begin or step % spec.checkpoint_every == 0:
             state.prove(folder)
         optimizer.step()
@@ -126,15 +130,16 @@ def train(
         row = {"step": step, **means, "gradient_norm": norm, "learning_rate": rate, "tokens": sum(batch.lengths)}
         with accelerator.autocast():
             told = objective.end_step(step, spec)
-        _check_finite(_numbers(told), step, batch, folder)
+        if (broken := _not_finite(_numbers(told))) is not None:
+            raise _stopped(broken, step, batch, folder)
         row |= told
         row["seconds"] = time.perf_counter() - started
         if history is not None:
             history.add(row)
             left = (spec.steps - step - 1) * sum(r["seconds"] for r in history.rows[-20:]) / len(history.rows[-20:])
             speed = row["tokens"] / row["seconds"]
-            words = f"{what}, loss {means['loss']:.3f}, {speed:,.0f} tokens/s, {duration(left)} left"
-            progress(step + 1, spec.steps, words)
+            detail = f"loss {means['loss']:.3f}, {speed:,.0f} tokens/s, {duration(left)} to train"
+            progress(step + 1, spec.steps, what, detail)
         if (step + 1) % spec.checkpoint_every == 0 or (more_follows and step + 1 == spec.steps):
             rest = {"batches": batches.state_dict(), "schedule": schedule.state_dict()}
             state.save(folder, step + 1, objective, optimizer, rest)
@@ -168,13 +173,15 @@ def _numbers(told: dict[str, Any]) -> dict[str, float]:
     return found
 
 
-def _check_finite(values: dict[str, float], step: int, batch: Batch, folder: Path) -> None:
-    bad = [name for name, value in values.items() if value != value or abs(value) == float("inf")]
-    if bad:
-        state.discard(folder, step)
-        found = state.states(folder)
-        last = f"The last good state is {found[-1]}." if found else "No state was saved before."
-        raise TrainingError(
-            f"step {step}: {bad[0]} is not finite. The batch was {', '.join(batch.origin)}.",
-            f"{last} A smaller learning rate, float32 or cleaner text may help.",
-        )
+def _not_finite(values: dict[str, float]) -> str | None:
+    """The name of the first that is no finite number."""
+    return next((name for name, value in values.items() if not math.isfinite(value)), None)
+
+
+def _stopped(broken: str, step: int, batch: Batch, folder: Path) -> TrainingError:
+    found = state.states(folder)
+    last = f"The last good state is {found[-1]}." if found else "No state was saved before."
+    return TrainingError(
+        f"step {step}: {broken} is not finite. The batch was {', '.join(batch.origin)}.",
+        f"{last} A smaller learning rate, float32 or cleaner text may help.",
+    )

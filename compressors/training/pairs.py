@@ -14,7 +14,7 @@ import torch
 
 from kick.calibration import begin_of_text, is_hub, open_hub, text_files
 from kick.errors import DataError
-from kick.rows import read_jsonl
+from kick.jsonl import read_jsonl
 
 from .text import Batch
 
@@ -77,7 +77,7 @@ def find_pairs(source: str | Mapping[str, str]) -> Iterator[tuple[str, dict[str,
     """(where it stands, row) of each row of a file, folder or hub id, if the first is a conversation; else None."""
     if not isinstance(source, str):
         return None
-    if source != "embedded" and is_hub(source):
+    if is_hub(source):
         stream = open_hub(source)
         rows = ((f"row {number} of {source}", dict(row)) for number, row in enumerate(stream, 1))
     else:

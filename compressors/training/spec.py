@@ -1,6 +1,7 @@
 """How a model is trained: steps, batches, learning rate, precision. What every compressor that trains takes."""
 
 import math
+from collections.abc import Iterator
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -56,6 +57,14 @@ class Training(Spec):
         done = (step - warmup) / max(1, self.steps - 1 - warmup)
         shape = (1 + math.cos(math.pi * done)) / 2 if self.schedule == "cosine" else 1 - done
         return self.final + (1 - self.final) * shape
+
+    def remarks(self) -> Iterator[str]:
+        """What is allowed in a sweep, and hardly meant."""
+        if self.sharding == "fsdp":
+            yield (
+                "sharding: fsdp shares the model among processes of torchrun (docs/train.md); a sweep trains in one, "
+                "which needs the memory of all"
+            )
 
     def bfloat16(self, device: str) -> bool:
         return self.precision == "bfloat16" or (self.precision == "auto" and device.startswith("cuda"))

@@ -7,6 +7,7 @@ stopped goes on with the very sequences that it would have seen. Each process dr
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import Tensor
 from kick.calibration import begin_of_text, end_of_text, is_hub, is_text, open_hub, text_files
 from kick.errors import ConfigError, DataError, unknown_name
 from kick.files import sha256_of
-from kick.rows import read_texts
+from kick.jsonl import read_texts
 from kick.settings import digest
 from kick.spec import Spec
 
@@ -75,7 +76,7 @@ def open_documents(source: str, field: str = "text") -> Any:
     """
     from datasets import IterableDataset
 
-    if source != "embedded" and not Path(source).expanduser().exists() and is_hub(source):
+    if is_hub(source):
         rows = open_hub(source)
         return rows.select_columns([field]).rename_columns({field: "text"} if field != "text" else {})
     return IterableDataset.from_generator(_read, gen_kwargs={"files": text_files(source), "field": field})
@@ -110,6 +111,10 @@ class Stream:
         self._begin: dict[str, Any] = {"number": -1, "documents": self._first, "carried": []}
         self._next = {**self._begin, "number": 0}
         self._seek(self._first)
+        first = next(self._rows, None)
+        if first is None:
+            raise self._nothing()
+        self._rows = chain([first], self._rows)
         self._at = 0
         self.taken = 0  # sequences so far
 
@@ -146,15 +151,16 @@ class Stream:
                 read = 0
                 self._seek(self._first)
             else:
-                beside = f" beside the {len(self.held)} sequences that are held out" if len(self.held) else ""
-                raise DataError(
-                    f"the domain '{self.name}' holds no text{beside}.", "Leave it out, or give it documents."
-                )
+                raise self._nothing()
         found = np.array(carried[:wanted], dtype=np.int32).reshape(_WINDOW, self.length)
         left = {"documents": self.documents.state_dict(), "carried": carried[wanted:]}
         self._next = {"number": begin["number"] + 1, **left}
         order = np.random.default_rng([*self.seed, begin["number"]]).permutation(_WINDOW)
         self._window, self._at = found[order], 0
+
+    def _nothing(self) -> DataError:
+        beside = f" beside the {len(self.held)} sequences that are held out" if len(self.held) else ""
+        return DataError(f"the domain '{self.name}' holds no text{beside}.", "Leave it out, or give it documents.")
 
     def _seek(self, place: dict[str, Any]) -> None:
         """Go on with the documents at `place`; what stands before it is read over, which takes its time."""
@@ -164,19 +170,22 @@ class Stream:
     def _hold_out(self, documents: Any, wanted: int) -> tuple[Tokens, int]:
         """`wanted` sequences of the first rows, and of how many; those without text count as well.
 
-        Of each document no more than one sequence's tokens, so that none stands for its domain; in a domain of few
-        documents, all that they have.
+        Of each document no more than one sequence's tokens, so that none stands for its domain; where documents are too
+        few for that, of each as much more as it takes.
         """
-        enough = wanted * self.length
-        for most in (self.length, None):
+        enough, most, whole = wanted * self.length, self.length, False
+        while not whole:
             tokens: list[int] = []
-            used, rows = 0, iter(documents)
+            used, rows, whole = 0, iter(documents), True
             while len(tokens) < enough and (row := next(rows, None)) is not None:
-                tokens += self._tokens(row["text"])[:most]
+                found = self._tokens(row["text"])
+                whole = whole and len(found) <= most
+                tokens += found[:most]
                 used += 1
-            something_is_left = most is None or any(row["text"] for row in rows)
+            something_is_left = whole or any(row["text"] for row in rows)
             if len(tokens) >= enough and something_is_left:
                 return np.array(tokens[:enough], dtype=np.int32).reshape(wanted, self.length), used
+            most *= 2
         raise DataError(
             f"the domain '{self.name}' holds {len(tokens):,} tokens; {wanted} x {self.length} are to be held out.",
             "Ask for fewer, or give it more text.",
@@ -289,7 +298,7 @@ class TextData(Spec):
 def beginnings(source: str | Mapping[str, str], field: str = "text") -> Iterator[str]:
     """Documents of each local domain, up to some millions of characters."""
     for domain in find_domains(source).values():
-        if domain != "embedded" and is_hub(domain):
+        if is_hub(domain):
             continue
         left = _LOOKED_AT
         for row in _read(text_files(domain), field):
@@ -303,7 +312,7 @@ def fingerprint(source: str | Mapping[str, str]) -> str:
     """Identity of text: its files' contents; of large files names and sizes, of what is on the hub its id."""
     found: list[Any] = []
     for name, domain in find_domains(source).items():
-        if domain != "embedded" and is_hub(domain):
+        if is_hub(domain):
             found.append([name, domain])
             continue
         files = text_files(domain)

@@ -131,6 +131,20 @@ def test_without_gradient_decay_shrinks_what_is_pruned_and_nothing_else(second_m
     assert (after[~mask].abs() < start[~mask].abs()).all()
 
 
+def test_decay_in_the_gradient_is_adamw_on_the_decayed_gradient():
+    start = torch.randn(4, 8, generator=torch.Generator().manual_seed(1))
+    gradients = torch.randn(6, 4, 8, generator=torch.Generator().manual_seed(0))
+    ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    mask = best_mask(start, TWO_FOUR)
+    a = DecayingAdamW([{"params": [ours]}], 1e-2, (0.9, 0.95), 1e-8, lambda _: mask, decay_into="gradient")
+    a.decay = 0.3
+    b = torch.optim.AdamW([theirs], 1e-2, (0.9, 0.95), 1e-8, weight_decay=0.0)
+    for gradient in gradients:
+        steps_of(a, ours, [gradient])
+        steps_of(b, theirs, [gradient + 0.3 * ~mask * theirs.detach()])
+    torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-6)
+
+
 @pytest.mark.parametrize("second_moment", ["gradient", "momentum"])
 def test_two_steps_by_hand(second_moment):
     """One pruned weight of 0.5; g = 0.2 and then -0.1; lambda 0.1, lr 0.01."""
@@ -375,9 +389,34 @@ def test_what_cannot_be_is_refused_before_anything_is_trained(taught, tokenizer,
     prune(half, tokenizer, text, steps=2, distillation=0.0)
 
 
+def test_a_teacher_that_earlier_stages_changed_is_said(taught, tokenizer, text):
+    for before, warnings in ((0, 0), (1, 1)):
+        ast = AST(AST.Params(data=str(text), steps=1, batch_size=2, sequence_length=16))
+        ast.tokenizer, ast.stages_before = tokenizer, before
+        ast.compress(copy.deepcopy(taught), TWO_FOUR, None)
+        assert sum("its teacher is what the stages before it left" in own for own in ast.warnings) == warnings
+
+
+def test_in_bfloat16_weights_stay_float32_and_zeros_zero(taught, tokenizer, text):
+    """Products alone are rounded: updates that bfloat16 would swallow add up."""
+    whole, rounded = (
+        prune(taught, tokenizer, text, steps=20, learning_rate=1e-5, slorb=16, precision=precision)[0]
+        for precision in ("float32", "bfloat16")
+    )
+    for exact, found, before in zip(*(find_decoder(m).linears for m in (whole, rounded, taught)), strict=True):
+        assert found.weight.dtype == torch.float32
+        assert pattern_violations(found.weight, TWO_FOUR) == 0
+        kept = (found.weight != 0) & (exact.weight != 0)
+        moved = (found.weight - before.weight)[kept].abs()
+        assert 0 < float(moved.mean()) < 1e-3
+        assert not torch.equal(found.weight, found.weight.bfloat16().float())
+    torch.testing.assert_close(loss_on(rounded, tokenizer, text), loss_on(whole, tokenizer, text), atol=0.02, rtol=0)
+
+
 @pytest.mark.parametrize(
     ("params", "says"),
     [
+        ({"update_every": 5, "dynamic": False, "cap": 0.5}, "dynamic: false sets none"),
         ({"dynamic": False}, "dynamic is about new weights of domains"),
         ({"cap": 0.5}, "cap is about new weights"),
         ({"teacher": "x", "distillation": 0.0}, "learns nothing from it"),

@@ -13,9 +13,9 @@ from kick import checkpoint as checkpoints
 from kick.calibration import CalibrationSpec
 from kick.compress import Recipe, compress
 from kick.export import find_format
+from kick.gptq_layout import unpack
 from kick.loading import load_model
 from kick.models import find_source
-from kick.packing import unpack
 from kick.settings import Setting
 
 
@@ -192,7 +192,7 @@ def test_half_precision_keeps_grids_of_eight_bits(tiny_model, tokenizer, tmp_pat
     path = write(tmp_path / "foreign", model.config, tensors, tokenizer, **more)
     source = find_source(str(tiny_model))
     setting = Setting(compressor="external", params={"path": str(path)})
-    made = compress(Recipe(source, "x", setting, CalibrationSpec(), "bfloat16", "cpu"), tmp_path / "out")
+    made = compress(Recipe.of(source, setting, CalibrationSpec(), "bfloat16"), tmp_path / "out")
     assert made.record["grid_violations"] == 0
     again = load_file(find_format("gptq")(made, tmp_path / "gptq", "auto") / "model.safetensors")
     name = "model.layers.0.mlp.up_proj"
@@ -205,5 +205,5 @@ def test_half_precision_keeps_grids_of_eight_bits(tiny_model, tokenizer, tmp_pat
 def test_kicks_own_grids_come_along(tiny_model, tmp_path):
     source = find_source(str(tiny_model))
     setting = Setting(compressor="rtn", level="4", params={"group_size": 16})
-    rtn = compress(Recipe(source, "x", setting, CalibrationSpec(), "float32", "cpu"), tmp_path / "rtn")
+    rtn = compress(Recipe.of(source, setting, CalibrationSpec()), tmp_path / "rtn")
     assert bring(rtn.path, tiny_model, tmp_path / "out").record["bits_per_weight"] == rtn.record["bits_per_weight"] < 6

@@ -127,7 +127,7 @@ def test_an_adapter_stays_when_its_checkpoint_is_compressed_again(
     made = bring(write(tmp_path / "foreign", tiny_llama.config, tensors, tokenizer), tiny_model, tmp_path / "out")
     source = find_source(str(made.path))
     for setting in (Setting(compressor="dense"), Setting(compressor="rtn", level="8", params={"group_size": 16})):
-        recipe = Recipe(source, "x", setting, CalibrationSpec(), "float32", "cpu", stream)
+        recipe = Recipe.of(source, setting, CalibrationSpec(), stream=stream)
         again = compress(recipe, tmp_path / setting.compressor)
         expected = logits(meant, tokens)
         assert (logits(load_model(again.path, "float32", "cpu"), tokens) - expected).norm() < 0.02 * expected.norm()

@@ -17,8 +17,10 @@ from transformers import AutoModelForCausalLM, GemmaConfig, GemmaForCausalLM, Ll
 from kick import adapters
 from kick.adapters import LowRank
 from kick.calibration import Calibration, CalibrationSpec
+from kick.compress import prepare
 from kick.errors import CheckpointError, ConfigError, LevelError
 from kick.levels import Sparsity, parse_level
+from kick.settings import Setting
 
 TOKENS = torch.randint(2, 600, (6, 24), generator=torch.Generator().manual_seed(0))
 CALIBRATION = Calibration(TOKENS, "test", CalibrationSpec(samples=6, sequence_length=24))
@@ -50,8 +52,8 @@ def loss_of(model, tokens=TOKENS):
 
 
 def prune(model, level=0.3, seed=0, **params):
-    whole = {"skip_first": 0, "skip_last": 0} if params.get("structure", "block") == "block" else {}
-    given = {**whole, **params}
+    of_blocks = params.get("structure", "block") == "block" and not params.get("uniform")
+    given = {**({"skip_first": 0, "skip_last": 0} if of_blocks else {}), **params}
     pruner = LLMPruner(LLMPruner.Params(**given), seed=seed)
     return pruner.compress(model, Sparsity(fraction=level), CALIBRATION), pruner
 
@@ -295,8 +297,27 @@ def test_a_quarter_of_each_layer_leaves_the_published_number_of_parameters(
         model = LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, **shape))
     model.tie_weights()
     pruner = LLMPruner(LLMPruner.Params(importance="random", ratio_of="layers", skip_first=first, skip_last=last))
-    pruner.compress(model, Sparsity(fraction=0.25), CALIBRATION)
+    pruned = pruner.compress(model, Sparsity(fraction=0.25), CALIBRATION)
     assert pruner.expected_parameters == parameters
+    assert sum(parameter.numel() for parameter in pruned.parameters()) == parameters
+
+
+@pytest.mark.parametrize(("level", "heads"), [(0.2, 32), (0.5, 16)])
+def test_uniform_llama_7b_keeps_heads_that_transformers_takes(level, heads):
+    """No ratio between 4 and 49 % of its 32 heads leaves a number that divides 4,096: channels make up for it."""
+    from accelerate import init_empty_weights
+
+    with init_empty_weights():
+        model = LlamaForCausalLM(LlamaConfig())
+    whole = sum(parameter.numel() for parameter in model.parameters())
+    pruner = LLMPruner(LLMPruner.Params(importance="random", uniform=True))
+    pruned = pruner.compress(model, Sparsity(fraction=level), None)
+    left = sum(parameter.numel() for parameter in pruned.parameters())
+    assert 1 - left / whole == pytest.approx(level, abs=1e-4)
+    assert pruned.config.num_attention_heads == heads
+    with init_empty_weights():
+        plain = LlamaForCausalLM(LlamaConfig(**pruned.config.to_dict()))
+    assert sum(parameter.numel() for parameter in plain.parameters()) == left
 
 
 def test_the_level_is_a_share_of_the_model_as_near_as_units_allow():
@@ -442,3 +463,28 @@ def test_parameters_of_another_structure_are_refused(structure):
     LLMPruner.Params(structure=structure)
     with pytest.raises(ValidationError, match="skip_first is about structure: block"):
         LLMPruner.Params(structure=structure, skip_first=1)
+
+
+@pytest.mark.parametrize(
+    ("params", "says"),
+    [
+        ({"structure": "layer", "importance": "vector"}, "takes the last layers"),
+        ({"importance": "l2", "samples": 3}, "samples is about gradients"),
+        ({"uniform": True, "skip_last": 1}, "uniform: true prunes all alike"),
+    ],
+)
+def test_what_would_do_nothing_is_refused(params, says):
+    from pydantic import ValidationError
+
+    with pytest.raises(ValidationError, match=says):
+        LLMPruner.Params(**params)
+
+
+@pytest.mark.parametrize(
+    ("params", "needs"), [({}, True), ({"importance": "l2"}, False), ({"structure": "layer"}, False)]
+)
+def test_calibration_is_asked_for_where_gradients_are(params, needs):
+    (step,) = prepare(Setting(compressor="llm_pruner", level="0.1", params=params))
+    assert step.compressor.needs_calibration == needs
+    if not needs:
+        step.compressor.compress(make_tiny_llama(num_hidden_layers=8), step.level, None)

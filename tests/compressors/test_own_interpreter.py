@@ -19,7 +19,7 @@ from kick.compress import Recipe, compress, prepare
 from kick.errors import ConfigError, KickError, LevelError
 from kick.levels import Bits, Sparsity
 from kick.loading import load_model
-from kick.models import find_source, fingerprint
+from kick.models import find_source
 from kick.settings import Setting, Stage
 
 # What a library would do, in a few lines: rounds every linear to the nearest 4 bits and packs it.
@@ -37,7 +37,7 @@ if {fails}:
     sys.exit("CUDA out of memory")
 import torch
 from safetensors.torch import load_file, save_file
-from kick.packing import pack_linear
+from kick.gptq_layout import pack_linear
 from kick_compressors.rounding import round_to_nearest
 tokens = load_file(job["tokens"])["tokens"]
 assert tokens.shape == (4, 32), tokens.shape
@@ -72,7 +72,7 @@ def make(model, out, compressor="gptqmodel", level="4", **params):
     source = find_source(str(model))
     setting = Setting(compressor=compressor, level=level, params=params)
     spec = CalibrationSpec(samples=4, sequence_length=32)
-    return compress(Recipe(source, fingerprint(source.path), setting, spec, "float32", "cpu"), out)
+    return compress(Recipe.of(source, setting, spec), out)
 
 
 def test_what_the_library_wrote_becomes_a_checkpoint(tiny_model, tmp_path):
@@ -119,7 +119,7 @@ def test_zeros_that_a_library_fills_are_counted(tiny_model, tmp_path):
     then = (Stage(compressor="gptqmodel", level="4", params=params),)
     setting = Setting(compressor="external", params={"path": str(pruned)}, then=then)
     spec = CalibrationSpec(samples=4, sequence_length=32)
-    made = compress(Recipe(source, "x", setting, spec, "float32", "cpu"), tmp_path / "out")
+    made = compress(Recipe.of(source, setting, spec), tmp_path / "out")
     before, after = (load_model(path, "float32", "cpu") for path in (pruned, made.path))
     pairs = zip(find_decoder(before).linears, find_decoder(after).linears, strict=True)
     expected = sum(int(((a.weight == 0) & (b.weight != 0)).sum()) for a, b in pairs)
@@ -142,19 +142,19 @@ def test_bits_as_stored_end_with_the_weights_that_had_them(tiny_model, tokenizer
     setting = Setting(compressor="external", params={"path": str(path)})
     spec = CalibrationSpec(samples=4, sequence_length=32)
     source = find_source(str(tiny_model))
-    first = compress(Recipe(source, "x", setting, spec, "float32", "cpu"), tmp_path / "first")
+    first = compress(Recipe.of(source, setting, spec), tmp_path / "first")
     assert 8 < first.record["bits_per_weight"] < 8.1
     params = {"python": interpreter(tmp_path), "group_size": 16}
     then = (Stage(compressor="gptqmodel", level="4", params=params),)
     chained = setting.model_copy(update={"then": then})
-    second = compress(Recipe(source, "x", chained, spec, "float32", "cpu"), tmp_path / "second")
+    second = compress(Recipe.of(source, chained, spec), tmp_path / "second")
     assert second.record["bits_per_weight"] == 4 + 20 / 16
 
 
 def make_pruned(model, out):
     source = find_source(str(model))
     setting = Setting(compressor="magnitude", level="0.5")
-    return compress(Recipe(source, "x", setting, CalibrationSpec(), "float32", "cpu"), out).path
+    return compress(Recipe.of(source, setting, CalibrationSpec()), out).path
 
 
 def test_a_relative_interpreter_and_one_that_does_not_run(tiny_model, tmp_path, monkeypatch):

@@ -6,10 +6,11 @@ import math
 
 import pytest
 import torch
+import transformers
 from conftest import make_tiny_llama
-from kick_compressors.llama import ModelShape
+from kick_compressors.llama import ModelShape, layers_of
 from kick_compressors.sheared import hard_concrete
-from kick_compressors.sheared.compressor import Sheared, count_parameters, random_masks
+from kick_compressors.sheared.compressor import Sheared, Shearing, count_parameters, random_masks
 from kick_compressors.sheared.cut import cut
 from kick_compressors.sheared.masked import MaskedModel
 from kick_compressors.sheared.masks import Masks
@@ -425,6 +426,83 @@ def test_models_like_llama_with_biases_and_no_head_dim_are_cut_right():
     masked.z = z
     torch.testing.assert_close(logits(model), logits(small), atol=1e-5, rtol=1e-5)
     assert small.config.head_dim == 8
+
+
+def like_llama(kind):
+    """Tiny models that are built like Llama but for something in their layers."""
+    shape = {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": 600, "initializer_range": 0.2, "pad_token_id": 0,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    if kind == "smollm3":
+        config = transformers.SmolLM3Config(**shape, no_rope_layers=[1, 0, 1, 0], tie_word_embeddings=True)
+        return transformers.SmolLM3ForCausalLM(config).eval()
+    return transformers.HunYuanDenseV1ForCausalLM(transformers.HunYuanDenseV1Config(**shape, head_dim=8)).eval()
+
+
+def test_what_a_configuration_says_of_each_layer_goes_with_the_layers():
+    """Layers 1 and 3 of this model have no rotary embedding; without layer 0 they are its first and third."""
+    model = like_llama("smollm3")
+    source = ModelShape.of(model.config)
+    target = find_shape("3x16x24x2", source)
+    z = some_masks(source, target)
+    z["layer"] = torch.tensor([[0.0, 0.9, 0.8, 0.7]])
+    small = cut(model, z, target)
+    assert small.config.no_rope_layers == [0, 1, 0]
+    masked = MaskedModel(model)
+    masked.z = z
+    torch.testing.assert_close(logits(model), logits(small), atol=1e-5, rtol=1e-5)
+
+
+def test_layers_with_more_parts_than_are_cut_are_refused():
+    with pytest.raises(LevelError, match="HunYuanDenseV1DecoderLayer has a query_layernorm"):
+        layers_of(like_llama("hunyuan"))
+
+
+def test_masks_that_have_not_settled_in_some_layer_are_said():
+    """Half the layers with one head too many and half with one too few are right on the whole, and nowhere."""
+    source, target = ModelShape(4, 64, 96, 8, 8, 8), ModelShape(4, 64, 96, 4, 4, 8)
+    masks = Masks(source, target, 0.83, seed=0)
+    assert set(masks.off()) == {"head"}  # all of them are open
+    with torch.no_grad():
+        for row, opened in enumerate((3, 5, 3, 5)):
+            masks.log_alphas["head"][row] = torch.where(torch.arange(8) < opened, 8.0, -8.0)
+    opened, asked, row, rows = masks.off()["head"]
+    assert (round(opened, 1), asked, row, rows) == (5.0, 4, 1, 4)  # closed ones may be open, with hardly a chance
+    with torch.no_grad():
+        masks.log_alphas["head"][:] = torch.where(torch.arange(8) < 4, 8.0, -8.0)
+    assert masks.off() == {}
+
+
+def test_masks_are_within_their_bounds_at_the_first_step():
+    source, target = ModelShape(4, 64, 96, 8, 8, 8), ModelShape(4, 64, 96, 4, 4, 8)
+    masks = Masks(source, target, 0.83, seed=0)
+    assert float(masks.log_alphas["layer"].detach().max()) > math.log(100)
+    shearing = Shearing(make_tiny_llama(), masks, Sheared.Params(), None, 0)
+    shearing.begin_step(0, Training())
+    assert all(float(alpha.detach().max()) < math.log(100) + 1e-6 for alpha in masks.log_alphas.values())
+
+
+@pytest.mark.parametrize(
+    ("params", "says"),
+    [
+        ({"masks": "random", "beta": 0.5}, "beta is about learning masks"),
+        ({"continuing_every": 10}, "continuing_every is about training on"),
+        ({"dynamic": False, "cap": 0.5}, "cap is about new weights"),
+    ],
+)
+def test_what_would_do_nothing_is_refused(params, says):
+    with pytest.raises(ValidationError, match=says):
+        Sheared.Params(**params)
+
+
+def test_text_that_decides_weights_is_read_from_the_same_field(tmp_path):
+    (tmp_path / "held.jsonl").write_text(json.dumps({"content": "a passage"}))
+    params = {"data": "embedded", "validation": str(tmp_path / "held.jsonl"), "text_field": "content"}
+    held = Sheared.Params(**params).held_out_beginnings("content")
+    assert list(held) == ["a passage"]
+    assert "a passage" in list(Sheared(Sheared.Params(**{**params, "data": str(tmp_path / "held.jsonl")})).trained_on())
 
 
 def test_a_domain_that_lags_gains_weight(tokenizer, domains):

@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 import torch
@@ -119,7 +120,10 @@ from kick_compressors.sheared.masks import Masks
 from kick_compressors.sheared.shape import find_shape
 from kick_compressors.training.loop import train
 from kick_compressors.training.spec import Training
+from kick_compressors.training.objective import Objective
+from kick_compressors.training.pairs import Pairs
 from kick_compressors.training.text import open_mixture
+from kick_compressors.tune import Tune, add_lora, take_lora
 torch.set_num_threads(1)
 sharding, what, stop = sys.argv[1], sys.argv[2], int(sys.argv[3])
 spec = Training(steps=6, batch_size=8, micro_batch=2, sequence_length=24, learning_rate=1e-3, sharding=sharding,
@@ -130,6 +134,13 @@ if what == "ast":
     teacher = copy.deepcopy(model).requires_grad_(False)
     method = Method(mask_every=2, slorb=16)
     objective = SparseTraining(model, find_decoder(model), Pattern(keep=2, of=4), method, teacher)
+elif what == "tune":
+    torch.manual_seed(0)
+    texts = [(str(n), " ".join(map(str, range(n)))) for n in range(1, 7)]
+    rows = [("a row", dict(instruction=asked, output=answer)) for asked, answer in texts]
+    mixture = Pairs(rows, AutoTokenizer.from_pretrained({model!r}), 24, 0)  # answers of unequal length
+    tuned = add_lora(model, find_decoder(model).linears, Tune.Params(dropout=0.0))
+    objective = Objective(tuned)
 else:
     source = ModelShape.of(model.config)
     target = find_shape("1x16x24x2", source)
@@ -142,6 +153,8 @@ history = train(objective, mixture, spec, Path({folder!r}), seed=0, device="cpu"
 if what == "ast":
     objective.finish()
     assert all(pattern_violations(linear.weight, Pattern(keep=2, of=4)) == 0 for linear in find_decoder(model).linears)
+elif what == "tune":
+    model = take_lora(tuned, True)
 else:
     objective.masked.remove()
     model = cut(model, objective.masks.final(), target)
@@ -166,15 +179,19 @@ def launch(folder, processes, sharding, what, tiny_model, domains, stop=-1):
     if stop >= 0:
         return {}, None
     history = History(folder)
-    columns = {"ast": ("loss", "flip_rate"), "sheared": ("cross_entropy", "constraint", "lambda_hidden", "open_head")}
+    columns = {
+        "ast": ("loss", "flip_rate"),
+        "sheared": ("cross_entropy", "constraint", "lambda_hidden", "open_head"),
+        "tune": ("loss",),
+    }
     return {name: history.column(name)[1] for name in columns[what]}, torch.load(folder / "logits.pt")
 
 
-@pytest.mark.parametrize("what", ["ast", "sheared"])
+@pytest.mark.parametrize("what", ["ast", "sheared", "tune"])
 def test_two_processes_give_the_losses_of_one(what, tiny_model, domains, tmp_path):
     """Under torchrun with gloo: copies of the model (DDP), and parts of it (FSDP2)."""
     alone, logits = launch(tmp_path / "alone", 1, "ddp", what, tiny_model, domains)
-    assert len(alone["loss" if what == "ast" else "constraint"]) == 6
+    assert all(len(values) == 6 for name, values in alone.items() if name != "flip_rate")
     for sharding in ("ddp", "fsdp"):
         both, theirs = launch(tmp_path / sharding, 2, sharding, what, tiny_model, domains)
         for name, values in alone.items():
@@ -238,12 +255,13 @@ def test_the_batch_that_is_named_is_the_one_that_was_drawn(tokenizer, domains):
     assert len(set(named)) == 24
 
 
-def test_a_domain_loss_that_is_no_number_stops_before_it_becomes_a_weight_or_a_state(tokenizer, domains, tmp_path):
+@pytest.mark.parametrize("at", [4, 5])  # the state before step 4 has just led to a finite loss
+def test_a_domain_loss_that_is_no_number_stops_before_it_becomes_a_weight_or_a_state(tokenizer, domains, tmp_path, at):
     class Diverges(Objective):
         def end_step(self, step, spec):
-            return {"domain_loss": {"animals": 1.0, "numbers": float("nan") if step == 5 else 1.0}}
+            return {"domain_loss": {"animals": 1.0, "numbers": float("nan") if step == at else 1.0}}
 
-    with pytest.raises(TrainingError, match="step 5: domain_loss of numbers is not finite") as caught:
+    with pytest.raises(TrainingError, match=f"step {at}: domain_loss of numbers is not finite") as caught:
         run(tokenizer, domains, tmp_path, objective=Diverges(make_tiny_llama()))
     assert "state-00000004" in caught.value.hint
     assert sorted(path.name for path in tmp_path.glob("state-*")) == ["state-00000004"]
@@ -289,13 +307,21 @@ def test_held_out_text_is_of_as_many_documents_as_there_are(tokenizer, tmp_path)
     assert seen == [{0}, {1}, {2}, {3}]
     trained = tokenizer.decode([token for _ in range(60) for token in apart.take().tolist()])
     assert all((f"number{index} " in trained) == (index >= 4) for index in range(8))
-    of_few = Stream("x", str(file), tokenizer, 16, 0, held_out=8)
-    assert {index for index in range(8) for row in of_few.held if f"number{index} " in tokenizer.decode(row)} < set(
-        range(7)
-    )
+    of_few = Stream("x", str(file), tokenizer, 16, 0, held_out=8)  # one would be left to nobody: two of each
+    seen = [{index for index in range(8) if f"number{index} " in tokenizer.decode(row)} for row in of_few.held]
+    assert seen == [{0}, {0}, {1}, {1}, {2}, {2}, {3}, {3}]
+    of_fewer = Stream("x", str(file), tokenizer, 16, 0, held_out=20)
+    shares = Counter(index for row in of_fewer.held for index in range(8) if f"number{index} " in tokenizer.decode(row))
+    assert sorted(shares.values()) == [4] * 5
     (tmp_path / "book.txt").write_text("word " * 400)
     with pytest.raises(DataError, match="holds no text beside the 4 sequences that are held out"):
         Stream("book", str(tmp_path / "book.txt"), tokenizer, 16, 0, held_out=4).take()
+
+
+def test_a_domain_without_text_is_found_before_it_is_drawn(tokenizer, tmp_path):
+    (tmp_path / "empty.jsonl").write_text('{"text": ""}\n' * 9)
+    with pytest.raises(DataError, match="the domain 'empty' holds no text"):
+        Stream("empty", str(tmp_path / "empty.jsonl"), tokenizer, 16, 0)
 
 
 def test_documents_are_read_forward_and_never_over_again(tokenizer, tmp_path, monkeypatch):
@@ -322,7 +348,7 @@ def test_one_long_document_is_read_again_and_again(tokenizer, tmp_path):
         assert taken == sorted(wanted)
 
 
-def test_domains_are_folders_or_names_or_one(tmp_path, domains):
+def test_domains_are_folders_or_names_or_one(tokenizer, tmp_path, domains):
     assert list(find_domains(str(domains))) == ["animals", "numbers"]
     assert find_domains("embedded") == {"text": "embedded"}
     assert find_domains({"a": "x"}) == {"a": "x"}
@@ -335,7 +361,7 @@ def test_domains_are_folders_or_names_or_one(tmp_path, domains):
     (domains / "more.jsonl").unlink()
     (domains / "empty").mkdir()
     with pytest.raises(DataError, match="holds no"):
-        open_mixture(str(domains), None, 8, 0)
+        open_mixture(str(domains), tokenizer, 8, 0)
 
 
 def test_processes_read_equal_shares_of_what_is_held_out_and_know_the_mean_of_all():
