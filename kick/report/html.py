@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,9 +31,7 @@ def page(results: Results, drawn: list[Drawn]) -> str:
         run=results.run,
         frontier=_frontier(results),
         leaderboard=tables.leaderboard(results),
-        score_cell=tables.score_cell,
-        comparisons=(comparisons := _comparisons(results)),
-        doubtful={(row.setting, row.suite) for row in comparisons if not row.holds},
+        comparisons=_comparisons(results),
         flips=(flips := _flips(results)),
         flips_shown=max((len(place.shown) for place in flips.values()), default=0),
         seeds=tables.seed_spread(results),
@@ -67,6 +66,10 @@ def _by_warning(results: Results) -> dict[str, list[str]]:
     for result in results.settings:
         for warning in (result.record or {}).get("warnings", []):
             found.setdefault(warning, []).append(result.name)
+    for evaluation in results.evaluations.values():
+        if evaluation.asked_otherwise:
+            warning = f"{evaluation.suite}: {evaluation.asked_otherwise} questions had another prompt than dense's"
+            found.setdefault(warning, []).append(evaluation.setting)
     return found
 
 
@@ -84,7 +87,7 @@ def _frontier(results: Results) -> list[dict[str, Any]]:
             elif dense is None or not dense.signal:
                 cells.append("no signal")
             else:
-                cells.append(_frontier_cell(results.verdicts(family, suite)))
+                cells.append(_frontier_cell(results.verdicts(family, suite), results.doubtful_levels(family, suite)))
         rows.append({"family": family, "cells": cells})
     return rows
 
@@ -93,8 +96,11 @@ _WORST_FIRST = ("not matching", "undecided", "matching")
 _WITHOUT_VERDICT = ("failed", "not judged", NOT_YET)
 
 
-def _frontier_cell(verdicts: list[tuple[float, str]]) -> str:
-    """How far it matches, and what is known of the next level: "20 % (30 %: undecided)", "4 bits (3 bits: ...)"."""
+def _frontier_cell(verdicts: list[tuple[float, str]], doubtful: Sequence[float] = ()) -> str:
+    """How far it matches, and what is known of the next level: "20 % (30 %: undecided)", "4 bits (3 bits: ...)".
+
+    doubtful: levels whose verdict does not hold when all are judged together; where it rests on one: "20 % †".
+    """
 
     def name(level: float) -> str:
         return f"{-level:g} bits" if level < 0 else tables.percent(level)
@@ -102,6 +108,8 @@ def _frontier_cell(verdicts: list[tuple[float, str]]) -> str:
     reached = statistics.frontier(verdicts)
     beyond = [(level, verdict) for level, verdict in verdicts if reached is None or level > reached]
     text = "none" if reached is None else name(reached)
+    if reached is not None and any(level <= reached for level in doubtful):
+        text += f" {tables.DAGGER}"
     if not beyond:
         return text
     level = beyond[0][0]
@@ -139,7 +147,7 @@ def _flips(results: Results) -> dict[tuple[str, str], _Flips]:
     found = {}
     for number, ((setting, suite), pair) in enumerate(pairs.items()):
         value = results.metric(suite).value
-        changed = changed_answers(results.get(DENSE, suite).samples, results.get(setting, suite).samples, value)
+        changed = changed_answers(results.get(DENSE, suite), results.get(setting, suite), value)
         shown = [
             {
                 "id": sample.id,
@@ -147,18 +155,18 @@ def _flips(results: Results) -> dict[tuple[str, str], _Flips]:
                 "prompt": _shorten(sample.prompt, _PROMPT),
                 "dense": _shorten(sample.output or "", _ANSWER),
                 "other": _shorten(again.output or "", _ANSWER),
-                "lost": sample.scores[value] > again.scores[value],
+                "lost": difference < 0,
             }
-            for sample, again in _some(changed, value, most)
+            for sample, again, difference in _some(changed, most)
         ]
         found[setting, suite] = _Flips(f"flips-{number}", pair.lost or 0, pair.won or 0, shown)
     return found
 
 
-def _some(changed: list[tuple[Sample, Sample]], value: str, most: int) -> list[tuple[Sample, Sample]]:
+def _some(changed: list[tuple[Sample, Sample, float]], most: int) -> list[tuple[Sample, Sample, float]]:
     """Lost ones first, but a quarter of the places for what was won."""
-    lost = [pair for pair in changed if pair[0].scores[value] > pair[1].scores[value]]
-    won = [pair for pair in changed if pair[0].scores[value] < pair[1].scores[value]]
+    lost = [each for each in changed if each[2] < 0]
+    won = [each for each in changed if each[2] > 0]
     kept_for_won = min(len(won), most // 4)
     first = lost[: most - kept_for_won]
     return [*first, *won[: most - len(first)]]
@@ -183,33 +191,19 @@ class _Row:
 
 
 def _comparisons(results: Results) -> list[_Row]:
-    """Every setting on every suite's primary metric, with p-values adjusted over all of them (Holm).
-
-    A verdict holds if the p-value of its own line, a loss of 5 %, is below 0.05 after that as well.
-    """
-    found = []
-    for result in results.compressed:
-        for suite in results.suites:
-            estimate, pair = results.estimate(result.name, suite), results.comparison(result.name, suite)
-            if estimate is not None and pair is not None and pair.verdict is not None:
-                found.append((result.name, suite, estimate, pair))
-    adjusted = statistics.holm([pair.p_value for *_, pair in found])
-    lines = [
-        statistics.verdict_p(pair.retained, pair.interval, pair.n) if pair.verdict != "no signal" else math.nan
-        for *_, pair in found
-    ]
+    """Every verdict, with p-values adjusted over all of them (Holm)."""
     return [
         _Row(
             setting,
             suite,
-            estimate,
+            results.estimate(setting, suite),
             pair,
-            p,
-            not line >= 1 - statistics.CONFIDENCE,  # also without width: nothing was seen to vary
+            results.adjusted[setting, suite],
+            results.holds(setting, suite),
             _by_point(pair.retained),
             _above_chance(pair, results.metric(suite).chance),
         )
-        for (setting, suite, estimate, pair), p, line in zip(found, adjusted, statistics.holm(lines), strict=True)
+        for (setting, suite), pair in results.compared.items()
     ]
 
 

@@ -18,7 +18,7 @@ from kick.report.template import inline, render, script
 from kick.settings import DENSE
 
 _SAME = ("suite", "plugin", "params", "questions", "data")  # of a suite, for two runs to be compared on it
-_OF_A_SUITE = ("", "_ci_low", "_ci_high", "_verdict", "_n", "_status")
+_OF_A_SUITE = ("", "_ci_low", "_ci_high", "_verdict", "_holds", "_n", "_left_out", "_status")
 
 
 def write_leaderboard(runs: Sequence[Path], out: Path) -> list[dict[str, Any]]:
@@ -32,7 +32,8 @@ def write_leaderboard(runs: Sequence[Path], out: Path) -> list[dict[str, Any]]:
     shared = shared_suites(found)
     for results in found:  # a mean over other suites is another measure
         results.task_suites = shared
-    rows = ranked([row for results in found for row in _rows(results)])
+    rows = [row for results in found for row in _rows(results)]
+    rows = in_order(rows if len(found) == 1 else placed(rows))  # of one run places are known from paired answers
     suites = list(dict.fromkeys(suite for results in found for suite in results.suites))
     metrics = {suite: next(r.metric(suite).name for r in found if suite in r.suites) for suite in suites}
     out.mkdir(parents=True, exist_ok=True)
@@ -140,7 +141,8 @@ def _asked(results: Results, suite: str) -> dict[str, Any]:
     """How a suite was asked: what has to be the same for two columns to be one."""
     given = results.run["suites"][suite]
     metric = results.metric(suite)
-    asked = {name: given.get(name) for name in _SAME} | {"decided": results.get(DENSE, suite).suite_record}
+    dense = results.get(DENSE, suite)
+    asked = {name: given.get(name) for name in _SAME} | {"decided": dense.suite_record, "shots": dense.shots}
     judged = metric.name in {own.name for own in results.suites[suite].judged_metrics}
     return asked | {"metric": metric.name, "judge": _judged_by(results, suite) if judged else None}
 
@@ -163,14 +165,19 @@ def _rows(results: Results) -> Iterator[dict[str, Any]]:
         }
 
 
-def ranked(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def placed(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """With the place of each: one more than the number of rows that are clearly better, whose intervals lie above.
 
     So rows that cannot be told apart share a place. Dense is the measure and takes none.
     """
     own = [row for row in rows if row["method"] != DENSE and row["mean_retained_ci_high"] is not None]
-    placed = [{**row, "place": None} for row in rows if row not in own]
+    found = [{**row, "place": None} for row in rows if row not in own]
     for row in own:
         better = sum(other["mean_retained_ci_low"] > row["mean_retained_ci_high"] for other in own)
-        placed.append({**row, "place": better + 1})
-    return sorted(placed, key=lambda row: (row["setting"] != DENSE, -(row["mean_retained"] or 0.0), row["setting"]))
+        found.append({**row, "place": better + 1})
+    return found
+
+
+def in_order(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Dense first, then by what was retained, the most first."""
+    return sorted(rows, key=lambda row: (row["setting"] != DENSE, -(row["mean_retained"] or 0.0), row["setting"]))

@@ -20,7 +20,7 @@ _CHUNK = 2_000_000  # weights of questions drawn at a time
 Means = dict[str, tuple[float, Interval]]
 
 
-class Asked(NamedTuple):
+class SuiteScores(NamedTuple):
     """One suite: the dense model's score, and of each other setting the score and what was retained."""
 
     dense: Score
@@ -29,7 +29,7 @@ class Asked(NamedTuple):
 
 
 def means_and_places(
-    names: Sequence[str], suites: Sequence[Asked], compressed: Collection[str]
+    names: Sequence[str], suites: Sequence[SuiteScores], compressed: Collection[str]
 ) -> tuple[Means, dict[str, int]]:
     """For each setting `names`, all of which answered all `suites`, its mean retained share with an interval; places.
 

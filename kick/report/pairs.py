@@ -1,17 +1,27 @@
 """Two settings of a run side by side: paired tests on every suite, and the answers that changed between them."""
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from kick import compare, statistics
 from kick.compare import Comparison
 from kick.errors import RunError, unknown_name
-from kick.report.results import Results
+from kick.report.results import Evaluation, Results
 from kick.report.tables import number, percent
 from kick.settings import DENSE
 from kick.suite import Sample
 
 _LONGEST = 200  # characters of an answer in the text; JSON has all of it
+
+
+class Changed(NamedTuple):
+    """A question that two settings score differently: their answers, and by how much the second scores more."""
+
+    id: str
+    prompt: str
+    first: str
+    second: str
+    difference: float
 
 
 @dataclass(frozen=True)
@@ -24,7 +34,7 @@ class Pair:
     second: float
     comparison: Comparison
     holm: float
-    flipped: list[tuple[str, str, str, str]]  # id, prompt, the first's answer, the second's
+    flipped: list["Changed"]
 
     def as_row(self) -> dict[str, Any]:
         found = self.comparison
@@ -43,7 +53,7 @@ class Pair:
             "lost": found.lost,
             "won": found.won,
             "n_to_decide": found.n_to_decide,
-            "flipped": [dict(zip(("id", "prompt", "first", "second"), row, strict=True)) for row in self.flipped],
+            "flipped": [row._asdict() for row in self.flipped],
         }
 
 
@@ -61,9 +71,9 @@ def pairs(results: Results, first: str, second: str) -> list[Pair]:
             continue
         score, other = a.scores[metric, group], b.scores[metric, group]
         outcome = compare.compare(score, other, a.estimates[metric, group].signal)
-        flipped = []
-        if outcome.lost is not None:  # where answers are right or wrong
-            flipped = _flipped(results, suite, score.metric.value, a.samples, b.samples)
+        flipped = [] if score.metric.descriptive else _flipped(results, suite, score.metric.value, a, b)
+        if outcome.lost is None:  # no answer is lost or won: those that differ most come first
+            flipped.sort(key=lambda row: -abs(row.difference))
         found.append(Pair(suite, metric, score.point, other.point, outcome, float("nan"), flipped))
     if not found:
         raise RunError(f"{first} and {second} have no suite in common.", "See the leaderboard for what failed.")
@@ -71,32 +81,32 @@ def pairs(results: Results, first: str, second: str) -> list[Pair]:
     return [replace(pair, holm=holm) for pair, holm in zip(found, adjusted, strict=True)]
 
 
-def _flipped(
-    results: Results, suite: str, value: str, first: list[Sample], second: list[Sample]
-) -> list[tuple[str, str, str, str]]:
+def _flipped(results: Results, suite: str, value: str, first: Evaluation, second: Evaluation) -> list[Changed]:
     """Questions on which the two score differently, those that the second lost before those that it won."""
-    prompts = {sample.id: sample.prompt for sample in results.get(DENSE, suite).samples or first}
+    prompts = {sample.id: sample.prompt for sample in results.get(DENSE, suite).samples or first.samples}
     return [
-        (sample.id, prompts.get(sample.id, sample.prompt), sample.output or "", again.output or "")
-        for sample, again in changed_answers(first, second, value)
+        Changed(sample.id, prompts.get(sample.id, sample.prompt), sample.output or "", again.output or "", difference)
+        for sample, again, difference in changed_answers(first, second, value)
     ]
 
 
-def changed_answers(first: list[Sample], second: list[Sample], value: str) -> list[tuple[Sample, Sample]]:
-    """The samples of both on which they score differently in `value`, the second's losses before its gains."""
-    other = {sample.id: sample for sample in second}
+def changed_answers(first: Evaluation, second: Evaluation, value: str) -> list[tuple[Sample, Sample, float]]:
+    """The samples of both on which they score differently in `value`, the second's losses before its gains.
+
+    With each pair by how much the second scores more. Where a judge graded them, that is by its grades.
+    """
+    other = {sample.id: sample for sample in second.samples}
     changed = []
-    for sample in first:
+    for sample in first.samples:
         again = other.get(sample.id)
-        if again is None or not all(_counts(own, value) for own in (sample, again)):
+        if again is None or sample.left_out or again.left_out:
             continue
-        if difference := again.scores[value] - sample.scores[value]:
-            changed.append((difference, sample, again))
-    return [(sample, again) for _, sample, again in sorted(changed, key=lambda item: item[0])]
-
-
-def _counts(sample: Sample, value: str) -> bool:
-    return value in sample.scores and sample.error is None and not sample.truncated
+        before, after = first.grades.get(sample.id), second.grades.get(sample.id)
+        if before is None or after is None:
+            before, after = sample.scores.get(value), again.scores.get(value)
+        if before is not None and after is not None and after != before:
+            changed.append((sample, again, after - before))
+    return sorted(changed, key=lambda item: item[2])
 
 
 def in_words(found: list[Pair], first: str, second: str, most: int) -> str:
@@ -115,12 +125,13 @@ def in_words(found: list[Pair], first: str, second: str, most: int) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     for pair in found:
         if pair.flipped and most:
-            lines.append(f"\n{pair.suite}: {len(pair.flipped)} answers changed")
-        for id, prompt, a, b in pair.flipped[:most]:
+            which = "" if pair.comparison.lost is not None else "; those that differ most:"
+            lines.append(f"\n{pair.suite}: {len(pair.flipped)} answers changed{which}")
+        for row in pair.flipped[:most]:
             lines += [
-                f"  {id}: …{_short(prompt[-_LONGEST:])}",
-                f"    {first}: {_short(a)}",
-                f"    {second}: {_short(b)}",
+                f"  {row.id}: …{_short(row.prompt[-_LONGEST:])}",
+                f"    {first}: {_short(row.first)}",
+                f"    {second}: {_short(row.second)}",
             ]
     return "\n".join(lines)
 

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kick import checkpoint as checkpoints
-from kick import compare
+from kick import compare, statistics
 from kick.compare import Comparison, Estimate
 from kick.config import SuiteSpec
 from kick.files import read_json
 from kick.judge.questions import mean_ratings
 from kick.levels import Bits, Joint, Pattern, Sparsity
-from kick.report.means import Asked, Means, means_and_places
+from kick.report.means import Means, SuiteScores, means_and_places
 from kick.settings import CHAIN, DENSE, Setting, variation_in_words
 from kick.statistics import Interval
 from kick.suite import OVERALL, Metric, Sample, Score, Suite
@@ -131,6 +131,8 @@ class Evaluation:
     lm: dict[str, Any] = field(default_factory=dict)
     suite_record: dict[str, Any] = field(default_factory=dict)  # what was decided when the model was known
     grades: dict[str, float] = field(default_factory=dict)  # the judge's mean rating of each sample
+    shots: dict[str, int] = field(default_factory=dict)  # how many questions had how many examples in front of them
+    asked_otherwise: int = 0  # questions whose prompt is not the dense model's
 
 
 @dataclass
@@ -182,7 +184,7 @@ class Results:
         if reason is not None:
             return NOT_YET if reason == NOT_YET else "failed"
         by_a_judge = self.metric(suite).name in {metric.name for metric in self.suites[suite].judged_metrics}
-        could_be = any(sample.error is None and not sample.truncated for sample in self.get(setting, suite).samples)
+        could_be = any(sample.left_out is None for sample in self.get(setting, suite).samples)
         return "not judged" if by_a_judge and could_be and self.estimate(setting, suite) is None else "complete"
 
     @property
@@ -248,12 +250,49 @@ class Results:
             key = self.primary(suite)
             own = [self.get(name, suite) for name in names]
             dense = self.get(DENSE, suite).scores[key]
-            asked.append(Asked(dense, [one.scores[key] for one in own], [one.comparisons[key] for one in own]))
+            asked.append(SuiteScores(dense, [one.scores[key] for one in own], [one.comparisons[key] for one in own]))
         return means_and_places(names, asked, {result.name for result in self.compressed})
 
     def _answered(self, setting: str, suite: str) -> bool:
         pair = self.comparison(setting, suite)
         return pair is not None and pair.whole and pair.n >= FEWEST_IN_MEANS
+
+    @cached_property
+    def compared(self) -> dict[tuple[str, str], Comparison]:
+        """Every verdict: of each compressed setting on each suite's primary metric. What is judged together."""
+        pairs = ((result.name, suite) for result in self.compressed for suite in self.suites)
+        found = ((place, self.comparison(*place)) for place in pairs)
+        return {place: pair for place, pair in found if pair is not None and pair.verdict is not None}
+
+    @cached_property
+    def adjusted(self) -> dict[tuple[str, str], float]:
+        """p-values of no difference from dense at all, adjusted over `compared` by Holm's method."""
+        return dict(zip(self.compared, statistics.holm([p.p_value for p in self.compared.values()]), strict=True))
+
+    def holds(self, setting: str, suite: str) -> bool:
+        """Whether a verdict holds when all are judged together; also where there is none, or no signal."""
+        return (setting, suite) not in self._doubtful
+
+    @cached_property
+    def _doubtful(self) -> set[tuple[str, str]]:
+        """Verdicts whose own line, a loss of 5 %, has a p-value that is not below 0.05 after Holm's adjustment."""
+        signal = {place: pair for place, pair in self.compared.items() if pair.verdict != "no signal"}
+        lines = [statistics.verdict_p(pair.retained, pair.interval, pair.n) for pair in signal.values()]
+        return {
+            place
+            for (place, pair), p in zip(signal.items(), statistics.holm(lines), strict=True)
+            if pair.verdict != "undecided" and p >= 1 - statistics.CONFIDENCE  # NaN: nothing was seen to vary
+        }
+
+    def doubtful_levels(self, family: str, suite: str) -> list[float]:
+        """Of `verdicts`, the levels that match by themselves, and not when all verdicts are judged together."""
+        return [
+            _amount(result.level)
+            for result in self.compressed
+            if result.family == family
+            and isinstance(result.level, Sparsity | Bits)
+            and not self.holds(result.name, suite)
+        ]
 
     def verdicts(self, family: str, suite: str) -> list[tuple[float, str]]:
         """(sparsity, verdict) for each sparsity of a method, or (-bits, verdict), the least compressed first.
@@ -262,14 +301,17 @@ class Results:
         """
         levels: list[tuple[float, str]] = []
         for result in self.compressed:
-            level = result.level
-            if result.family == family and isinstance(level, Sparsity | Bits):
+            if result.family == family and isinstance(result.level, Sparsity | Bits):
                 found = self.comparison(result.name, suite)
-                amount = level.fraction if isinstance(level, Sparsity) else -float(level.width)
                 status = self.status(result.name, suite)
                 unsaid = "undecided" if status == "complete" else status
-                levels.append((amount, (found and found.verdict) or unsaid))
+                levels.append((_amount(result.level), (found and found.verdict) or unsaid))
         return sorted(levels)
+
+
+def _amount(level: Sparsity | Bits) -> float:
+    """The more the further a model is compressed."""
+    return level.fraction if isinstance(level, Sparsity) else -float(level.width)
 
 
 def read_results(path: Path) -> Results:
@@ -282,10 +324,11 @@ def read_results(path: Path) -> Results:
         if "metrics" in run["suites"].get(name, {}):
             suite.metrics = tuple(Metric(**row) for row in run["suites"][name]["metrics"])
     evaluations = {}
+    prompts: dict[str, dict[str, int]] = {}  # of each suite: the dense model's, by question, as hashes
     for setting in settings:
         for name, suite in suites.items():
             evaluations[setting.name, name] = _read_evaluation(
-                store.evaluation(setting.name, name), setting.name, name, suite
+                store.evaluation(setting.name, name), setting.name, name, suite, prompts.setdefault(name, {})
             )
     for (setting_name, name), evaluation in evaluations.items():
         dense = evaluations.get((DENSE, name))
@@ -300,7 +343,10 @@ def read_results(path: Path) -> Results:
     return Results(path, run, results, suites, evaluations, judge)
 
 
-def _read_evaluation(store: EvaluationStore, setting: str, name: str, suite: Suite) -> Evaluation:
+def _read_evaluation(
+    store: EvaluationStore, setting: str, name: str, suite: Suite, prompts: dict[str, int]
+) -> Evaluation:
+    """prompts: the dense model's, which comes first and fills them in."""
     result = store.result()
     if result is None or result["status"] != "complete":
         return Evaluation(setting, name, reason=result["reason"] if result else NOT_YET)
@@ -309,9 +355,13 @@ def _read_evaluation(store: EvaluationStore, setting: str, name: str, suite: Sui
     samples = store.samples()
     judgments = store.judgments()
     scores = {(score.metric.name, score.group): score for score in suite.score(samples, judgments)}
+    otherwise = 0
     for sample in samples:
-        if setting != DENSE:
-            sample.prompt, sample.choices = "", None  # dense has the same prompts; a long run would not fit into memory
+        if setting == DENSE:
+            prompts[sample.id] = hash(sample.prompt)
+        else:
+            otherwise += prompts.get(sample.id, hash(sample.prompt)) != hash(sample.prompt)
+            sample.prompt, sample.choices = "", None  # as a rule dense's; a long run would not fit into memory
     estimates = {key: compare.estimate(score) for key, score in scores.items()}
     return Evaluation(
         setting,
@@ -322,6 +372,8 @@ def _read_evaluation(store: EvaluationStore, setting: str, name: str, suite: Sui
         lm=result.get("lm", {}),
         suite_record=result.get("suite", {}),
         grades=mean_ratings(judgments),
+        shots=result.get("shots", {}),
+        asked_otherwise=otherwise,
     )
 
 

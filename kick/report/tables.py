@@ -11,6 +11,9 @@ import numpy as np
 from kick.report.results import Results, SettingResult
 from kick.settings import DENSE
 
+DAGGER = "†"
+"""Beside a verdict that its own interval gives, and that does not hold when all of a run are judged together (Holm)."""
+
 SCORE_COLUMNS = tuple(
     "setting compressor level sparsity bits_per_weight suite metric group n score ci_low ci_high dense_score retained "  # noqa: SIM905
     "retained_ci_low retained_ci_high verdict p_value flips truncated failed".split()
@@ -97,6 +100,7 @@ def _leader(results: Results, result: SettingResult) -> dict[str, Any]:
             f"{suite}_ci_low": found.interval.low if found else None,
             f"{suite}_ci_high": found.interval.high if found else None,
             f"{suite}_verdict": (pair and pair.verdict) or "",
+            f"{suite}_holds": results.holds(result.name, suite),
             f"{suite}_n": found.n if found else 0,
             f"{suite}_left_out": found.truncated + found.failed if found else 0,
             f"{suite}_status": results.status(result.name, suite),
@@ -155,6 +159,7 @@ def leaderboard_markdown(results: Results) -> str:
         f"Model: {results.run['model']['name']}, {results.run['dtype']} on {results.run['device']}."
         + (f" {results.run['model']['note']}" if results.run["model"]["note"] else ""),
         "Scores with 95 % intervals. Verdict: does it lose at most 5 % of the dense score, by a paired 95 % interval?",
+        f"{DAGGER}: does not hold when all verdicts of the run are judged together (Holm).",
         "Mean retained: share of the dense score left, over "
         + (", ".join(results.task_suites) or "no suite with a signal")
         + ".",
@@ -184,7 +189,12 @@ def score_cell(row: dict[str, Any], suite: str) -> str:
         return row[suite + "_status"]
     interval = f"{number(row[suite])} [{number(row[suite + '_ci_low'])}, {number(row[suite + '_ci_high'])}]"
     left_out = f", {row[suite + '_left_out']} left out" if row[suite + "_left_out"] else ""
-    return f"{interval} (n {row[suite + '_n']}{left_out}) {row[suite + '_verdict']}".rstrip()
+    return f"{interval} (n {row[suite + '_n']}{left_out}) {verdict_text(row, suite)}".rstrip()
+
+
+def verdict_text(row: dict[str, Any], suite: str) -> str:
+    """A verdict of a leaderboard's row, marked where it is doubtful; empty if there is none."""
+    return f"{row[suite + '_verdict']}{'' if row[suite + '_holds'] else f' {DAGGER}'}"
 
 
 def number(value: Any, digits: int = 3) -> str:
@@ -198,8 +208,8 @@ def number(value: Any, digits: int = 3) -> str:
     return f"{value:.{digits}f}"
 
 
-def percent(value: Any) -> str:
-    return "–" if not isinstance(value, int | float) or not math.isfinite(value) else f"{100 * value:.0f} %"
+def percent(value: Any, digits: int = 0) -> str:
+    return "–" if not isinstance(value, int | float) or not math.isfinite(value) else f"{100 * value:.{digits}f} %"
 
 
 def csv_text(columns: Sequence[str], rows: Iterable[dict[str, Any]]) -> str:

@@ -54,4 +54,9 @@ def render(template: str, **values: Any) -> str:
     environment.filters["link"] = link
     style = Markup(here.joinpath("report.css").read_text(encoding="utf-8"))
     source = here.joinpath(template).read_text(encoding="utf-8")
-    return environment.from_string(source).render(style=style, mean_cell=tables.mean_cell, DENSE=DENSE, **values)
+    words = {
+        "mean_cell": tables.mean_cell,
+        "DENSE": DENSE,
+        "DAGGER": tables.DAGGER,
+    }
+    return environment.from_string(source).render(style=style, **words, **values)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from kick.errors import TrackerError
+from kick.errors import TrackerError, first_line
 from kick.extras import import_extra
 from kick.report.results import Results, SettingResult
 from kick.suite import OVERALL
@@ -32,9 +32,9 @@ def log_to(name: str, results: Results, report: Path) -> int:
     try:
         return _TRACKERS[name](results, files)
     except Exception as error:  # each tracker has kinds of its own: no server, not logged in, a name refused
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise TrackerError(
-            f"{name} did not take the results: {first}", "They are in the run folder; kick report --log-to tries again."
+            f"{name} did not take the results: {first_line(error)}",
+            "They are in the run folder; kick report --log-to tries again.",
         ) from error
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from written_run import SETTINGS, change_samples, write_run
 
-from kick import cli
+from kick import cli, statistics
 from kick.compare import compare
 from kick.errors import RunError
 from kick.report import read_results, tables, write_report
@@ -398,6 +398,79 @@ def test_how_far_a_method_matches_in_a_cell(verdicts, expected):
     from kick.report.html import _frontier_cell
 
     assert _frontier_cell(verdicts) == expected
+
+
+def test_verdicts_that_do_not_hold_together_are_marked_wherever_they_stand(tmp_path, monkeypatch):
+    """Forty verdicts by chance alone: each has a p-value of its own of .04, forty times that is none."""
+    run = write_run(tmp_path / "run", SETTINGS, ["factoid_qa"])
+    results = read_results(run)
+    assert all(results.holds(setting, "factoid_qa") for setting, _ in SETTINGS)
+    assert "†" not in tables.leaderboard_markdown(results).partition("\n\n")[0]
+    monkeypatch.setattr(statistics, "verdict_p", lambda retained, interval, n: 0.04)
+    results = read_results(run)
+    decided = {row["setting"]: row["factoid_qa_verdict"] for row in tables.leaderboard(results)}
+    assert decided["magnitude@0.5"] == "not matching"
+    for setting, verdict in decided.items():
+        assert results.holds(setting, "factoid_qa") == (verdict not in ("matching", "not matching"))
+    text = tables.leaderboard_markdown(results).partition("\n\n")[0]
+    assert text.count("not matching †") == list(decided.values()).count("not matching")
+    write_report(run)
+    page = (run / "report.html").read_text()
+    assert '<span class="not-matching">not matching</span> †' in page
+    assert cli.main(["leaderboard", str(run), "--out", str(tmp_path / "site")]) == 0
+    assert "not matching</span> †" in (tmp_path / "site" / "index.html").read_text()
+
+
+def test_a_frontier_that_rests_on_a_doubtful_verdict_is_marked():
+    from kick.report.html import _frontier_cell
+
+    levels = [(0.1, "matching"), (0.2, "matching"), (0.3, "undecided")]
+    assert _frontier_cell(levels, [0.1]) == "20 % † (30 %: undecided)"
+    assert _frontier_cell(levels, [0.3]) == "20 % (30 %: undecided)"
+
+
+def test_the_places_of_one_run_are_those_of_its_report(run, tmp_path):
+    known = read_results(run).places
+    write_leaderboard([run], tmp_path / "site")
+    rows = json.loads((tmp_path / "site" / "leaderboard.json").read_text())
+    assert {row["setting"]: row["place"] for row in rows if row["place"]} == known
+    assert "n 97, 3 left out" in (tmp_path / "site" / "index.html").read_text()
+
+
+def test_other_prompts_than_the_dense_models_are_said(tmp_path):
+    """Of a model with a smaller context, say, that had fewer examples in front of some questions."""
+    run = write_run(tmp_path / "run", SETTINGS[:3], ["factoid_qa"])
+    folder = run / "evaluations" / "magnitude@0.5" / "factoid_qa"
+    change_samples(folder, lambda row: row | {"prompt": "Without examples."}, start=90)
+    results = read_results(run)
+    assert results.get("magnitude@0.5", "factoid_qa").asked_otherwise == 10
+    assert results.get("magnitude@0.2", "factoid_qa").asked_otherwise == 0
+    write_report(run)
+    assert "10 questions had another prompt than dense" in (run / "report.html").read_text()
+
+
+def test_runs_with_other_numbers_of_examples_are_not_compared(tmp_path):
+    runs = [write_run(tmp_path / name, SETTINGS[:2], ["factoid_qa"]) for name in ("one", "other")]
+    for run, shots in zip(runs, ({"5": 100}, {"5": 60, "3": 40}), strict=True):
+        path = run / "evaluations" / "dense" / "factoid_qa" / "scores.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"shots": shots}))
+        document = json.loads((run / "run.json").read_text())
+        (run / "run.json").write_text(json.dumps(document | {"model": document["model"] | {"name": run.name}}))
+    with pytest.raises(RunError, match="asked 'factoid_qa' differently: shots is"):
+        write_leaderboard(runs, tmp_path / "site")
+
+
+def test_of_graded_answers_those_that_differ_most_are_shown_first(tmp_path, capsys):
+    run = write_run(tmp_path / "run", SETTINGS[:3], ["summarization"])
+    folder = run / "evaluations" / "magnitude@0.5" / "summarization"
+    change_samples(folder, lambda row: row | {"scores": row["scores"] | {"rougeL": 0.9}}, start=99)
+    assert cli.main(["compare", str(run), "dense", "magnitude@0.5", "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)["suites"]
+    assert [row["id"] for row in found["flipped"]][:1] == ["s99"]
+    assert found["flipped"][0]["difference"] == pytest.approx(0.9)
+    assert found["flipped"][1]["difference"] == pytest.approx(-0.3)
+    assert cli.main(["compare", str(run), "dense", "magnitude@0.5", "--show", "1"]) == 0
+    assert "those that differ most:" in capsys.readouterr().out
 
 
 def test_chains_with_other_later_stages_are_other_lines():

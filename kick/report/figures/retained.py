@@ -4,14 +4,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import isfinite
-from typing import Any
 
 import numpy as np
-import torch
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from kick.measured import packed_bytes
 from kick.report.figures.style import (
     LOST,
     MOST_SETTINGS,
@@ -241,13 +240,3 @@ def _perplexity_against_capability(results: Results, suite: str) -> tuple[Figure
 def _inverse(interval: Interval) -> Interval:
     low, high = (1 / end if end else float("nan") for end in (interval.high, interval.low))
     return Interval(low, high)
-
-
-def packed_bytes(record: dict[str, Any]) -> float:
-    """Bytes with each linear as codes and scales, or as its non-zero weights and a bit mask, whichever is smaller."""
-    stored = 8 * getattr(torch, record["dtype"]).itemsize
-    bits = 0.0
-    for layer in record["layers"].values():
-        weights, each = layer["weights"], layer["bits_per_weight"]
-        bits += min(weights * each, (weights - layer["zeros"]) * each + weights) - weights * stored
-    return record["bytes"] + bits / 8

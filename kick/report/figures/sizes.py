@@ -6,7 +6,7 @@ from functools import partial
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-from kick.report.figures.retained import packed_bytes
+from kick.measured import packed_bytes
 from kick.report.figures.style import (
     Planned,
     bars,
