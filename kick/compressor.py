@@ -27,7 +27,8 @@ __all__ = ["Compressor", "Cost", "Knob", "LayerwiseCompressor", "Progress", "Sta
 
 @dataclass(frozen=True)
 class Cost:
-    """What training takes: tokens seen, floating-point operations, and bytes for weights, gradients and optimizer."""
+    """What training takes: tokens learned from (0: gradients alone are asked for), floating-point operations, and bytes
+    for weights, gradients and optimizer."""
 
     tokens: int
     operations: float

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from kick import shapes
 from kick.blocks import parameter_count
 from kick.calibration import Calibration
-from kick.compressor import Compressor, Knob, Progress, no_progress
+from kick.compressor import Compressor, Cost, Knob, Progress, no_progress
 from kick.errors import ConfigError, LevelError
 from kick.levels import Level, Sparsity
 from kick.policy import Policy
@@ -33,6 +33,7 @@ _NEAR = 0.02  # of the level: farther off is worth a warning
 Sums = dict[nn.Module, tuple[Tensor, Tensor | None]]  # (g, F) of each linear
 Kept = tuple[Tensor, Tensor]  # of a layer: the key heads and the MLP channels that stay, in order
 _OF_GRADIENTS = {"samples", "sample_length"}
+_WITH_SQUARES = ("element2", "mixed")
 
 
 class LLMPruner(Compressor):
@@ -74,6 +75,27 @@ class LLMPruner(Compressor):
     def follow(self, policy: Policy, level: Level | None) -> None:
         super().follow(policy, level)
         self.needs_calibration = self.params.structure != "layer" and self.params.importance in TAYLOR
+
+    def cost(self, level: Level | None, skeleton: nn.Module) -> Cost | None:
+        """Of the gradients: forward and backward through all of it for each part whose sums are held together.
+
+        As of training (training/spec.py), 2 operations for each weight and token forwards, 2 backwards and 2 more where
+        a gradient is asked for; 4 bytes a weight, and as many for each of its sums.
+        """
+        params, whole = self.params, parameter_count(skeleton)
+        if not self.needs_calibration or self.stages_before:  # a stage before may have taken it apart
+            return None
+        asked, parts_, at_once = whole, 1, whole
+        if params.structure == "block":
+            layers = layers_of(skeleton)
+            chosen = self._chosen(len(layers))
+            sizes = [sum(linear.weight.numel() for linear in _linears(layers[index])) for index in chosen]
+            step = params.blocks_at_once or len(chosen)
+            held = [sum(sizes[start : start + step]) for start in range(0, len(sizes), step)]
+            asked, parts_, at_once = sum(sizes), len(held), max(held)
+        sums = 2 if params.importance in _WITH_SQUARES else 1
+        operations = params.samples * params.sample_length * (4.0 * whole * parts_ + 2.0 * asked)
+        return Cost(0, operations, 4 * whole + 4 * sums * at_once)
 
     def compress(
         self,
@@ -194,7 +216,7 @@ class LLMPruner(Compressor):
             modules = [module for index in part for module in _linears(layers[index])]
             sums: Sums = {}
             if self.params.importance in TAYLOR:
-                sums = collect(model, modules, tokens, self.params.importance in ("element2", "mixed"))
+                sums = collect(model, modules, tokens, self.params.importance in _WITH_SQUARES)
             found += [(index, self.layer_scores(layers[index], shape, sums, generator)) for index in part]
         yield from found
 
@@ -236,7 +258,7 @@ class LLMPruner(Compressor):
             scores = torch.rand(hidden, generator=torch.Generator().manual_seed(self.seed))
         else:
             taylor = self.params.importance in TAYLOR
-            squares = self.params.importance in ("element2", "mixed")
+            squares = self.params.importance in _WITH_SQUARES
             sums = collect(model, modules, tokens, squares) if taylor else {}
             outputs = {id(linear) for layer in model.model.layers for linear in _outputs(layer)}
             each = [

@@ -92,10 +92,10 @@ def describe(plan: Plan, out: Path, fresh: bool = False) -> tuple[str, dict[str,
         lines.append(f"there is no {plan.device} on this machine: times are those of an A100")
     lines += remarks(plan)
     for name, cost in training.items():
+        what = f"trains on at most {cost['tokens']:,} tokens" if cost["tokens"] else "takes gradients"
         lines.append(
-            f"{name} trains on at most {cost['tokens']:,} tokens: about {duration(cost['seconds_here'])} here, "
-            f"{cost['a100_hours']:.1f} hours of an A100; {cost['memory_bytes'] / 1e9:.1f} GB for weights, gradients "
-            "and optimizer"
+            f"{name} {what}: about {duration(cost['seconds_here'])} here, {cost['a100_hours']:.1f} hours of an A100; "
+            f"{cost['memory_bytes'] / 1e9:.1f} GB for weights, gradients and optimizer"
         )
     if judged:
         usd = "" if judged["estimated_usd"] is None else f", about {judged['estimated_usd']:.2f} USD"

@@ -465,6 +465,27 @@ def test_parameters_of_another_structure_are_refused(structure):
         LLMPruner.Params(structure=structure, skip_first=1)
 
 
+def test_what_gradients_cost_by_hand():
+    """Four layers of which two are pruned, ten samples of 128 tokens; a part of one layer is a pass of its own."""
+    model = make_tiny_llama(num_hidden_layers=4)
+    whole = sum(parameter.numel() for parameter in model.parameters())
+    layer = 32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 64
+    given = {"skip_first": 1, "skip_last": 1}
+
+    def cost(**params):
+        (step,) = prepare(Setting(compressor="llm_pruner", level="0.1", params=params))
+        return step.compressor.cost(step.level, model)
+
+    found = cost(**given)
+    assert (found.tokens, found.operations) == (0, 1280 * (4 * whole + 2 * 2 * layer))
+    assert found.memory_bytes == 4 * whole + 4 * 2 * layer
+    apart = cost(**given, importance="element2", blocks_at_once=1)
+    assert apart.operations == 1280 * (2 * 4 * whole + 2 * 2 * layer)
+    assert apart.memory_bytes == 4 * whole + 8 * layer
+    assert cost(structure="channel").memory_bytes == 8 * whole
+    assert cost(importance="l2") is None
+
+
 @pytest.mark.parametrize(
     ("params", "says"),
     [
