@@ -110,6 +110,7 @@ class Stream:
         self._window: Tokens = self.held[:0]
         self._begin: dict[str, Any] = {"number": -1, "documents": self._first, "carried": []}
         self._next = {**self._begin, "number": 0}
+        self._rows: Iterator[list[int]]
         self._seek(self._first)
         first = next(self._rows, None)
         if first is None:
