@@ -46,6 +46,14 @@ class Pruning(Training):
     warmup: float = Field(default=0.1, ge=0, lt=1, description="share of the steps, linear from zero")
 
 
+_UNITS = {
+    "layer": "layers",
+    "hidden": "hidden dimensions",
+    "head": "key heads",
+    "intermediate": "intermediate dimensions",
+}
+
+
 class Sheared(Compressor):
     name = "sheared"
     knob = Knob.SHAPE
@@ -163,12 +171,15 @@ class Sheared(Compressor):
                 if distributed.is_main():
                     save_file(dict(masks.log_alphas), folder / "kept" / "pruning" / "log_alphas.safetensors")
                 objective.masked.remove()
-                self.warnings += [
-                    f"masks had not settled: {opened:.1f} of {name} are expected to be open where {asked} are asked "
-                    f"for{f' (layer {row}, the farthest off)' if rows > 1 else ''}, so that the last ones were kept or "
-                    "cut by a narrow margin; more steps of pruning help, or constraint: counts"
-                    for name, (opened, asked, row, rows) in masks.off().items()
-                ]
+                if off := masks.off():
+                    found = ", ".join(
+                        f"{opened:.1f} of {asked} {_UNITS[name]}{f' in layer {row}' if rows > 1 else ''}"
+                        for name, (opened, asked, row, rows) in off.items()
+                    )
+                    self.warn(
+                        f"masks had not settled: expected to be open, of those asked for, were {found}; the last ones "
+                        "were kept or cut by a narrow margin. More steps of pruning help, or constraint: counts."
+                    )
                 z = masks.final()
             else:
                 z = random_masks(source, target, within, self.seed)

@@ -52,7 +52,8 @@ def _flips(results: Results, suite: str) -> tuple[Figure, str]:
     axes.set_ylabel("share of questions (%)")
     title(axes, f"{suite}: answers that changed")
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.0), ncols=2, fontsize=8)
-    axes.margins(y=0.18)
+    low, high = axes.dataLim.y0, axes.dataLim.y1
+    axes.set_ylim(low - 0.08 * (high - low), high + 0.16 * (high - low))  # the legend stands above the bars
     n = found[0][1].n if found else 0
     caption = f"Of n = {n} questions, those answered rightly by one of the dense and the compressed model alone."
     return figure, caption + left_out

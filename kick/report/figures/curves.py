@@ -86,7 +86,8 @@ def _score_against(axis: Axis, results: Results, suite: str) -> tuple[Figure, st
     if axis == "bits":
         axes.invert_xaxis()  # compression grows to the right everywhere
     else:
-        axes.set_xlim(left=min(-1.5, axes.get_xlim()[0]) if axis == "size" else -1.5)  # dense stands at 0
+        left = min(-1.5, axes.get_xlim()[0]) if axis == "size" else -1.5  # dense stands at 0
+        axes.set_xlim(left, max(axes.get_xlim()[1], axes.dataLim.x1 + 0.04 * (axes.dataLim.x1 - left)))
     label_points(axes, names, size=8)
     title(axes, f"{suite}: {metric.name.replace('_', ' ')} against {axis}")
     families = _families(results, axis, suite)
