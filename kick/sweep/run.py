@@ -180,7 +180,7 @@ class _Scheduler:
         again, at_fault = unanswered[1:], unanswered[:1]  # the first was under way
         made = self.executor.has_weights(ended.work, answered=len(unanswered) < len(owed))
         if unanswered and not made:  # nothing was asked yet that smaller batches could help
-            again, at_fault = self._after_a_making(setting, unanswered, died or _NOTHING_CAME), []
+            again, at_fault = self._after_a_making(ended, setting, unanswered), []
         at_fault += [suite for suite in owed if (results[suite.name] or {}).get("try_again")]
         for suite in at_fault:
             self.deaths[setting.name, suite.name] += 1
@@ -191,9 +191,7 @@ class _Scheduler:
                 again.append(suite)
                 self.clock.again(suite.name, len(suite.examples))
             elif results[suite.name] is None:
-                times = f" ({tries} times)" if tries > 1 else ""
-                reason = f"its process died{times}: {died}" if ended.died else f"{died or _NOTHING_CAME}{times}"
-                record_failure(self.plan, self.store, setting, suite, reason)
+                record_failure(self.plan, self.store, setting, suite, _in_words(ended, tries))
         self._count(setting, [suite for suite in owed if suite not in again])
         if again:
             self.waiting.appendleft(self._work(setting, [suite for suite in owed if suite in again]))
@@ -208,16 +206,15 @@ class _Scheduler:
         found = self.store.evaluation(setting.name, suite.name).result()
         return found if found is not None and found["key"] == self.plan.key(setting, suite) else None
 
-    def _after_a_making(self, setting: Setting, suites: list[PlannedSuite], reason: str) -> list[PlannedSuite]:
-        """The process died while the checkpoint was made: the suites for which that is tried again."""
+    def _after_a_making(self, ended: Ended, setting: Setting, suites: list[PlannedSuite]) -> list[PlannedSuite]:
+        """It ended while the checkpoint was made: the suites for which that is tried again."""
         self.deaths[setting.name, ""] += 1
         tries = self.deaths[setting.name, ""]
         if tries <= self.plan.config.executor.retries:
-            self.display.note(f"trying again: {setting.name}: {reason}")
+            self.display.note(f"trying again: {setting.name}: {ended.refused or ended.died or _NOTHING_CAME}")
             return suites
-        times = f" ({tries} times)" if tries > 1 else ""
         for suite in suites:
-            record_failure(self.plan, self.store, setting, suite, f"its process died{times}: {reason}")
+            record_failure(self.plan, self.store, setting, suite, _in_words(ended, tries))
         return []
 
     def _settle_checkpoint(self, ended: Ended) -> None:
@@ -258,3 +255,11 @@ class _Scheduler:
             else:
                 self.summary.failed[f"{setting.name} on {suite.name}"] = result["reason"]
                 self.display.note(f"failed: {setting.name} on {suite.name}: {result['reason']}")
+
+
+def _in_words(ended: Ended, tries: int) -> str:
+    """Why nothing came of a work, in the last of so many tries."""
+    times = f" ({tries} times)" if tries > 1 else ""
+    if ended.refused is None and ended.died is not None:
+        return f"its process died{times}: {ended.died}"
+    return f"{ended.refused or _NOTHING_CAME}{times}"

@@ -58,7 +58,7 @@ def test_draws_by_hand():
 
 def test_settings_of_one_ability_share_a_place_however_many_they_are():
     """Twelve have 66 pairs, of which at 95 % each some differ in most runs."""
-    from kick.report.means import Asked, means_and_places
+    from kick.report.means import SuiteScores, means_and_places
 
     rng = np.random.default_rng(5)
     differ = 0
@@ -66,13 +66,13 @@ def test_settings_of_one_ability_share_a_place_however_many_they_are():
     for _ in range(40):
         dense, *others = scores_of(*(rng.random((13, 150)) < 0.6))
         pairs = [compare.compare(dense, other, True) for other in others]
-        _, places = means_and_places(names, [Asked(dense, others, pairs)], set(names))
+        _, places = means_and_places(names, [SuiteScores(dense, others, pairs)], set(names))
         differ += len(set(places.values())) > 1
     assert differ <= 7  # nominal 2 of 40; three standard errors are 4.1
 
 
 def test_few_questions_tell_settings_of_one_ability_no_more_apart():
-    from kick.report.means import Asked, means_and_places
+    from kick.report.means import SuiteScores, means_and_places
 
     rng = np.random.default_rng(6)
     differ = 0
@@ -80,7 +80,7 @@ def test_few_questions_tell_settings_of_one_ability_no_more_apart():
     for _ in range(40):
         dense, *others = scores_of(*np.clip(rng.normal(0.5, 0.1, (13, 10)), 0, 1))
         pairs = [compare.compare(dense, other, True) for other in others]
-        _, places = means_and_places(names, [Asked(dense, others, pairs)], set(names))
+        _, places = means_and_places(names, [SuiteScores(dense, others, pairs)], set(names))
         differ += len(set(places.values())) > 1
     assert differ <= 8  # nominal 2 of 40; of ten questions the interval is approximate
 
