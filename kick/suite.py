@@ -161,6 +161,7 @@ class Suite(ABC):
     most_at_once: ClassVar[int | None] = None  # for long answers: a batch is what a crash can lose
     needs_dense: ClassVar[bool] = False
     times_itself: ClassVar[bool] = False  # other work beside it would be measured too
+    prompts_hold_answers: ClassVar[bool] = False  # the model's own, so that no two models are asked in the same words
     scores_text: ClassVar[bool] = False  # its questions are running text (`text`), which nothing may be calibrated on
     argument: ClassVar[str] = ""
     description: ClassVar[str] = ""

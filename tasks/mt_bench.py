@@ -55,6 +55,7 @@ class MTBench(Suite):
     most_at_once = 32
     description = "two-turn conversations in eight categories (MT-Bench), graded by a judge"
     needs_judge = True
+    prompts_hold_answers = True
     judged_metrics = (RATING, WIN_RATE)
     metrics = (
         _counted("unique_tokens", "tokens an answer"),

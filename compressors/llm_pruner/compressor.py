@@ -157,11 +157,12 @@ class LLMPruner(Compressor):
         whole = parameter_count(model)
         ratio = share if self.params.ratio_of == "layers" else ratio_for(share, lambda ratio: gone(ratio) / whole)
         heads, channels = self._removed(shape, ratio)
-        if self.params.uniform:
-            heads = shape.kv_heads - admissible_heads(shape, shape.kv_heads - heads)
-            if self.params.ratio_of == "model":  # channels make up for it
-                wanted = (share * whole - parameters(heads, 0)) / max(1, parameters(0, 1))
-                channels = shape.intermediate - self._width(shape, shape.intermediate - round(max(0.0, wanted)))
+        fitting = admissible_heads(shape, shape.kv_heads - heads) if self.params.uniform else shape.kv_heads - heads
+        if fitting != shape.kv_heads - heads:  # channels make up for it
+            heads = shape.kv_heads - fitting
+            base = whole if self.params.ratio_of == "model" else parameters(shape.kv_heads, shape.intermediate)
+            wanted = (share * base - parameters(heads, 0)) / max(1, parameters(0, 1))
+            channels = shape.intermediate - self._width(shape, shape.intermediate - round(max(0.0, wanted)))
         self._gone = parameters(heads, channels)
         kept_heads, kept_channels = shape.kv_heads - heads, shape.intermediate - channels
         if kept_heads < 1 or kept_channels < 1:

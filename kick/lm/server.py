@@ -241,7 +241,8 @@ class ServerLM(TokenLM):
         try:
             reply = self._whole(request)
         except openai.OpenAIError as error:
-            kind = EngineError if isinstance(error, _MAY_GO) else KickError
+            may_go = isinstance(error, _MAY_GO) and getattr(error, "code", None) != "insufficient_quota"
+            kind = EngineError if may_go else KickError
             raise kind(
                 f"the endpoint {self.params.base_url} failed: {without_key(said(error), self._key)[:300]}",
                 f"Is '{self._model}' served there? prompt: text is for endpoints that take no token ids.",

@@ -72,7 +72,8 @@ def pairs(results: Results, first: str, second: str) -> list[Pair]:
         score, other = a.scores[metric, group], b.scores[metric, group]
         outcome = compare.compare(score, other, a.estimates[metric, group].signal)
         flipped = [] if score.metric.descriptive else _flipped(results, suite, score.metric.value, a, b)
-        if outcome.lost is None:  # no answer is lost or won: those that differ most come first
+        if outcome.lost is None:  # no answer is lost or won: of texts, those that differ most come first
+            flipped = [row for row in flipped if row.first or row.second]
             flipped.sort(key=lambda row: -abs(row.difference))
         found.append(Pair(suite, metric, score.point, other.point, outcome, float("nan"), flipped))
     if not found:

@@ -291,7 +291,8 @@ class Results:
             for result in self.compressed
             if result.family == family
             and isinstance(result.level, Sparsity | Bits)
-            and not self.holds(result.name, suite)
+            and (result.name, suite) in self._doubtful
+            and self.compared[result.name, suite].verdict == "matching"
         ]
 
     def verdicts(self, family: str, suite: str) -> list[tuple[float, str]]:
@@ -360,7 +361,8 @@ def _read_evaluation(
         if setting == DENSE:
             prompts[sample.id] = hash(sample.prompt)
         else:
-            otherwise += prompts.get(sample.id, hash(sample.prompt)) != hash(sample.prompt)
+            same = prompts.get(sample.id, hash(sample.prompt)) == hash(sample.prompt)
+            otherwise += not same and not suite.prompts_hold_answers
             sample.prompt, sample.choices = "", None  # as a rule dense's; a long run would not fit into memory
     estimates = {key: compare.estimate(score) for key, score in scores.items()}
     return Evaluation(

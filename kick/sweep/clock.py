@@ -109,6 +109,7 @@ class Lane:
 
     def make(self, setting: str, how: str) -> None:
         self._begin(f"{setting}: {how}")
+        self.clock.to_make.add(setting)  # it may be made again
         self.setting, self.since = setting, self.mark
         self.stage, self.done = self.mark, 0
         self.clock.show(self.what)

@@ -2,6 +2,7 @@
 
 from kick.compressor import Compressor, Cost
 from kick.devices import is_usable
+from kick.errors import KickError
 from kick.loading import load_skeleton
 from kick.meter import product_speed, slow_precision
 from kick.sweep import sizes
@@ -21,7 +22,10 @@ def training_costs(plan: Plan) -> dict[str, Cost]:
             if type(step.compressor).cost is Compressor.cost:
                 continue
             skeleton = skeleton or load_skeleton(plan.path, "float32")
-            cost = step.compressor.cost(step.level, skeleton)
+            try:
+                cost = step.compressor.cost(step.level, skeleton)
+            except KickError as error:  # it does not fit this model
+                raise type(error)(f"setting '{name}': {error.message}", error.hint) from error
             if cost is not None:
                 before = found.get(name, Cost(0, 0.0, 0))
                 found[name] = Cost(
@@ -32,11 +36,14 @@ def training_costs(plan: Plan) -> dict[str, Cost]:
     return found
 
 
-def training_seconds(plan: Plan, costs: dict[str, Cost]) -> dict[str, float]:
-    """What that takes here, by the names of the settings; on an A100, where the device is on other machines only."""
+def training_seconds(plan: Plan, costs: dict[str, Cost], measured: bool = True) -> dict[str, float]:
+    """What that takes here, by the names of the settings; on an A100, where the device is on other machines only.
+
+    measured: False to take an A100's speed without a look.
+    """
     if not costs:
         return {}
-    speed = speed_of(plan, "float32" if plan.device == "cpu" else "bfloat16")
+    speed = speed_of(plan, "float32" if plan.device == "cpu" else "bfloat16") if measured else A100
     return {name: cost.operations / (speed * TRAINING_SHARE) for name, cost in costs.items()}
 
 
@@ -49,7 +56,10 @@ def remarks(plan: Plan) -> list[str]:
     """What is allowed and hardly meant, in words."""
     found = [slow] if is_usable(plan.device) and (slow := slow_precision(plan.device, plan.dtype)) else []
     timed = [suite.name for suite in plan.suites if suite.suite.times_itself]
-    if timed and find_executor(plan.config.executor).works_here(plan) != 1:
+    at_once = plan.config.executor.workers
+    if at_once == "auto":
+        at_once = find_executor(plan.config.executor).works_here(plan) or len(plan.settings)
+    if timed and min(at_once, len(plan.settings)) > 1:
         found.append(
             f"{timed[0]} is timed while other works run beside it; for seconds that can be compared give it a sweep of "
             "its own with executor.workers=1"

@@ -2,7 +2,8 @@
 
 The unit of work is a setting with the suites that it owes, so that a model is made and loaded once for all of them.
 An executor (kick.sweep.executors) carries works out; what came of them is read from the run directory. A process
-that died costs the evaluation that it was at: it is tried again with smaller batches, a bounded number of times.
+that died costs the evaluation that it was at: it is tried again with smaller batches, a bounded number of times. One
+that died while it compressed is started again as it was, as often.
 """
 
 import shutil
@@ -47,7 +48,9 @@ def run(plan: Plan, store: Store, display: Display, debug: bool = False) -> Summ
         questions: Counter[str] = Counter()
         for suites in missing.values():
             questions.update({suite.name: len(suite.examples) for suite in suites})
-        clock = Clock(display, questions, missing, training_seconds(plan, training_costs(plan)))
+        costs = {name: cost for name, cost in training_costs(plan).items() if name in missing}
+        # a GPU is the workers': measuring it from here would hold a part of it
+        clock = Clock(display, questions, missing, training_seconds(plan, costs, measured=plan.device == "cpu"))
         spec = plan.config.executor
         config = plan.decided.model_dump(mode="json")
         job = Job(str(store.root.resolve()), config, plugins.files(), plan.identity, spec.timeout, debug)
@@ -179,8 +182,11 @@ class _Scheduler:
         died = ended.refused or ended.died
         again, at_fault = unanswered[1:], unanswered[:1]  # the first was under way
         made = self.executor.has_weights(ended.work, answered=len(unanswered) < len(owed))
-        if unanswered and not made:  # nothing was asked yet that smaller batches could help
-            again, at_fault = self._after_a_making(ended, setting, unanswered), []
+        if unanswered and not made:
+            if self.executor.sees_weights:  # nothing was asked yet that smaller batches could help
+                again, at_fault = self._after_a_making(ended, setting, unanswered), []
+            else:
+                again, at_fault = [], unanswered
         at_fault += [suite for suite in owed if (results[suite.name] or {}).get("try_again")]
         for suite in at_fault:
             self.deaths[setting.name, suite.name] += 1

@@ -307,18 +307,19 @@ def test_a_quarter_of_each_layer_leaves_the_published_number_of_parameters(
     assert sum(parameter.numel() for parameter in pruned.parameters()) == parameters
 
 
-@pytest.mark.parametrize(("level", "heads"), [(0.2, 32), (0.5, 16)])
-def test_uniform_llama_7b_keeps_heads_that_transformers_takes(level, heads):
+@pytest.mark.parametrize(("level", "of", "heads"), [(0.2, "model", 32), (0.5, "model", 16), (0.25, "layers", 32)])
+def test_uniform_llama_7b_keeps_heads_that_transformers_takes(level, of, heads):
     """No ratio between 4 and 49 % of its 32 heads leaves a number that divides 4,096: channels make up for it."""
     from accelerate import init_empty_weights
 
     with init_empty_weights():
         model = LlamaForCausalLM(LlamaConfig())
     whole = sum(parameter.numel() for parameter in model.parameters())
-    pruner = LLMPruner(LLMPruner.Params(importance="random", uniform=True))
+    base = whole if of == "model" else 32 * (4 * 4096 * 4096 + 3 * 4096 * 11008)
+    pruner = LLMPruner(LLMPruner.Params(importance="random", uniform=True, ratio_of=of))
     pruned = pruner.compress(model, Sparsity(fraction=level), None)
     left = sum(parameter.numel() for parameter in pruned.parameters())
-    assert 1 - left / whole == pytest.approx(level, abs=1e-4)
+    assert (whole - left) / base == pytest.approx(level, abs=1e-4)
     assert pruned.config.num_attention_heads == heads
     with init_empty_weights():
         plain = LlamaForCausalLM(LlamaConfig(**pruned.config.to_dict()))

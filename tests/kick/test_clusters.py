@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -323,8 +324,8 @@ def test_submitit_gives_what_one_process_gives(config, scores, tmp_path):
     assert list((tmp_path / "run" / "slurm").iterdir())
 
 
-def test_a_job_that_slurm_does_not_take_costs_itself_only(config, tmp_path, monkeypatch):
-    """A controller that is busy, a limit of jobs: handed in again, then one of the settings that fail."""
+def test_a_job_that_slurm_does_not_take_waits_for_another_to_end(config, tmp_path, monkeypatch):
+    """A controller that is busy, or a limit of jobs at a time."""
     pytest.importorskip("submitit")
     from kick.sweep.executors import slurm
     from kick.sweep.executors.base import Job
@@ -344,14 +345,17 @@ def test_a_job_that_slurm_does_not_take_costs_itself_only(config, tmp_path, monk
         with pytest.raises(RunError, match="Slurm takes no job: sbatch: error: QOSMax"):
             executor.submit(Work("dense", ()))
         assert len(asked) == 3
-        executor._jobs.append((None, Work("dense", ()), unwatched()))  # something is under way
-        executor.submit(Work("magnitude@0.5", ()))
-        (ended,) = executor.wait(0.1)
-        assert (ended.work.setting, ended.died) == (
-            "magnitude@0.5",
-            "Slurm took no job: sbatch: error: QOSMaxSubmitJobPerUserLimit",
-        )
-        executor._jobs.clear()
+        executor._waiting.clear()
+        running = SimpleNamespace(done=lambda: False, exception=lambda: None, result=list)
+        executor._jobs.append((running, Work("dense", ()), unwatched()))
+        for setting in ("magnitude@0.3", "magnitude@0.5"):
+            executor.submit(Work(setting, ()))
+        assert (len(asked), executor.wait(0)) == (4, [])  # the second waits behind the first
+        running.done = lambda: True
+        monkeypatch.setattr(executor._executor, "submit", lambda *arguments: running)
+        assert [ended.work.setting for ended in executor.wait(0)] == ["dense"]
+        ended = executor.wait(0)
+        assert [(each.work.setting, each.died) for each in ended] == [("magnitude@0.3", None), ("magnitude@0.5", None)]
 
 
 def unwatched():

@@ -91,8 +91,10 @@ def test_a_setting_that_need_not_be_made_is_not_waited_for(now):
     lane.advance(10)
     assert clock.seconds_left() == pytest.approx(10 + 100)
     lane.make("b", "compress")
-    lane.stop()  # it failed
+    lane.stop()  # its process died
     assert clock.seconds_left() == pytest.approx(10)
+    lane.make("b", "compress")  # and another one begins again
+    assert clock.seconds_left() == pytest.approx(10 + 100)
 
 
 def test_what_is_given_up_is_not_waited_for(now):

@@ -50,6 +50,9 @@ class Executor(ABC):
     slots: int
     """How many works can be under way at once."""
 
+    sees_weights = True
+    """Whether checkpoints of works under way are seen from here, so that it is known what a death interrupted."""
+
     apart = False
     """Whether works were done where the run directory is not seen: their checkpoints never come here."""
 

@@ -44,6 +44,8 @@ class _UnderWay(NamedTuple):
 
 
 class Ray(Executor):
+    sees_weights = False  # nodes may have disks of their own
+
     def __init__(self, plan: Plan, store: Store, job: Job, watch: Callable[[], Watch]) -> None:
         super().__init__(plan, store, job, watch)
         self._ray = ray = import_extra("ray", "ray", "the executor 'ray'")

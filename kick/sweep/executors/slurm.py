@@ -6,6 +6,7 @@ scripts and their output are in slurm/ of the run directory.
 """
 
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
@@ -57,7 +58,7 @@ class Slurm(Executor):
             ) from error
         self._mark = leave_mark(store.root)
         self._jobs: list[tuple[Any, Work, Watch]] = []
-        self._refused: list[Ended] = []
+        self._waiting: deque[Work] = deque()  # what Slurm did not take yet
 
     @classmethod
     def check(cls, spec: ExecutorSpec) -> None:
@@ -68,34 +69,39 @@ class Slurm(Executor):
         return device_elsewhere(asked, _gpus(spec.params))
 
     def submit(self, work: Work) -> None:
-        """Raises RunError where Slurm takes no job; what is under way is not given up for one that it does not take."""
-        watch = self.watch()
-        for pause in (*_PAUSES, None):
+        """Raises RunError where Slurm takes no job at all; while others are under way, what it does not take waits."""
+        self._waiting.append(work)
+        if len(self._waiting) == 1:  # else it takes none now
+            self._hand_in()
+
+    def _hand_in(self) -> None:
+        """Give Slurm what waits, as long as it takes it: a site may limit how many jobs there are at a time."""
+        pauses = iter(_PAUSES)
+        while self._waiting:
+            work = self._waiting[0]
             try:
                 job = self._executor.submit(carry_out_whole, self.job.to_json(), work.to_json(), self._mark)
             except (RuntimeError, OSError) as error:
-                said = " ".join(str(error).split())[-300:]
-                if pause is not None:  # a controller that is busy, a limit of jobs
-                    time.sleep(pause)
-                elif not self._jobs:
+                if self._jobs:  # tried again once one of these has ended
+                    return
+                pause = next(pauses, None)
+                if pause is None:
+                    said = " ".join(str(error).split())[-300:]
                     raise RunError(f"Slurm takes no job: {said}", "Try the same with sbatch.") from error
-                else:
-                    self._refused.append(Ended(work, f"Slurm took no job: {said}"))
+                time.sleep(pause)
             else:
-                self._jobs.append((job, work, watch))
-                return
+                self._jobs.append((job, self._waiting.popleft(), self.watch()))
 
     def wait(self, seconds: float) -> list[Ended]:
         until = time.monotonic() + seconds
-        while not self._refused:
+        while True:
             done = [entry for entry in self._jobs if entry[0].done()]
             if done or time.monotonic() > until:
                 break
             time.sleep(_LOOK_EVERY)
-        else:
-            ended, self._refused = self._refused, []
-            return ended
         self._jobs = [entry for entry in self._jobs if entry not in done]
+        if done:
+            self._hand_in()
         return [self._end(*entry) for entry in done]
 
     def _end(self, job: Any, work: Work, watch: Watch) -> Ended:
