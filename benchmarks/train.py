@@ -24,10 +24,10 @@ from typing import Any
 
 import torch
 from kick_compressors.training.objective import Objective, mean_loss
-from kick_compressors.training.text import find_domains
+from kick_compressors.training.text import document_tokens, find_domains
 
 from kick import loading, models
-from kick.calibration import CalibrationSpec, begin_of_text, end_of_text, read_documents
+from kick.calibration import CalibrationSpec, read_documents
 from kick.compress import Recipe, compress
 from kick.settings import Setting
 
@@ -224,8 +224,7 @@ def beginning(source: str, tokenizer: Any) -> torch.Tensor:
     """[HELD, 256] the first tokens of a domain: what every run is measured on, whatever kick holds out in training."""
     tokens: list[int] = []
     for document in read_documents(source):
-        inside = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
-        tokens += begin_of_text(tokenizer) + inside + end_of_text(tokenizer)
+        tokens += document_tokens(document, tokenizer)
         if len(tokens) >= HELD * 256:
             break
     return torch.tensor(tokens[: HELD * 256]).reshape(HELD, 256)

@@ -121,7 +121,7 @@ def evaluate(options: Namespace) -> int:
 
 def _run(plan: "Plan", out: Path, options: Namespace) -> tuple[int, str, dict[str, Any]]:
     """(exit code, what to say, the same as a document)."""
-    from kick.sweep.costs import remarks, training_costs
+    from kick.sweep.costs import remarks
     from kick.sweep.estimate import describe
     from kick.sweep.run import run
     from kick.sweep.store import Store
@@ -131,7 +131,7 @@ def _run(plan: "Plan", out: Path, options: Namespace) -> tuple[int, str, dict[st
         return 0, *describe(plan, out, options.fresh)
     # what is wrong with the model, or with a target for it, is said before a folder is begun
     plan.parameters  # noqa: B018
-    training_costs(plan)
+    plan.training  # noqa: B018
     for remark in remarks(plan):
         print(f"kick: {remark}", file=sys.stderr)
     watching = display()

@@ -83,6 +83,12 @@ def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.5) -> str:
     return f" Did you mean '{near[0]}'?" if near else ""
 
 
+def on_one_line(error: BaseException, most: int | None = None) -> str:
+    """All that an error says, or the end of it: what was wrong stands last in the messages of clusters."""
+    text = " ".join(str(error).split())
+    return text if most is None else text[-most:]
+
+
 def first_line(error: BaseException) -> str:
     """Of what an error says; its kind, where it says nothing."""
     lines = str(error).strip().splitlines()

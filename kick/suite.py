@@ -263,7 +263,7 @@ class Suite(ABC):
         return found
 
 
-def left_out(samples: Iterable[Sample], graded: Mapping[str, Sequence[Any]]) -> tuple[int, int]:
+def count_left_out(samples: Iterable[Sample], graded: Mapping[str, Sequence[Any]]) -> tuple[int, int]:
     """(truncated, failed) of a score by a judge. Of a sample whose list in `graded`, by ids, is empty it was asked for
     grades and gave none."""
     reasons = [sample.left_out or ("failed" if graded.get(sample.id) == [] else None) for sample in samples]

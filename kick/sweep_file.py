@@ -9,7 +9,7 @@ import yaml
 from pydantic import ValidationError
 
 from kick.config import SweepConfig
-from kick.errors import ConfigError, did_you_mean
+from kick.errors import ConfigError, did_you_mean, on_one_line
 from kick.spec import Spec
 
 
@@ -52,7 +52,7 @@ def read_yaml(text: str, where: str) -> Any:
     except RecursionError as error:
         raise ConfigError(f"{where} is nested too deeply.", "A sweep file needs a handful of levels.") from error
     except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"{where} is not YAML: {' '.join(str(error).split())}", "Correct that line.") from error
+        raise ConfigError(f"{where} is not YAML: {on_one_line(error)}", "Correct that line.") from error
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> SweepConfig:

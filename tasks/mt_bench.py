@@ -19,7 +19,7 @@ from kick.jsonl import read_jsonl
 from kick.judge.questions import Judgment, Question, Ratings, Winner, by_sample, outcome
 from kick.lm import generate
 from kick.spec import Seed, Spec
-from kick.suite import CHARACTERS_PER_TOKEN, DataSource, Example, Metric, Sample, Score, Suite, left_out
+from kick.suite import CHARACTERS_PER_TOKEN, DataSource, Example, Metric, Sample, Score, Suite, count_left_out
 
 from . import lexical, sources
 from .prompts import ChatTemplate, Prompt, converse, fit, uses_chat
@@ -169,7 +169,7 @@ class MTBench(Suite):
 def _by_conversation(metric: Metric, group: str, samples: Sequence[Sample], values: Mapping[str, list[float]]) -> Score:
     """Turn by turn; those of one conversation are not independent, and are resampled as one."""
     scored = sorted((sample for sample in samples if values.get(sample.id)), key=lambda sample: sample.id)
-    truncated, failed = left_out(samples, values)
+    truncated, failed = count_left_out(samples, values)
     return Score(
         metric=metric,
         group=group,

@@ -21,7 +21,7 @@ from kick.jsonl import read_jsonl
 from kick.judge.questions import Judgment, PairRatings, Question, Ratings, by_sample
 from kick.lm import generate
 from kick.spec import Seed, Spec
-from kick.suite import CHARACTERS_PER_TOKEN, DataSource, Example, Metric, Sample, Score, Suite, left_out
+from kick.suite import CHARACTERS_PER_TOKEN, DataSource, Example, Metric, Sample, Score, Suite, count_left_out
 
 from . import lexical, sources
 from .prompts import ChatTemplate, converse, fit, uses_chat
@@ -268,7 +268,7 @@ def _judged_score(
 ) -> Score:
     names = CRITERIA if metric.name == "quality" else (metric.name,)
     kept = sorted(sample.id for sample in samples if rated.get(sample.id))
-    truncated, failed = left_out(samples, rated)
+    truncated, failed = count_left_out(samples, rated)
     values = [[ratings[name] for ratings in rated[id] for name in names] for id in kept]
     return Score(
         metric=metric,

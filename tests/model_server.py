@@ -6,7 +6,8 @@ import threading
 import torch
 from loopback import LoopbackServer
 
-from kick.lm import generate
+from kick.lm import generate, load_lm
+from kick.lm.spec import LMSpec
 
 
 class ModelServer(LoopbackServer):
@@ -62,3 +63,9 @@ class ModelServer(LoopbackServer):
             }
         usage = {"prompt_tokens": len(tokens), "completion_tokens": 1, "total_tokens": len(tokens) + 1}
         return 200, {"id": "1", "object": "text_completion", "choices": [choice], "usage": usage}
+
+
+def served(path, server, **params):
+    """The LM of a checkpoint that `server` serves."""
+    params = {"base_url": server.url, "models": {"dense": "tiny"}, "retries": 1, **params}
+    return load_lm(LMSpec(name="server", params=params), path, "float32", "cpu")

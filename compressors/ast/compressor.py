@@ -131,11 +131,11 @@ class AST(Compressor):
 
     def _teacher(self, model: nn.Module, linears: list[Any], device: str) -> nn.Module:
         if self.params.teacher is not None:
-            teacher = load_model(fetch(find_source(self.params.teacher)), "float32", device)
+            path = fetch(find_source(self.params.teacher))
+            teacher = load_model(path, "float32", device)
             ours: Any = model
             same = teacher.config.vocab_size == ours.config.vocab_size  # type: ignore[union-attr]
             if same and self.tokenizer is not None:
-                path = fetch(find_source(self.params.teacher))
                 same = load_tokenizer(path).get_vocab() == self.tokenizer.get_vocab()
             if not same:
                 raise ConfigError(

@@ -9,7 +9,7 @@ from kick import shapes
 from kick.adapters import LowRank, attach
 from kick.blocks import find_decoder
 from kick.compressor import Compressor
-from kick.errors import INCOMPLETE, ModelError
+from kick.errors import INCOMPLETE, ModelError, on_one_line
 from kick.loading import check_config
 
 from .files import Foreign
@@ -29,7 +29,7 @@ def build(foreign: Foreign, dtype: str) -> nn.Module:
             architecture: Any = type(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ModelError(
-            f"{foreign.path} has a configuration that transformers does not take: {' '.join(str(error).split())}",
+            f"{foreign.path} has a configuration that transformers does not take: {on_one_line(error)}",
             "Code that comes with a model is never run.",
         ) from error
     model, found = architecture.from_pretrained(

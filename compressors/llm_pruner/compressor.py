@@ -72,9 +72,13 @@ class LLMPruner(Compressor):
                 raise ValueError(f"{unread[0]} protects layers, and uniform: true prunes all alike")
             return self
 
+        @property
+        def takes_gradients(self) -> bool:
+            return self.structure != "layer" and self.importance in TAYLOR
+
     def follow(self, policy: Policy, level: Level | None) -> None:
         super().follow(policy, level)
-        self.needs_calibration = self.params.structure != "layer" and self.params.importance in TAYLOR
+        self.needs_calibration = self.params.takes_gradients
 
     def cost(self, level: Level | None, skeleton: nn.Module) -> Cost | None:
         """Of the gradients: forward and backward through all of it for each part whose sums are held together.
@@ -83,7 +87,7 @@ class LLMPruner(Compressor):
         a gradient is asked for; 4 bytes a weight, and as many for each of its sums.
         """
         params, whole = self.params, parameter_count(skeleton)
-        if not self.needs_calibration or self.stages_before:  # a stage before may have taken it apart
+        if not params.takes_gradients or self.stages_before:  # a stage before may have taken it apart
             return None
         asked, parts_, at_once = whole, 1, whole
         if params.structure == "block":
@@ -131,7 +135,7 @@ class LLMPruner(Compressor):
     def _tokens(self, calibration: Calibration | None) -> Tensor:
         """[samples, length] what gradients are of; none where none are needed."""
         params = self.params
-        if params.structure == "layer" or params.importance not in TAYLOR:
+        if not params.takes_gradients:
             return torch.empty((0, 0), dtype=torch.long)
         if calibration is None:
             raise LevelError("llm_pruner needs calibration text.", "Give a calibration source.")

@@ -197,10 +197,13 @@ class Stream:
 
     def _tokens(self, text: str) -> list[int]:
         """Of one document, with what begins and ends it; none of an empty one."""
-        if not text:
-            return []
-        inside = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return begin_of_text(self.tokenizer) + inside + end_of_text(self.tokenizer)
+        return document_tokens(text, self.tokenizer) if text else []
+
+
+def document_tokens(text: str, tokenizer: Any) -> list[int]:
+    """Of one document, with what begins and ends it."""
+    inside = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return begin_of_text(tokenizer) + inside + end_of_text(tokenizer)
 
 
 class Mixture:

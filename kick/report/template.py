@@ -54,9 +54,5 @@ def render(template: str, **values: Any) -> str:
     environment.filters["link"] = link
     style = Markup(here.joinpath("report.css").read_text(encoding="utf-8"))
     source = here.joinpath(template).read_text(encoding="utf-8")
-    words = {
-        "mean_cell": tables.mean_cell,
-        "DENSE": DENSE,
-        "DAGGER": tables.DAGGER,
-    }
+    words = {"mean_cell": tables.mean_cell, "DENSE": DENSE, "DAGGER": tables.DAGGER}
     return environment.from_string(source).render(style=style, **words, **values)

@@ -55,7 +55,7 @@ class Clock:
         self.total = sum(questions.values())
         self.trainings = trainings or {}
         self.to_make = set(settings)
-        self.being_made: dict[str, float] = {}  # setting -> the least that is left of it, by its own pace
+        self.being_made: dict[str, float] = {}  # setting -> seconds that are left of it
         self.busy = 0  # lanes that are under way
         self._spent: dict[str, tuple[float, int]] = {}  # suite -> (seconds, questions)
         self._makings: list[float] = []  # seconds, of settings that do not train

@@ -1,9 +1,7 @@
 """What the settings of a plan that train would take, and what one worker needs for any of them."""
 
-from kick.compressor import Compressor, Cost
+from kick.compressor import Cost
 from kick.devices import is_usable
-from kick.errors import KickError
-from kick.loading import load_skeleton
 from kick.meter import product_speed, slow_precision
 from kick.sweep import sizes
 from kick.sweep.executors import find_executor
@@ -11,29 +9,6 @@ from kick.sweep.plan import MODELS_AT_ONCE, WORKER_BYTES, Plan
 
 A100 = 312e12  # operations a second in bfloat16
 TRAINING_SHARE = 0.35  # of the speed of plain products that training reaches
-
-
-def training_costs(plan: Plan) -> dict[str, Cost]:
-    """By the names of the settings; stages that train one after the other add up, but for their memory."""
-    found: dict[str, Cost] = {}
-    skeleton = None
-    for name, steps in plan.steps.items():
-        for step in steps:
-            if type(step.compressor).cost is Compressor.cost:
-                continue
-            skeleton = skeleton or load_skeleton(plan.path, "float32")
-            try:
-                cost = step.compressor.cost(step.level, skeleton)
-            except KickError as error:  # it does not fit this model
-                raise type(error)(f"setting '{name}': {error.message}", error.hint) from error
-            if cost is not None:
-                before = found.get(name, Cost(0, 0.0, 0))
-                found[name] = Cost(
-                    before.tokens + cost.tokens,
-                    before.operations + cost.operations,
-                    max(before.memory_bytes, cost.memory_bytes),
-                )
-    return found
 
 
 def training_seconds(plan: Plan, costs: dict[str, Cost], measured: bool = True) -> dict[str, float]:

@@ -14,7 +14,6 @@ from kick.sweep.costs import (
     checkpoint_bytes,
     remarks,
     speed_of,
-    training_costs,
     training_seconds,
     worker_bytes,
 )
@@ -36,7 +35,7 @@ def describe(plan: Plan, out: Path, fresh: bool = False) -> tuple[str, dict[str,
     held = out if (out / RUN).is_file() and not fresh else None
     parameters = plan.parameters
     seconds = _seconds(plan, store, {name: [s.name for s in suites] for name, suites in missing.items()}, parameters)
-    costs = {name: cost for name, cost in training_costs(plan).items() if name in missing}
+    costs = {name: cost for name, cost in plan.training.items() if name in missing}
     here = training_seconds(plan, costs)
     training = {
         name: {

@@ -15,8 +15,9 @@ from kick import __version__, devices, loading, meter, models, plugins
 from kick import checkpoint as checkpoints
 from kick.calibration import Calibration, CalibrationSpec, draw, precision_of
 from kick.compress import Recipe, check_streamable, needs_calibration, prepare
+from kick.compressor import Compressor, Cost
 from kick.config import SuiteSpec, SweepConfig
-from kick.errors import CheckpointError, ConfigError, DataError
+from kick.errors import CheckpointError, ConfigError, DataError, KickError
 from kick.judge.spec import JudgeSpec
 from kick.lm import find_lm, params_of
 from kick.lm.spec import LMSpec
@@ -79,6 +80,33 @@ class Plan:
     def calibrated(self) -> frozenset[str]:
         """The settings that need calibration."""
         return frozenset(name for name, steps in self.steps.items() if needs_calibration(steps))
+
+    @cached_property
+    def training(self) -> dict[str, Cost]:
+        """What the settings that train would take, by their names.
+
+        Stages that train one after the other add up, but for their memory. Raises KickError for what does not fit the
+        model.
+        """
+        found: dict[str, Cost] = {}
+        skeleton = None
+        for name, steps in self.steps.items():
+            for step in steps:
+                if type(step.compressor).cost is Compressor.cost:
+                    continue
+                skeleton = skeleton or loading.load_skeleton(self.path, "float32")
+                try:
+                    cost = step.compressor.cost(step.level, skeleton)
+                except KickError as error:
+                    raise type(error)(f"setting '{name}': {error.message}", error.hint) from error
+                if cost is not None:
+                    before = found.get(name, Cost(0, 0.0, 0))
+                    found[name] = Cost(
+                        before.tokens + cost.tokens,
+                        before.operations + cost.operations,
+                        max(before.memory_bytes, cost.memory_bytes),
+                    )
+        return found
 
     @cached_property
     def parameters(self) -> int:

@@ -18,7 +18,7 @@ from kick.errors import CheckpointError, RunError
 from kick.progress import Display
 from kick.settings import DENSE, Setting
 from kick.sweep.clock import Clock
-from kick.sweep.costs import checkpoint_bytes, training_costs, training_seconds
+from kick.sweep.costs import checkpoint_bytes, training_seconds
 from kick.sweep.executors import find_executor
 from kick.sweep.executors.base import Ended, Executor, Job
 from kick.sweep.plan import Plan, PlannedSuite
@@ -48,7 +48,7 @@ def run(plan: Plan, store: Store, display: Display, debug: bool = False) -> Summ
         questions: Counter[str] = Counter()
         for suites in missing.values():
             questions.update({suite.name: len(suite.examples) for suite in suites})
-        costs = {name: cost for name, cost in training_costs(plan).items() if name in missing}
+        costs = {name: cost for name, cost in plan.training.items() if name in missing}
         # a GPU is the workers': measuring it from here would hold a part of it
         clock = Clock(display, questions, missing, training_seconds(plan, costs, measured=plan.device == "cpu"))
         spec = plan.config.executor

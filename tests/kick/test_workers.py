@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import is_running
 
 from kick.sweep import work
 from kick.sweep.executors.base import Job
@@ -166,11 +167,6 @@ def test_workers_end_with_the_process_that_started_them(config, tmp_path):
     while is_running(worker) and time.monotonic() < give_up:
         time.sleep(0.05)
     assert not is_running(worker)
-
-
-def is_running(pid):
-    status = Path(f"/proc/{pid}/status")
-    return status.exists() and "State:\tZ" not in status.read_text()
 
 
 def test_what_kills_its_worker_is_tried_again_with_smaller_batches(config, tmp_path):

@@ -114,16 +114,20 @@ def carry_out_here(job: dict[str, Any], work: dict[str, Any], mark: str) -> Iter
     given, asked = Job(**job), Work.from_json(work)
     root = Path(given.root)
     try:
-        if (root / MARK).is_file():
-            if (root / MARK).read_text(encoding="utf-8") == mark:  # else nobody waits for this any more
-                for suite in _site(given, root).carry_out(asked, Notes()):
-                    yield Came(suite=suite)
-                    if not (root / MARK).is_file() or (root / MARK).read_text(encoding="utf-8") != mark:
-                        return  # the run was begun anew while this one was at work
-        else:
+        if not (root / MARK).is_file():
             yield from _carry_out_apart(given, asked)
+        elif _is_awaited(root, mark):
+            for suite in _site(given, root).carry_out(asked, Notes()):
+                yield Came(suite=suite)
+                if not _is_awaited(root, mark):
+                    return
     except KickError as error:  # what one evaluation can do wrong is recorded: this concerns all of them
         yield Came(fatal=(f"on {socket.gethostname()}: {error.message}", error.hint))
+
+
+def _is_awaited(root: Path, mark: str) -> bool:
+    """Whether whoever left `mark` waits for this still: the run may have been begun anew."""
+    return (root / MARK).is_file() and (root / MARK).read_text(encoding="utf-8") == mark
 
 
 def carry_out_whole(job: dict[str, Any], work: dict[str, Any], mark: str) -> list[Came]:

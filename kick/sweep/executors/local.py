@@ -23,7 +23,7 @@ import torch
 from kick.errors import RunError
 from kick.lm.memory import free_bytes
 from kick.sweep.clock import Watch
-from kick.sweep.costs import training_costs, worker_bytes
+from kick.sweep.costs import worker_bytes
 from kick.sweep.executors.base import Ended, Executor, Job
 from kick.sweep.plan import Plan, gpus_each
 from kick.sweep.store import Store
@@ -55,7 +55,7 @@ class Local(Executor):
             return max(1, torch.cuda.device_count() // gpus_each(plan))
         if plan.device != "cpu" or any(suite.suite.times_itself for suite in plan.suites):
             return 1
-        each = worker_bytes(plan, training_costs(plan))
+        each = worker_bytes(plan, plan.training)
         return max(1, min(_cores(), len(plan.settings), int(free_bytes(torch.device("cpu")) / each)))
 
     def submit(self, work: Work) -> None:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from pydantic import Field
 
-from kick.errors import ConfigError, RunError
+from kick.errors import ConfigError, RunError, on_one_line
 from kick.extras import import_extra
 from kick.spec import Spec, validated
 from kick.sweep.clock import Watch
@@ -61,7 +61,7 @@ class Ray(Executor):
                     logging_level=logging.ERROR,
                 )
             except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-                said = " ".join(str(error).split())[-300:]
+                said = on_one_line(error, most=300)
                 raise ConfigError(f"no Ray cluster at {params.address}: {said}", "`ray status` there?") from error
         gpus = params.num_gpus
         if gpus is None:
@@ -104,7 +104,7 @@ class Ray(Executor):
             heard, _ = self._ray.wait(list(self._streams), timeout=seconds)
         except self._ray.exceptions.RayError as error:
             raise RunError(
-                f"the Ray cluster is gone: {' '.join(str(error).split())[-300:]}",
+                f"the Ray cluster is gone: {on_one_line(error, most=300)}",
                 "The same command goes on, once there is one again.",
             ) from error
         return [ended for stream in heard if (ended := self._hear(stream)) is not None]
@@ -119,7 +119,7 @@ class Ray(Executor):
         except self._ray.exceptions.RayError as error:  # the worker, or its node, is gone
             if left and self.has_weights(work, answered=len(left) < len(work.owed)):
                 count(watch, self.plan, work, left[0])
-            return self._end(stream, died=" ".join(str(error).split())[-300:])
+            return self._end(stream, died=on_one_line(error, most=300))
         self.apart = self.apart or bool(came.files)
         if refused := came.take(self.store):
             self._ray.cancel(stream, force=True)

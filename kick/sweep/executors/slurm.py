@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
-from kick.errors import ConfigError, RunError
+from kick.errors import ConfigError, RunError, on_one_line
 from kick.extras import import_extra
 from kick.sweep.clock import Watch
 from kick.sweep.executors.base import Ended, Executor, Job
@@ -54,7 +54,7 @@ class Slurm(Executor):
             self._executor.update_parameters(**params)
         except (RuntimeError, ValueError, NameError, TypeError) as error:
             raise ConfigError(
-                f"executor 'slurm': {' '.join(str(error).split())}", "Parameters are submitit's; see docs/clusters.md."
+                f"executor 'slurm': {on_one_line(error)}", "Parameters are submitit's; see docs/clusters.md."
             ) from error
         self._mark = leave_mark(store.root)
         self._jobs: list[tuple[Any, Work, Watch]] = []
@@ -86,7 +86,7 @@ class Slurm(Executor):
                     return
                 pause = next(pauses, None)
                 if pause is None:
-                    said = " ".join(str(error).split())[-300:]
+                    said = on_one_line(error, most=300)
                     raise RunError(f"Slurm takes no job: {said}", "Try the same with sbatch.") from error
                 time.sleep(pause)
             else:
@@ -108,7 +108,7 @@ class Slurm(Executor):
         for name, _ in work.owed:
             count(watch, self.plan, work, name)
         if error := job.exception():  # the job was killed, or its node is gone
-            return Ended(work, f"job {job.job_id} {job.state}: {' '.join(str(error).split())[-300:]}")
+            return Ended(work, f"job {job.job_id} {job.state}: {on_one_line(error, most=300)}")
         refusals = [came.take(self.store) for came in job.result()]
         return Ended(work, refused=next(filter(None, refusals), None))
 
