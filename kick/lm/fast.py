@@ -341,9 +341,7 @@ class FastLM(TokenLM):
         def read(row: Packed) -> dict[int, Tensor]:
             cache, _ = self._after(contexts[0], prefixes, most)
             cache = cache or DynamicCache()
-            ends = torch.tensor([path[-1] for path in row.paths.values()])
-            distinct, back = ends.unique(return_inverse=True)
-            after = self.runner.run(row, cache, length, distinct.tolist(), most)[back]
+            after = self.runner.run(row, cache, length, [path[-1] for path in row.paths.values()], most)
             for index, path in row.paths.items():
                 rows.fill(index, cache, [*range(before, length), *(length + place for place in path)])
             return dict(zip(row.paths, after, strict=True))

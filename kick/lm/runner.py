@@ -60,17 +60,17 @@ class Runner:
     def run(self, row: Packed, cache: DynamicCache | None, length: int, places: list[int], most: int) -> Tensor:
         """A row after the `length` tokens in `cache`, which grows by it; a chain of more than `most` tokens in pieces.
 
-        What the head gets at `places` of the row, in ascending order for each piece: [p, d] or [p, vocabulary].
+        What the head gets at `places` of the row, in any order and with any of them twice: [p, d] or [p, vocabulary].
         """
         if len(row.tokens) > most and cache is None:
             cache = DynamicCache()
+        distinct, back = torch.tensor(places, dtype=torch.long, device=self.device).unique(return_inverse=True)
         found = []
         for start, piece in row.pieces(most):
-            inside = [place - start for place in places if start <= place < start + len(piece.tokens)]
+            columns = distinct[(distinct >= start) & (distinct < start + len(piece.tokens))] - start
             with attention.packed_row(attention.PackedRow(length + start, piece.chunks(_QUERIES_AT_ONCE))):
-                columns = torch.tensor(inside, dtype=torch.long, device=self.device)
                 found.append(self.at(self._inputs(piece, cache, length + start), torch.zeros_like(columns), columns))
-        return torch.cat(found)
+        return torch.cat(found)[back]
 
     def _inputs(self, row: Packed, cache: DynamicCache | None, length: int) -> dict[str, Any]:
         mask = None

@@ -84,6 +84,15 @@ def test_any_number_of_tokens_in_a_row_and_any_lack_of_memory_give_the_same_scor
         assert is_greedy == expected[1]
 
 
+def test_a_long_request_asked_twice_whose_targets_lie_in_two_pieces_of_a_row_scores_like_one_by_one(tokenizer):
+    lm = FastLM(make_tiny_llama(), tokenizer, params=FastLM.Params(row_tokens=16))
+    pair = [10 + place for place in range(30)], [2, 3, 4, 5, 6]
+    expected, expected_greedy = one_by_one(lm.model, *pair)
+    for value, is_greedy in ask(lm, [pair, pair]):
+        assert value == pytest.approx(expected, abs=1e-4)
+        assert is_greedy == expected_greedy
+
+
 @pytest.fixture
 def threads():
     """How many there are, to be changed."""
