@@ -1,7 +1,7 @@
 """The rows of a generation batch: their keys and values, which of them are visible, and where each row is.
 
-`RoomyRows` writes each new token into tensors that have room for all that can come, and moves the last row into the
-place of one that has ended: nothing is copied from step to step. `NativeRows` holds the model's own cache, for models
+`RoomyRows` writes each new token into tensors that have room for some to come, and moves the last row into the place of
+one that has ended: little is copied from step to step. `NativeRows` holds the model's own cache, for models
 whose cache is something else than keys and values of all tokens; `RereadRow` none.
 """
 
@@ -13,6 +13,8 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from kick.lm import attention
+
+_GROWTH = 8  # room for one token more in so many: rows that end by then never take the memory of what they could become
 
 
 class RoomyLayer(DynamicLayer):
@@ -39,6 +41,15 @@ class RoomyLayer(DynamicLayer):
             attention.share(self.keys, *self.shared)
         return self.keys, self.values
 
+    def move(self, first: int, capacity: int) -> None:
+        """Into tensors of `capacity` columns, for the rows in use alone, without the columns before `first`."""
+        self.all_keys, self.all_values = (
+            torch.cat([old, _empty(old, self.n_rows, first + capacity - self.length)], dim=2)
+            for old in (self.keys[:, :, first:], self.values[:, :, first:])
+        )
+        self.length -= first
+        self._show()
+
     def drop(self, row: int) -> None:
         """The last row takes its place."""
         self.n_rows -= 1
@@ -52,7 +63,7 @@ class RoomyLayer(DynamicLayer):
 
 
 class RoomyRows:
-    """Rows of at most `width` tokens, aligned at the right, with room for `room` more.
+    """Rows of at most `width` tokens, aligned at the right, of which each can grow by `room` tokens.
 
     like: a cache whose layers have the shapes, dtype and device of this model's keys and values. shared: the cache of
     what all rows begin with, where the model attends to it without a copy for each row.
@@ -64,7 +75,9 @@ class RoomyRows:
         self._width = width
         self._before = shared.get_seq_length() if shared is not None else 0
         self._cache = DynamicCache()
-        shape = n_rows, width + room
+        some = _some(width, room)
+        self._room = room - some  # for which there are no columns yet
+        shape = n_rows, width + some
         prefixes = [(own.keys, own.values) for own in shared.layers] if shared is not None else None
         self._layers = [
             RoomyLayer(
@@ -74,7 +87,7 @@ class RoomyRows:
         ]
         self._cache.layers = list(self._layers)
         device = like.layers[0].keys.device
-        self._mask = torch.zeros(n_rows, width + room, dtype=torch.long, device=device)
+        self._mask = torch.zeros(shape, dtype=torch.long, device=device)
         self._mask[:, width:] = 1
         self._places = torch.zeros(n_rows, 1, dtype=torch.long, device=device)  # of the last token read
 
@@ -98,6 +111,8 @@ class RoomyRows:
 
     def inputs(self, tokens: Sequence[int]) -> dict[str, Any]:
         """What the model is called with to read one more token in each row."""
+        if self._layers[0].length == self._mask.shape[1]:
+            self._make_room()
         self._places = self._places + 1
         return {
             "input_ids": torch.tensor(tokens, device=self._mask.device)[:, None],
@@ -106,6 +121,16 @@ class RoomyRows:
             "past_key_values": self._cache,
             "use_cache": True,
         }
+
+    def _make_room(self) -> None:
+        """For some more tokens, without the columns that none of the rows left sees."""
+        first = int(self._mask.amax(dim=0).argmax())
+        seen = self._mask[:, first:]
+        more = _some(seen.shape[1], self._room)
+        self._room -= more
+        for layer in self._layers:
+            layer.move(first, seen.shape[1] + more)
+        self._mask = torch.cat([seen, seen.new_ones(len(seen), more)], dim=1)
 
 
 class NativeRows:
@@ -149,6 +174,11 @@ class RereadRow:
     def inputs(self, tokens: Sequence[int]) -> dict[str, Any]:
         self._tokens += tokens
         return {"input_ids": torch.tensor([self._tokens], device=self._device), "use_cache": False}
+
+
+def _some(columns: int, room: int) -> int:
+    """How many of the `room` columns to add to what is there."""
+    return min(room, max(1, columns // _GROWTH))
 
 
 def _empty(states: Tensor, n_rows: int, capacity: int) -> Tensor:
