@@ -10,6 +10,8 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may wait for a network
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TQDM_DISABLE", "1")
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # they share the cores, as do the processes that they start
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
 os.environ.setdefault("KICK_EXECUTOR", "inline")  # worker processes take seconds to start; they have tests of their own
 
 pytest_plugins = ["judged_run"]
