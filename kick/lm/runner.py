@@ -1,4 +1,4 @@
-"""Forward passes of one model: packed rows after a kept prefix, in pieces that fit, and logits where they count.
+"""Forward passes of one model, as memory allows: packed rows after a kept prefix, and logits where they count.
 
 What "the head gets" is what logits are made of: hidden states where the model's head is one linear, with or without a
 scale or a cap behind it, which then runs on a few positions at a time; else the logits themselves.
@@ -6,14 +6,14 @@ scale or a cap behind it, which then runs on a few positions at a time; else the
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from kick.lm import attention
-from kick.lm.memory import is_out_of_memory
+from kick.lm import attention, memory
 from kick.lm.packing import Packed
 
 _QUERIES_AT_ONCE = 256  # of a packed row: more see more keys that few of them need, fewer fill the units worse
@@ -23,21 +23,62 @@ _LIKELIEST = 16  # tokens of a position whose logits are computed exactly in hal
 
 
 class Runner:
-    """Runs `model`; remembers the keys and values of the beginnings that it was asked for last."""
+    """Runs `model`; remembers the keys and values of the beginnings that it was asked for last.
 
-    def __init__(self, model: Any) -> None:
+    row_tokens: computed at once, by default what memory allows.
+    """
+
+    def __init__(self, model: Any, row_tokens: int | None = None) -> None:
         self.model = model
         self.device = model.device
+        self.row_tokens = row_tokens or memory.row_tokens(model)
+        self.bytes_per_token = memory.key_value_bytes(model)  # of its cache
+        self.halved = 0  # how often rows or a batch did not fit into memory
         attention.use(model)
         self._prefixes: list[tuple[list[int], int, DynamicCache]] = []  # each continues the one before
         self._behind_head = self._find_behind_head()
         self.plain_head = self._behind_head is not None
+
+    # Memory
+
+    def lanes(self, prefixes: Sequence[int], rows: Sequence[Packed]) -> int:
+        """How many of the rows after a prefix memory allows at a time.
+
+        Each holds a copy of the prefix's keys and values and, read in pieces, its own; and what a piece sees of them.
+        """
+        longest = max(len(row.tokens) for row in rows)
+        held = max(prefixes, default=0) + (longest if longest > self.row_tokens else 0)
+        mask = min(longest, self.row_tokens) * (1 + self.model.dtype.itemsize)
+        return memory.lanes_beside(self.model, held * (self.bytes_per_token + mask))
+
+    def measure(self, cache: DynamicCache, tokens: int) -> None:
+        """What a token takes in a cache, as this one of `tokens` shows."""
+        self.bytes_per_token = cached_bytes(cache) // tokens or self.bytes_per_token
+
+    def most_cached_tokens(self) -> int:
+        """How many tokens' keys and values a generation batch of several rows may hold, or the kept prefixes."""
+        return memory.most_cached_tokens(self.model, self.bytes_per_token)
+
+    def halving(self, rows: list[int], work: Callable[[list[int]], list[Any]]) -> list[Any]:
+        """`work(rows)`; where memory runs out, both halves one after the other."""
+        found = memory.none_if_out_of_memory(partial(work, rows)) if len(rows) > 1 else work(rows)
+        if found is not None:
+            return found
+        self.note_out_of_memory()
+        half = len(rows) // 2
+        return [*self.halving(rows[:half], work), *self.halving(rows[half:], work)]
+
+    def note_out_of_memory(self) -> None:
+        self.halved += 1
+        self.forget()
 
     def forget(self) -> None:
         """Free the kept prefixes, and what a failed attempt left behind."""
         self._prefixes.clear()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    # What is kept
 
     def keys_and_values(self, tokens: Sequence[int], prefixes: Sequence[int], most: int) -> DynamicCache:
         """The cache after the longest of `prefixes`, lengths of beginnings of `tokens` that continue each other.
@@ -56,6 +97,20 @@ class Runner:
             self.run(Packed.chain(wanted[len(known) :]), cache, len(known), [], most)
             self._prefixes.append((wanted, most, cache))
         return self._prefixes[len(prefixes) - 1][2]
+
+    def prepare(self, tokens: Sequence[int], prefixes: Sequence[int], most: int) -> bool:
+        """Compute what rows begin with, by all threads: in their lanes they find it. True, and no reference to it."""
+        if prefixes:
+            self.keys_and_values(tokens, prefixes, most)
+        return True
+
+    def after(self, tokens: Sequence[int], prefixes: Sequence[int], most: int) -> tuple[DynamicCache | None, int]:
+        """A cache after the longest of `prefixes` of `tokens`, which may grow, and its length; None after none."""
+        if not prefixes:
+            return None, 0
+        return fork(self.keys_and_values(tokens, prefixes, most)), prefixes[-1]
+
+    # Forward passes
 
     def run(self, row: Packed, cache: DynamicCache | None, length: int, places: list[int], most: int) -> Tensor:
         """A row after the `length` tokens in `cache`, which grows by it; a chain of more than `most` tokens in pieces.
@@ -83,6 +138,17 @@ class Runner:
             "past_key_values": cache,
             "use_cache": cache is not None,
         }
+
+    def padded(self, rows: Sequence[Sequence[int]], left: bool) -> tuple[Tensor, Tensor]:
+        """Tokens [rows, longest] and their mask, padded at one side."""
+        longest = max(map(len, rows))
+        tokens = torch.zeros((len(rows), longest), dtype=torch.long)  # whatever pads, the mask hides
+        mask = torch.zeros_like(tokens)
+        for index, row in enumerate(rows):
+            place = slice(longest - len(row), longest) if left else slice(0, len(row))
+            tokens[index, place] = torch.tensor(row)
+            mask[index, place] = 1
+        return tokens.to(self.device), mask.to(self.device)
 
     def at(self, inputs: dict[str, Any], rows: Tensor, columns: Tensor) -> Tensor:
         """What the head gets at place columns [p] of rows [p], when the model is called with `inputs`."""
@@ -148,7 +214,7 @@ class Runner:
         try:
             own = head(self._body(**inputs).last_hidden_state.to(head.weight.dtype))
         except (TypeError, RuntimeError, AttributeError) as error:
-            if is_out_of_memory(error):
+            if memory.is_out_of_memory(error):
                 raise
             return None
         logits = self.model(**inputs).logits

@@ -147,8 +147,11 @@ class Lane:
         now = time.perf_counter()
         self.clock.count_answers(self.suite, now - self.mark, count)
         self.mark = now
-        self.skip(count)
-        self.clock.show(self.what)
+        self.questions -= count
+        self.clock.questions[self.suite] -= count
+        self.clock.show(self.what)  # while this lane counts: it goes on with something else in a moment
+        if not self.questions:
+            self._end()
 
     def stop(self) -> None:
         if self.setting is not None:

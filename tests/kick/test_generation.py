@@ -52,7 +52,7 @@ def test_any_mix_of_prompts_is_completed_as_alone(tokenizer, asked, most, stops,
     heads = ([], stem[:PREFIX_STEP], stem)
     contexts = [heads[head] + own for head, own in asked]
     lm = FastLM(make_tiny_llama(initializer_range=0.2), tokenizer, params=FastLM.Params(row_tokens=row_tokens))
-    lm._most_cached_tokens = lambda: room
+    lm.runner.most_cached_tokens = lambda: room
     forward, left = lm.model.model.forward, [failures]
 
     def fails_at_first(*arguments, **options):
@@ -70,18 +70,18 @@ def test_any_mix_of_prompts_is_completed_as_alone(tokenizer, asked, most, stops,
 
 
 def test_a_shared_prefix_stands_once_for_all_rows_of_a_batch(lm, monkeypatch):
-    assert lm._shares_in_decoding
+    assert lm.decoder.shares
     head = "Question: what runs but never walks? Answer: a river.\n\n" * 6
     prompts = [head + f"Question: {word}?" for word in ("Who", "Where", "When", "Why")]
     together = generate(lm, prompts, [], 6)
     sizes = []
-    original = lm._read
-    monkeypatch.setattr(lm, "_read", lambda *a: sizes.append(read := original(*a)) or read)
+    original = lm.decoder.read_packed
+    monkeypatch.setattr(lm.decoder, "read_packed", lambda *a: sizes.append(read := original(*a)) or read)
     assert generate(lm, prompts, [], 6) == together
     layer = sizes[0][0]._layers[0]
     tokens = [len(lm.tok_encode(prompt)) for prompt in prompts]
     assert layer.all_keys.shape[2] == max(tokens) - layer.shared[0].shape[2] + 6
-    monkeypatch.setattr(lm, "_shares_in_decoding", False)
+    monkeypatch.setattr(lm.decoder, "shares", False)
     assert generate(lm, prompts, [], 6) == together
 
 
@@ -103,7 +103,7 @@ def test_prompts_of_many_lengths_are_read_in_groups_and_completed_as_alone(lm, t
 
 def test_a_text_of_a_wanted_length_is_not_ended_by_an_end_token(lm, tokenizer, monkeypatch):
     tokens = greedy(lm.model, tokenizer("Rain and")["input_ids"], 8, tokenizer.eos_token_id)
-    monkeypatch.setattr(lm, "_end_tokens", lambda: set(tokens[:1]))  # as if the likeliest first token ended a text
+    monkeypatch.setattr(lm.decoder, "ends", set(tokens[:1]))  # as if the likeliest first token ended a text
     assert generate(lm, ["Rain and"], [], 8) == [""]
     (text,) = generate(lm, ["Rain and"], [], 8, min_new_tokens=8)
     prompt = tokenizer("Rain and", return_tensors="pt")
@@ -170,28 +170,34 @@ def test_sampling_a_batch_is_sampling_each_row_token_by_token(top_k, top_p):
 def test_where_memory_runs_out_the_batch_is_halved_and_the_texts_are_the_same(lm, monkeypatch):
     prompts = [f"{word} is" for word in ("Rain", "Snow", "Wind", "Fog", "Hail")]
     expected = generate(lm, prompts, [], 8)
-    original = lm._read
+    original = lm.decoder.read_packed
 
     def small(contexts, room):
         if len(contexts) > 2:
             raise torch.OutOfMemoryError("no room")
         return original(contexts, room)
 
-    monkeypatch.setattr(lm, "_read", small)
+    monkeypatch.setattr(lm.decoder, "read_packed", small)
     assert generate(lm, prompts, [], 8) == expected
-    assert lm.halved == 2  # five into two and three, three into one and two
-    monkeypatch.setattr(lm, "_read", lambda contexts, room: (_ for _ in ()).throw(torch.OutOfMemoryError("no room")))
+    assert lm.runner.halved == 2  # five into two and three, three into one and two
+
+    def fails(contexts, room):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(lm.decoder, "read_packed", fails)
     with pytest.raises(torch.OutOfMemoryError):
         generate(lm, prompts, [], 8)
 
 
 def test_prompts_that_are_padded_are_read_in_parts(lm, monkeypatch):
     monkeypatch.setattr(lm, "no_sharing", "for a test")
-    monkeypatch.setattr(lm, "row_tokens", 16)
+    monkeypatch.setattr(lm.runner, "row_tokens", 16)
     prompts = [f"{word} is " * 20 for word in ("Rain", "Snow", "Wind", "Fog", "Hail", "Sun", "Mist", "Dew")]
     expected = [generate(lm, [prompt], [], 4)[0] for prompt in prompts]
-    read, original = [], lm._read_padded
-    monkeypatch.setattr(lm, "_read_padded", lambda contexts, room: read.append(contexts) or original(contexts, room))
+    read, original = [], lm.decoder.read_padded
+    monkeypatch.setattr(
+        lm.decoder, "read_padded", lambda contexts, room: read.append(contexts) or original(contexts, room)
+    )
     assert generate(lm, prompts, [], 4) == expected
     assert len(read) > 1
     assert all(len(own) * max(map(len, own)) <= 16 * 16 or len(own) == 1 for own in read)
@@ -200,7 +206,7 @@ def test_prompts_that_are_padded_are_read_in_parts(lm, monkeypatch):
 def test_the_vocabulary_of_a_large_batch_comes_in_parts(lm, monkeypatch):
     expected = generate(lm, [f"number {n}" for n in range(20)], [], 4, temperature=1.0, seed=3)
     seen, original = [], lm.runner.logits
-    monkeypatch.setattr("kick.lm.fast.LOGITS_AT_ONCE", 8)
+    monkeypatch.setattr("kick.lm.decoder.LOGITS_AT_ONCE", 8)
     monkeypatch.setattr(lm.runner, "logits", lambda found: seen.append(len(found)) or original(found))
     assert generate(lm, [f"number {n}" for n in range(20)], [], 4, temperature=1.0, seed=3) == expected
     assert max(seen) == 8
@@ -220,7 +226,7 @@ def test_batches_stay_within_a_number_of_cached_tokens():
 def test_a_batch_that_runs_out_of_memory_on_its_way_samples_the_same_texts(lm, monkeypatch):
     prompts = [f"{word} is" for word in ("Rain", "Snow", "Wind", "Fog")]
     expected = generate(lm, prompts, [], 8, temperature=1.0, seed=5)
-    original, steps = lm._last, []
+    original, steps = lm.decoder.last, []
 
     def fails_later(inputs):
         steps.append(inputs["input_ids"].shape[0])
@@ -228,7 +234,7 @@ def test_a_batch_that_runs_out_of_memory_on_its_way_samples_the_same_texts(lm, m
             raise torch.OutOfMemoryError("no room")
         return original(inputs)
 
-    monkeypatch.setattr(lm, "_last", fails_later)
+    monkeypatch.setattr(lm.decoder, "last", fails_later)
     assert generate(lm, prompts, [], 8, temperature=1.0, seed=5) == expected
     assert steps[3] == 4
 

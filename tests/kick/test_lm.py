@@ -136,7 +136,7 @@ def test_a_row_that_runs_out_of_memory_leaves_the_others_their_results(tokenizer
     assert [value for value, _ in found] == pytest.approx(
         [one_by_one(make_tiny_llama(), *p)[0] for p in pairs], abs=1e-4
     )
-    assert lm.halved == 1
+    assert lm.runner.halved == 1
     full = [size for size in calls if size > 32]
     assert len(full) == 1 + 4  # the prefix and four rows of three requests, each asked once
 
@@ -182,7 +182,7 @@ def test_where_a_prefix_and_its_copies_do_not_fit_each_request_is_asked_without(
     lm.model.model.forward = bounded
     expected = [one_by_one(make_tiny_llama(), *pair)[0] for pair in pairs]
     assert [value for value, _ in ask(lm, pairs)] == pytest.approx(expected, abs=1e-4)
-    assert lm.halved
+    assert lm.runner.halved
 
 
 def test_prefixes_are_kept_as_far_as_they_fit(tokenizer, monkeypatch):
@@ -195,7 +195,7 @@ def test_prefixes_are_kept_as_far_as_they_fit(tokenizer, monkeypatch):
     expected = [one_by_one(make_tiny_llama(), *pair)[0] for pair in pairs]
     for room, most in ((1000, 384), (200, 192), (100, 64)):
         lm = FastLM(make_tiny_llama(), tokenizer, params=FastLM.Params(row_tokens=64))
-        monkeypatch.setattr(lm, "_most_cached_tokens", lambda room=room: room)
+        monkeypatch.setattr(lm.runner, "most_cached_tokens", lambda room=room: room)
         kept, original = [], lm.runner.keys_and_values
 
         def note(tokens, prefixes, most, kept=kept, original=original):
@@ -388,7 +388,7 @@ def test_a_model_that_rounds_coarsely_in_half_precision_shares_what_it_may(token
     """Its packed rows are off by half a nat, as its whole rows are when they are computed in another way."""
     lm = FastLM(make_tiny_llama(num_hidden_layers=12, initializer_range=0.5).bfloat16(), tokenizer)
     assert lm.no_sharing is None
-    assert lm._shares_in_decoding
+    assert lm.decoder.shares
 
 
 def test_an_unknown_lm_lists_the_known_ones():
@@ -515,15 +515,17 @@ def test_rows_that_hold_caches_of_their_own_are_fewer_at_a_time(tokenizer, monke
     token = 2 * 2 * 2 * 8 * 4 + 64 * 5  # keys and values; what 64 queries see of it, as a number and as yes or no
     leave(monkeypatch, lm.model, 640 * 2 * token / memory.PREFIX_SHARE)
     long, short = Packed.chain([3] * 640), Packed.chain([3] * 64)
-    assert [lm._lanes((), rows) for rows in ([short] * 9, [short, long])] == [4, 2]
-    assert [lm._lanes((320, 640), [row]) for row in (short, long)] == [2, 1]
+    assert [lm.runner.lanes((), rows) for rows in ([short] * 9, [short, long])] == [4, 2]
+    assert [lm.runner.lanes((320, 640), [row]) for row in (short, long)] == [2, 1]
 
 
 def test_a_generation_batch_holds_no_more_than_its_share(tokenizer, monkeypatch):
     lm = FastLM(make_tiny_llama(), tokenizer)
-    leave(monkeypatch, lm.model, 100 * lm._bytes_per_token / memory.CACHE_SHARE)
-    sizes, read = [], lm._read
-    monkeypatch.setattr(lm, "_read", lambda contexts, room: sizes.append(len(contexts)) or read(contexts, room))
+    leave(monkeypatch, lm.model, 100 * lm.runner.bytes_per_token / memory.CACHE_SHARE)
+    sizes, read = [], lm.decoder.read_packed
+    monkeypatch.setattr(
+        lm.decoder, "read_packed", lambda contexts, room: sizes.append(len(contexts)) or read(contexts, room)
+    )
     lm.complete([[20 + number] * 38 for number in range(5)], Decoding((), most=2))
     assert sizes == [2, 2, 1]
 
@@ -556,9 +558,7 @@ def test_memory_that_runs_out_while_a_model_is_looked_at_is_no_trait_of_the_mode
 
 
 def test_what_a_token_takes_in_the_cache_is_known_from_the_configuration(lm):
-    from kick.lm.runner import cached_bytes
-
-    assert memory.key_value_bytes(lm.model) == cached_bytes(lm._like) // 15 == 2 * 2 * 2 * 8 * 4
+    assert memory.key_value_bytes(lm.model) == lm.runner.bytes_per_token == 2 * 2 * 2 * 8 * 4
 
 
 def test_free_memory_is_no_more_than_all_of_it():

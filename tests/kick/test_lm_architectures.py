@@ -191,14 +191,14 @@ def test_frequencies_that_grow_beyond_the_models_own_context_are_nothing_to_fear
 
 def test_prompts_that_are_padded_to_one_length_are_of_about_one_length(tokenizer, monkeypatch):
     lm = FastLM(sliding(), tokenizer)
-    padded, read = [], lm._read_padded
+    padded, read = [], lm.decoder.read_padded
 
     def note(contexts, room):
         padded.append((len(contexts) * max(map(len, contexts)), sum(map(len, contexts))))
         return read(contexts, room)
 
-    monkeypatch.setattr(lm, "_read_padded", note)
-    monkeypatch.setattr(lm, "_most_cached_tokens", lambda: 310)
+    monkeypatch.setattr(lm.decoder, "read_padded", note)
+    monkeypatch.setattr(lm.runner, "most_cached_tokens", lambda: 310)
     contexts = [[20 + number, *range(30, 30 + length)] for number, length in enumerate([100, 9, 100, 9, 100, 9, 100])]
     lm.complete(contexts, Decoding((), most=1))
     whole, own = map(sum, zip(*padded, strict=True))
