@@ -24,8 +24,10 @@ class Decoder:
     """Completes contexts by `runner`.
 
     like: a cache of some tokens, if the model fills one. ends: tokens that end a text. alike: the length up to which
-    a row's keys are rotated as those of any other. shares: whether rows may be decoded after one copy of what they
-    begin with. keeps_cache: whether the model goes on from a cache that it is given, several rows at a time.
+    a row's keys are rotated as those of any other.
+
+    What probe.py finds out is set afterwards: `shares`, whether rows may be decoded after one copy of what they begin
+    with; `keeps_cache`, whether the model goes on from a cache that it is given, several rows at a time.
     """
 
     def __init__(self, runner: Runner, tokenizer: Any, like: DynamicCache, ends: set[int], alike: int) -> None:

@@ -52,9 +52,9 @@ class FastLM(TokenLM):
         self._device = model.device
         self.runner = Runner(model, (params or self.Params()).row_tokens)
         probe.check_looks_back(self.runner)
-        self._alike = rotary_limit(model.config) or self.max_length
-        self._scorer = Scorer(self.runner)
-        sharing = probe.find_sharing(self._scorer)
+        self._alike = probe.rotary_limit(model.config) or self.max_length
+        self.scorer = Scorer(self.runner)
+        sharing = probe.find_sharing(self.scorer)
         self.no_sharing, self.finite = sharing.why_not, sharing.finite
         self.decoder = Decoder(self.runner, tokenizer, sharing.like, self._end_tokens(), self._alike)
         if self.no_sharing is None:
@@ -68,7 +68,7 @@ class FastLM(TokenLM):
         return cls(load_model(path, dtype, device), load_tokenizer(path), path, params)
 
     def close(self) -> None:
-        del self.model, self.runner, self._scorer, self.decoder
+        del self.model, self.runner, self.scorer, self.decoder
         memory.give_back(self.device.type)
 
     def record(self) -> dict[str, Any]:
@@ -97,10 +97,10 @@ class FastLM(TokenLM):
         together = [index for index, length in enumerate(lengths) if length <= self._alike]
         alone = [index for index, length in enumerate(lengths) if length > self._alike]
         if self.no_sharing is None:
-            results = self._scorer.in_packed_rows(sequences, together)
+            results = self.scorer.in_packed_rows(sequences, together)
         else:
-            results = self._scorer.in_padded_rows(sequences, together, 4 * self.runner.row_tokens)
-        results |= self._scorer.in_padded_rows(sequences, alone, 1)
+            results = self.scorer.in_padded_rows(sequences, together, 4 * self.runner.row_tokens)
+        results |= self.scorer.in_padded_rows(sequences, alone, 1)
         return [results[index] for index in range(len(sequences))]
 
     @torch.inference_mode()
@@ -146,15 +146,3 @@ class FastLM(TokenLM):
         configured = self.model.generation_config.eos_token_id if self.model.generation_config else None
         ids = configured if isinstance(configured, list) else [configured]
         return {token for token in (*ids, self.eot_token_id) if token is not None}
-
-
-def rotary_limit(config: Any) -> int | None:
-    """Tokens up to which rotary frequencies are the same for all rows: beyond, they depend on the longest in a call."""
-    config = config.get_text_config()
-    rope = getattr(config, "rope_parameters", None) or {}
-    limits = []
-    for own in (rope, *rope.values()):
-        if isinstance(own, dict) and own.get("rope_type") == "longrope":
-            known = own.get("original_max_position_embeddings")
-            limits.append(known or getattr(config, "original_max_position_embeddings", None))
-    return min((limit for limit in limits if limit), default=None)

@@ -6,6 +6,7 @@ No list of architectures: what gives the same numbers is used, and where it does
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,7 +76,7 @@ def find_sharing(scorer: Scorer) -> Sharing:
         if kinds:
             found.why_not = f"its cache has layers of kind {', '.join(sorted(kinds))}"
         elif found.finite:  # else there is nothing to compare, and nothing to get wrong
-            found.why_not = _differs(scorer, sequences, len(stem), alone)
+            found.why_not = _why_unlike(scorer, sequences, len(stem), alone)
     except _NOT_SUPPORTED as error:
         if memory.is_out_of_memory(error):
             raise
@@ -83,7 +84,7 @@ def find_sharing(scorer: Scorer) -> Sharing:
     return found
 
 
-def _differs(scorer: Scorer, sequences: Sequence[Scored], shared: int, alone: dict[int, Score]) -> str | None:
+def _why_unlike(scorer: Scorer, sequences: Sequence[Scored], shared: int, alone: dict[int, Score]) -> str | None:
     """In words, where sequences in packed rows after their first `shared` tokens score unlike whole ones, `alone`."""
     rests = [sequence.tokens[shared:-1] for sequence in sequences]
     members = range(len(sequences))
@@ -137,6 +138,18 @@ def can_go_on(decoder: Decoder) -> bool:
         return False
     whole = runner.logits(decoder.last(RereadRow(contexts[1], runner.device).inputs([5])))
     return _agree(runner.model.dtype, after, whole)
+
+
+def rotary_limit(config: Any) -> int | None:
+    """Tokens up to which rotary frequencies are the same for all rows: beyond, they depend on the longest in a call."""
+    config = config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    limits = []
+    for own in (rope, *rope.values()):
+        if isinstance(own, dict) and own.get("rope_type") == "longrope":
+            known = own.get("original_max_position_embeddings")
+            limits.append(known or getattr(config, "original_max_position_embeddings", None))
+    return min((limit for limit in limits if limit), default=None)
 
 
 def _agree(dtype: torch.dtype, first: Tensor, second: Tensor) -> bool:

@@ -14,7 +14,11 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from kick.lm import attention
 
-_GROWTH = 8  # room for one token more in so many: rows that end by then never take the memory of what they could become
+_GROWTH = 8
+"""Of so many columns that are there, one is added. Rows that end early never take the memory of what they could become.
+
+On a CPU: a GPU's allocator keeps freed blocks of every size, and has all room at once.
+"""
 
 
 class RoomyLayer(DynamicLayer):
@@ -75,7 +79,7 @@ class RoomyRows:
         self._width = width
         self._before = shared.get_seq_length() if shared is not None else 0
         self._cache = DynamicCache()
-        some = _some(width, room)
+        some = room if like.layers[0].keys.device.type == "cuda" else _more(width, room)
         self._room = room - some  # for which there are no columns yet
         shape = n_rows, width + some
         prefixes = [(own.keys, own.values) for own in shared.layers] if shared is not None else None
@@ -92,7 +96,10 @@ class RoomyRows:
         self._places = torch.zeros(n_rows, 1, dtype=torch.long, device=device)  # of the last token read
 
     def fill(self, row: int, cache: DynamicCache, columns: Sequence[int]) -> None:
-        """A row's own tokens, after what is shared, are those at `columns` of the one row in `cache`."""
+        """A row's own tokens, after what is shared, are those at `columns` of the one row in `cache`.
+
+        Before the first `inputs`.
+        """
         start = self._width - len(columns)
         index = torch.tensor(columns, device=self._mask.device)
         for layer, read in zip(self._layers, cache.layers, strict=True):
@@ -126,7 +133,8 @@ class RoomyRows:
         """For some more tokens, without the columns that none of the rows left sees."""
         first = int(self._mask.amax(dim=0).argmax())
         seen = self._mask[:, first:]
-        more = _some(seen.shape[1], self._room)
+        more = _more(seen.shape[1], self._room)
+        assert more, "more tokens than there was to be room for"
         self._room -= more
         for layer in self._layers:
             layer.move(first, seen.shape[1] + more)
@@ -176,8 +184,8 @@ class RereadRow:
         return {"input_ids": torch.tensor([self._tokens], device=self._device), "use_cache": False}
 
 
-def _some(columns: int, room: int) -> int:
-    """How many of the `room` columns to add to what is there."""
+def _more(columns: int, room: int) -> int:
+    """How many of the `room` columns to add to those that are there."""
     return min(room, max(1, columns // _GROWTH))
 
 

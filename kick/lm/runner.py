@@ -125,7 +125,8 @@ class Runner:
             columns = distinct[(distinct >= start) & (distinct < start + len(piece.tokens))] - start
             with attention.packed_row(attention.PackedRow(length + start, piece.chunks(_QUERIES_AT_ONCE))):
                 found.append(self.at(self._inputs(piece, cache, length + start), torch.zeros_like(columns), columns))
-        return torch.cat(found)[back]
+        whole = torch.cat(found)
+        return whole if len(distinct) == len(places) and places == sorted(places) else whole[back]
 
     def _inputs(self, row: Packed, cache: DynamicCache | None, length: int) -> dict[str, Any]:
         mask = None

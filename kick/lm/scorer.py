@@ -58,7 +58,7 @@ class Scorer:
         everything = [(0, list(range(len(members))))]
         for more, own in clusters(rests, unscored, row_tokens) if keep else everything:
             inside, deeper = [members[place] for place in own], (*prefixes, length + more)
-            if more and sum(deeper) <= self.runner.most_cached_tokens():  # a stem to keep: no row holds all of it
+            if more and sum(deeper) <= self.runner.most_cached_tokens():  # a stem to keep: rows do not hold its cluster
                 results |= self._cluster(sequences, inside, deeper, row_tokens)
             else:
                 rows = [

@@ -97,7 +97,7 @@ class Clock:
 
 
 class Lane:
-    """One work's part of a clock: a Watch."""
+    """One work's part of a clock: a Watch. Under way until it is stopped, also while a model is loaded in between."""
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
@@ -129,7 +129,6 @@ class Lane:
         assert self.setting is not None
         self.clock.count_making(self.setting, time.perf_counter() - self.since)
         self.setting = None
-        self._end()
 
     def ask(self, setting: str, suite: str, questions: int) -> None:
         self.clock.count_making(setting, None)  # it was there already, if it was not made here
@@ -140,18 +139,13 @@ class Lane:
     def skip(self, count: int) -> None:
         self.questions -= count
         self.clock.questions[self.suite] -= count
-        if not self.questions:
-            self._end()
 
     def advance(self, count: int) -> None:
         now = time.perf_counter()
         self.clock.count_answers(self.suite, now - self.mark, count)
         self.mark = now
-        self.questions -= count
-        self.clock.questions[self.suite] -= count
-        self.clock.show(self.what)  # while this lane counts: it goes on with something else in a moment
-        if not self.questions:
-            self._end()
+        self.skip(count)
+        self.clock.show(self.what)
 
     def stop(self) -> None:
         if self.setting is not None:

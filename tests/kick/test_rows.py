@@ -8,7 +8,7 @@ from kick.lm.rows import RoomyRows
 
 def cache_of(*tokens: float) -> DynamicCache:
     """One layer of one head of width 1, whose keys are the tokens and whose values are their negatives."""
-    keys = torch.tensor(tokens)[None, None, :, None]
+    keys = torch.tensor(tokens, dtype=torch.float)[None, None, :, None]
     layer = DynamicLayer()
     layer.lazy_initialization(keys, -keys)
     layer.keys, layer.values = keys, -keys
