@@ -302,14 +302,16 @@ def test_a_process_that_would_do_something_else_is_refused(config, tmp_path):
         ("{name: local, params: {cpus: 1}}", "'local' takes no params"),
         ("{name: ray, params: {cpus: 1}}", "unknown key 'cpus'"),
         ("{name: slurm, params: {cluster: local, cores: 8}}", "executor 'slurm'"),
-        ("{name: slurm, params: {cluster: cloud}}", "executor 'slurm'"),
+        ("{name: slurm, params: {cluster: cloud}}", "'cloud' is none of slurm"),
+        ("{name: slurm, params: {timeout_min: an hour}}", "executor 'slurm'.*an hour"),
+        ("{name: slurm, params: {slurm_cores: 8}}", "Unknown argument 'cores'"),
     ],
 )
-def test_wrong_parameters_are_one_clear_error(config, tmp_path, executor, says):
+def test_wrong_parameters_are_one_clear_error_before_anything_is_begun(config, executor, says):
     if "slurm" in executor:
         pytest.importorskip("submitit")
     with pytest.raises(ConfigError, match=says):
-        carry_out(config, tmp_path / "run", executor)
+        make_plan(load(config, [f"executor={executor}"]))
 
 
 # Slurm

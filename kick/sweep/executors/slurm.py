@@ -7,8 +7,9 @@ scripts and their output are in slurm/ of the run directory.
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from typing import Any
 
 from kick.errors import ConfigError, RunError, on_one_line
@@ -22,6 +23,7 @@ from kick.sweep.store import Store
 from kick.sweep.work import Work
 
 _LOOK_EVERY = 0.2  # seconds; submitit itself asks Slurm less often
+_CLUSTER = "slurm"
 _QUEUED = 64  # jobs that Slurm is given at once; sites limit how many may wait
 _DEFAULTS = {"timeout_min": 24 * 60}
 _PAUSES = (1.0, 5.0, 25.0)  # seconds, before a job that was not taken is handed in again
@@ -39,6 +41,17 @@ def _gpus(params: Mapping[str, Any]) -> Any:
     return next(iter(said), None)
 
 
+@contextmanager
+def _clear_errors() -> Iterator[None]:
+    """What submitit says of parameters, which it asserts in part, as a ConfigError."""
+    try:
+        yield
+    except (AssertionError, RuntimeError, ValueError, NameError, TypeError) as error:
+        raise ConfigError(
+            f"executor 'slurm': {on_one_line(error)}", "Parameters are submitit's; see docs/clusters.md."
+        ) from error
+
+
 class Slurm(Executor):
     def __init__(self, plan: Plan, store: Store, job: Job, watch: Callable[[], Watch]) -> None:
         super().__init__(plan, store, job, watch)
@@ -47,22 +60,29 @@ class Slurm(Executor):
         params = {**_DEFAULTS, **spec.params}
         if plan.device.startswith("cuda") and _gpus(params) is None:
             params["gpus_per_node"] = gpus_each(plan)
-        cluster = params.pop("cluster", "slurm")
         self.slots = spec.workers if spec.workers != "auto" else _QUEUED
-        try:
+        with _clear_errors():
+            cluster = params.pop("cluster", _CLUSTER)
             self._executor = submitit.AutoExecutor(folder=store.root / "slurm" / "%j", cluster=cluster)
             self._executor.update_parameters(**params)
-        except (RuntimeError, ValueError, NameError, TypeError) as error:
-            raise ConfigError(
-                f"executor 'slurm': {on_one_line(error)}", "Parameters are submitit's; see docs/clusters.md."
-            ) from error
         self._mark = leave_mark(store.root)
         self._jobs: list[tuple[Any, Work, Watch]] = []
         self._waiting: deque[Work] = deque()  # what Slurm did not take yet
 
     @classmethod
     def check(cls, spec: ExecutorSpec) -> None:
-        """They are submitit's, which looks at them when it is made."""
+        """By submitit, where it is installed: a plan may be made on a machine that never submits."""
+        if find_spec("submitit") is None:
+            return
+        import submitit
+
+        params = dict(spec.params)
+        cluster = params.pop("cluster", _CLUSTER)
+        with _clear_errors():
+            if cluster not in (known := submitit.core.plugins.get_executors()):
+                raise ValueError(f"cluster: {cluster!r} is none of {', '.join(known)}")
+            # takes the parameters of all clusters, and starts nothing
+            submitit.AutoExecutor(folder="never-made", cluster="debug").update_parameters(**params)
 
     @classmethod
     def device(cls, spec: ExecutorSpec, asked: str) -> str:
