@@ -92,7 +92,17 @@ def find_decoder(model: nn.Module) -> Decoder:
     finally:
         for handle in handles:
             handle.remove()
+    return _decoder(model, order, inputs, versions)
 
+
+def outline(model: nn.Module) -> Decoder:
+    """As `find_decoder`, of a model without weights, which cannot run: by its structure, each linear by itself."""
+    return _decoder(model, None, {}, {})
+
+
+def _decoder(
+    model: nn.Module, order: list[nn.Module] | None, inputs: dict[nn.Module, Tensor], versions: dict[nn.Module, int]
+) -> Decoder:
     name, layers = largest_block_list(model, order)
     blocks = []
     uncovered = []

@@ -127,6 +127,7 @@ def _run(plan: "Plan", out: Path, options: Namespace) -> tuple[int, str, dict[st
     from kick.sweep.store import Store
 
     config = plan.config
+    plan.check_model()
     if options.dry_run:
         return 0, *describe(plan, out, options.fresh)
     # what is wrong with the model, or with a target for it, is said before a folder is begun

@@ -13,7 +13,7 @@ from kick import __version__, adapters, distributed, plugins
 from kick import checkpoint as checkpoints
 from kick.calibration import Calibration, CalibrationSpec, draw
 from kick.compressor import Compressor, Progress, no_progress
-from kick.errors import ConfigError, LevelError
+from kick.errors import ConfigError, LevelError, about
 from kick.files import scratch_directory
 from kick.levels import parse_level
 from kick.loading import is_skeleton, load_model, load_skeleton, load_tokenizer
@@ -86,14 +86,13 @@ def prepare(setting: Setting) -> list[Step]:
 
 def _step(stage: Stage, setting: Setting) -> Step:
     kind = plugins.compressor(stage.compressor)
-    try:
+    with about(f"setting '{setting.name}'"):
         level = parse_level(stage.level, kind.knob)
-        compressor = kind(kind.Params(**stage.params), seed=setting.seed)
+        try:
+            compressor = kind(kind.Params(**stage.params), seed=setting.seed)
+        except ValidationError as error:
+            raise ConfigError(explain(error), _known_params(kind)) from error
         compressor.follow(stage, level)
-    except (LevelError, ConfigError) as error:
-        raise type(error)(f"setting '{setting.name}': {error.message}", error.hint) from error
-    except ValidationError as error:
-        raise ConfigError(f"setting '{setting.name}': {explain(error)}", _known_params(kind)) from error
     return Step(stage, compressor, level)
 
 

@@ -1,7 +1,7 @@
 """The Compressor interface, and the base class that walks the blocks for compressors working linear by linear."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +12,10 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor, nn
 
-from kick.blocks import Block, Decoder, Group, Linear, find_decoder
+from kick.blocks import Block, Decoder, Group, Linear, find_decoder, outline
 from kick.calibration import Calibration
 from kick.errors import ConfigError, KickError, LevelError
-from kick.levels import Joint, Knob, Level, Pattern, parse_level
+from kick.levels import Knob, Level, Pattern, parse_level, pruning
 from kick.policy import OWL, Policy
 from kick.quantization import Grid, Quantized
 from kick.spec import Spec
@@ -110,6 +110,12 @@ class Compressor(ABC):
 
     def check_level(self, level: Level) -> None:  # noqa: B027 (most reach all that their knob allows)
         """Raise LevelError for a level of the right kind that this compressor cannot reach."""
+
+    def check_model(self, skeleton: Callable[[], nn.Module]) -> None:  # noqa: B027 (most take any model)
+        """Raise LevelError where the model to compress does not take what `follow` was told.
+
+        Called while a sweep is planned. skeleton: gives that model without weights, on the meta device; not at once.
+        """
 
     def asked_levels(self, level: Level | None, decoder: Decoder) -> dict[str, Level]:
         """By the names of linears, the level that each was to reach in the last `compress`.
@@ -211,6 +217,12 @@ class LayerwiseCompressor(Compressor):
             if asked is not None:
                 self.check_level(asked)
         policy.check(level)
+
+    def check_model(self, skeleton: Callable[[], nn.Module]) -> None:
+        """Rules that cover no linear, patterns that do not divide a linear's inputs."""
+        if self.policy.layers or isinstance(pruning(self.level), Pattern):
+            decoder = outline(skeleton())
+            check_divisible(self.policy.assign(decoder, self.level, self._parse, lambda _: [0.0] * len(decoder.blocks)))
 
     def asked_levels(self, level: Level | None, decoder: Decoder) -> dict[str, Level]:
         return self.levels
@@ -355,7 +367,7 @@ def _outlier_share(walk: BlockWalk, block: Block, outlier: float) -> float:
 def check_divisible(levels: dict[Linear, Level | None]) -> None:
     """Raise LevelError before anything is changed if an N:M pattern does not divide some linear's input dimension."""
     for linear, level in levels.items():
-        pattern = level.prune if isinstance(level, Joint) else level
+        pattern = pruning(level)
         in_features = linear.weight.shape[1]
         if isinstance(pattern, Pattern) and in_features % pattern.of:
             raise LevelError(

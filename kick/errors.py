@@ -1,6 +1,7 @@
 """The errors that a user meets: what was given, what was expected, what to do next."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 
 INCOMPLETE = "The checkpoint is incomplete or damaged: download or copy it again."
@@ -23,6 +24,15 @@ class KickError(Exception):
         if not self.hint:
             return self.message
         return self.message + "\n" + "\n".join("  " + line for line in self.hint.splitlines())
+
+
+@contextmanager
+def about(what: str) -> Iterator[None]:
+    """Errors of kick say first what they are about."""
+    try:
+        yield
+    except KickError as error:
+        raise type(error)(f"{what}: {error.message}", error.hint) from error
 
 
 class ConfigError(KickError):

@@ -81,6 +81,11 @@ ANY_KNOB = Knob.SPARSITY | Knob.PATTERN | Knob.BITS | Knob.SHAPE | Knob.JOINT
 _NUMBER = r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?"
 
 
+def pruning(level: Level | None) -> Level | None:
+    """What of a level says how much is pruned: itself, but for one that quantises, too."""
+    return level.prune if isinstance(level, Joint) else level
+
+
 def as_written(level: Any) -> Any:
     """A level as names have it: `0.50`, `.5` and the number 0.5 are all `0.5`. What is no level stays as it is."""
     if isinstance(level, int | float) and not isinstance(level, bool):

@@ -12,7 +12,7 @@ from kick.blocks import Decoder, find_decoder
 from kick.calibration import Calibration
 from kick.compressor import Compressor, LayerwiseCompressor, Progress
 from kick.errors import KickError
-from kick.levels import Joint, Level, Pattern, Sparsity
+from kick.levels import Joint, Level, Pattern, Sparsity, pruning
 from kick.measured import STRAY_ZEROS, Measured, Structure, measure
 from kick.settings import Stage
 from kick.streaming import resident
@@ -55,7 +55,7 @@ class Outcome:
             ) from error
         decoder = find_decoder(model)
         levels = compressor.asked_levels(step.level, decoder)
-        patterns = {name: pattern for name, level in levels.items() if isinstance(pattern := _pruned(level), Pattern)}
+        patterns = {name: pattern for name, level in levels.items() if isinstance(pattern := pruning(level), Pattern)}
         known = self.structure
         head = decoder.head.name if decoder.head is not None else None
         known.head |= head in levels or head in compressor.grids or head in compressor.stored_bits
@@ -78,7 +78,7 @@ class Outcome:
         for record, masks in zip(self.stages, self.masks, strict=True):
             record["mask_violations"] = revived(decoder, masks)
         if isinstance(compressor, LayerwiseCompressor):
-            pruned = {name for name, level in levels.items() if isinstance(_pruned(level), Sparsity | Pattern)}
+            pruned = {name for name, level in levels.items() if isinstance(pruning(level), Sparsity | Pattern)}
         else:  # free in what it prunes: whatever it left with zeros
             pruned = {name for name, layer in after.layers.items() if layer["sparsity"] > STRAY_ZEROS}
         self.masks.append(zero_masks(decoder, pruned))
@@ -145,10 +145,6 @@ def _count(measured: Measured, names: Iterable[str], key: str) -> int:
     return sum(measured.layers.get(name, {}).get(key, 0) for name in names)
 
 
-def _pruned(level: Level | None) -> Level | None:
-    return level.prune if isinstance(level, Joint) else level
-
-
 def check_reached(
     step: Step,
     levels: dict[str, Level],
@@ -182,10 +178,10 @@ def check_reached(
             min(after.layers[name]["shape"]),
         )
         for name, level in levels.items()
-        if isinstance(asked := _pruned(level), Sparsity)
+        if isinstance(asked := pruning(level), Sparsity)
     ]
     removed = step.compressor.expected_parameters is not None  # a sparsity is then a share of parameters, not of zeros
-    if not levels and not removed and isinstance(asked := _pruned(step.level), Sparsity):
+    if not levels and not removed and isinstance(asked := pruning(step.level), Sparsity):
         shortest = min(min(layer["shape"]) for layer in after.layers.values())
         reached = [("the model", asked, after.sparsity, before.sparsity, shortest)]
     for name, asked, found, had, shortest in reached:

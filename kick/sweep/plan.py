@@ -17,7 +17,7 @@ from kick.calibration import Calibration, CalibrationSpec, draw, precision_of
 from kick.compress import Recipe, check_streamable, needs_calibration, prepare
 from kick.compressor import Compressor, Cost
 from kick.config import SuiteSpec, SweepConfig
-from kick.errors import CheckpointError, ConfigError, DataError, KickError
+from kick.errors import CheckpointError, ConfigError, DataError, about
 from kick.judge.spec import JudgeSpec
 from kick.lm import find_lm, params_of
 from kick.lm.spec import LMSpec
@@ -82,6 +82,18 @@ class Plan:
         return frozenset(name for name, steps in self.steps.items() if needs_calibration(steps))
 
     @cached_property
+    def _skeleton(self) -> torch.nn.Module:
+        """The model without weights."""
+        return loading.load_skeleton(self.path, "float32")
+
+    def check_model(self) -> None:
+        """Raise KickError, with the setting's name, for what the model does not take."""
+        for name, steps in self.steps.items():
+            with about(f"setting '{name}'"):
+                for step in steps[:1]:  # what a stage makes of the model is another one
+                    step.compressor.check_model(lambda: self._skeleton)
+
+    @cached_property
     def training(self) -> dict[str, Cost]:
         """What the settings that train would take, by their names.
 
@@ -89,16 +101,12 @@ class Plan:
         model.
         """
         found: dict[str, Cost] = {}
-        skeleton = None
         for name, steps in self.steps.items():
             for step in steps:
                 if type(step.compressor).cost is Compressor.cost:
                     continue
-                skeleton = skeleton or loading.load_skeleton(self.path, "float32")
-                try:
-                    cost = step.compressor.cost(step.level, skeleton)
-                except KickError as error:
-                    raise type(error)(f"setting '{name}': {error.message}", error.hint) from error
+                with about(f"setting '{name}'"):
+                    cost = step.compressor.cost(step.level, self._skeleton)
                 if cost is not None:
                     before = found.get(name, Cost(0, 0.0, 0))
                     found[name] = Cost(

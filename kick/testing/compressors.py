@@ -15,7 +15,7 @@ from kick.blocks import find_decoder
 from kick.calibration import Calibration
 from kick.compressor import Compressor, LayerwiseCompressor
 from kick.errors import LevelError
-from kick.levels import Bits, Joint, Knob, Level, Pattern, Sparsity, parse_level
+from kick.levels import Bits, Joint, Knob, Level, Pattern, Sparsity, parse_level, pruning
 from kick.testing.check import Check, ConformanceError, run_all
 from kick.testing.tiny import tiny_calibration, tiny_model, tiny_tokenizer
 
@@ -115,7 +115,7 @@ def _reaches(subject: _Subject, levels: Sequence[Level | None]) -> None:
                 counts = f"{before} parameters became {after}, announced were {expected}"
                 raise ConformanceError(f"{architecture} at level {level}: {counts}.")
             continue
-        asked = level.prune if isinstance(level, Joint) else level
+        asked = pruning(level)
         if not isinstance(asked, Sparsity):
             continue
         weights = _linears(model)
@@ -132,7 +132,7 @@ def _keeps_pattern(subject: _Subject, levels: Sequence[Level | None]) -> None:
     from kick.measured import pattern_violations
 
     for level, architecture, model, _ in subject.each(levels):
-        asked = level.prune if isinstance(level, Joint) else level
+        asked = pruning(level)
         if not isinstance(asked, Pattern):
             continue
         for name, weight in _linears(model).items():
