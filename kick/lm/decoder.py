@@ -67,17 +67,14 @@ class Decoder:
         rows = torch.arange(n_rows, device=self.runner.device)
         return self.runner.at(inputs, rows, torch.full_like(rows, width - 1))
 
-    def read_packed(
-        self, contexts: Sequence[list[int]], room: int, shares: bool | None = None
-    ) -> tuple[RoomyRows, Tensor]:
+    def read_packed(self, contexts: Sequence[list[int]], room: int) -> tuple[RoomyRows, Tensor]:
         """Prompts in packed rows, each shared beginning once: rows to go on from, and what the head gets after each."""
-        shares = self.shares if shares is None else shares
         most = self.runner.row_tokens
         length = shared_prefix(contexts, min(map(len, contexts)) - 1) if len(contexts) > 1 else 0
         rests = [context[length:] for context in contexts]
         order = sorted(range(len(rests)), key=lambda index: tuple(rests[index]))
         shared = None
-        if length and shares:
+        if length and self.shares:
             shared = self.runner.keys_and_values(contexts[0], [length], most)
         prefixes = (length,) if length else ()
         before = length if shared is not None else 0  # tokens that stand once for all rows

@@ -103,15 +103,18 @@ def _why_unlike(scorer: Scorer, sequences: Sequence[Scored], shared: int, alone:
 
 @torch.inference_mode()
 def can_share_in_decoding(decoder: Decoder, max_length: int) -> bool:
-    """Whether rows decoded after one copy of a shared prefix come out as rows that hold it themselves."""
+    """Whether rows decoded after one copy of a shared prefix come out as rows that hold it themselves.
+
+    Sets `decoder.shares` to try both; the caller sets it to what comes out.
+    """
     runner = decoder.runner
     if not attention.used_by(runner.model) or max_length < PREFIX_STEP + 4:
         return False
     prefix = [(5 * place + 2) % _vocabulary(runner) for place in range(PREFIX_STEP)]
     found = []
     try:
-        for shares in (False, True):
-            rows, _ = decoder.read_packed([[*prefix, 3, 4], [*prefix, 5]], 1, shares)
+        for decoder.shares in (False, True):
+            rows, _ = decoder.read_packed([[*prefix, 3, 4], [*prefix, 5]], 1)
             found.append(runner.logits(decoder.last(rows.inputs([6, 7]))))
     except _NOT_SUPPORTED as error:
         if memory.is_out_of_memory(error):
