@@ -1,6 +1,7 @@
 """Layer rules, sparsity allocated by outliers, and chains of stages."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from pydantic import ValidationError
 from test_checkpoint import SMALL, make
 from test_config import MINIMAL, write
 
+from kick import cli
 from kick.blocks import find_decoder
 from kick.calibration import Calibration, CalibrationSpec, draw
 from kick.checkpoint import GRIDS, verify
@@ -299,3 +301,23 @@ def test_weights_that_round_to_zero_are_no_fault(tiny_model, tmp_path, text):
     source = find_source(str(tiny_model))
     made = compress(Recipe.of(source, setting, SMALL), tmp_path / "out")
     assert made.record["sparsity"] >= 0.5
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ("{compressor: wanda, levels: [0.5], layers: [{match: '*.qproj', skip: true}]}", "matches no linear"),
+        ("{compressor: magnitude, levels: [0.5], layers: [{match: lm_head, level: 0.2}]}", "that of the embeddings"),
+        ("{compressor: magnitude, levels: ['3:7']}", "setting 'magnitude@3:7': .*7 does not divide its 32 inputs"),
+        ("{compressor: sparsegpt, levels: ['32:64+4bit']}", "64 does not divide its 32 inputs"),
+        ("{compressor: wanda, levels: [0.5], layers: [{last: 1, level: '3:7'}]}", "7 does not divide"),
+    ],
+)
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+def test_what_the_model_does_not_take_is_said_before_anything_is_done(tmp_path, tiny_model, setting, says, dry, capsys):
+    suites = "suites: [{suite: mmlu, limit: 4}]"
+    (tmp_path / "sweep.yaml").write_text(f"model: {tiny_model}\ndata: embedded\nsettings: [{setting}]\n{suites}\n")
+    arguments = ["sweep", str(tmp_path / "sweep.yaml"), "--out", str(tmp_path / "run"), *dry]
+    assert cli.main(arguments) == 2
+    assert re.search(says, capsys.readouterr().err)
+    assert not (tmp_path / "run").exists()

@@ -526,24 +526,6 @@ def test_kept_checkpoints_stay_within_their_budget(config, tmp_path):
     assert kept == {"dense", "wanda@2:4"}  # the one that finished first is gone; dense is not counted
 
 
-@pytest.mark.parametrize(
-    ("setting", "says"),
-    [
-        ("{compressor: wanda, levels: [0.5], layers: [{match: '*.qproj', skip: true}]}", "matches no linear"),
-        ("{compressor: magnitude, levels: [0.5], layers: [{match: lm_head, level: 0.2}]}", "that of the embeddings"),
-        ("{compressor: magnitude, levels: ['3:7']}", "setting 'magnitude@3:7': .*7 does not divide its 32 inputs"),
-        ("{compressor: sparsegpt, levels: ['32:64+4bit']}", "64 does not divide its 32 inputs"),
-        ("{compressor: wanda, levels: [0.5], layers: [{last: 1, level: '3:7'}]}", "7 does not divide"),
-    ],
-)
-@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
-def test_what_the_model_does_not_take_is_said_before_anything_is_done(config, tmp_path, setting, says, dry, capsys):
-    arguments = ["sweep", str(config), "--out", str(tmp_path / "run"), "--set", f"settings=[{setting}]", *dry]
-    assert cli.main(arguments) == 2
-    assert re.search(says, capsys.readouterr().err)
-    assert not (tmp_path / "run").exists()
-
-
 def test_disk_for_what_will_be_kept_is_there_before_anything_is_done(config, tmp_path, capsys, monkeypatch):
     """Dense and two others of 151,168 bytes in float32, and what questions take: 3,000 bytes each at most."""
     from collections import namedtuple
