@@ -47,7 +47,7 @@ class FastLM(TokenLM):
 
     def __init__(self, model: Any, tokenizer: Any, path: Path | None = None, params: Params | None = None) -> None:
         super().__init__(tokenizer, context_length(model.config))
-        self.model: Any = model
+        self.model: Any = model.eval()  # dropout would answer the same question differently each time
         self.path = path
         self._device = model.device
         self.runner = Runner(model, (params or self.Params()).row_tokens)

@@ -75,6 +75,8 @@ def find_sharing(scorer: Scorer) -> Sharing:
         kinds = {type(layer).__name__ for layer in cache.layers if type(layer) is not DynamicLayer}
         if kinds:
             found.why_not = f"its cache has layers of kind {', '.join(sorted(kinds))}"
+        elif cache.get_seq_length() != len(stem):
+            found.why_not = "it keeps no keys and values of what it read"
         elif found.finite:  # else there is nothing to compare, and nothing to get wrong
             found.why_not = _why_unlike(scorer, sequences, len(stem), alone)
     except _NOT_SUPPORTED as error:
@@ -96,9 +98,22 @@ def _why_unlike(scorer: Scorer, sequences: Sequence[Scored], shared: int, alone:
     difference = apart(pack(rests, members, sum(map(len, rests))))
     allowed = _AGREEMENT.get(scorer.runner.model.dtype)
     if allowed is None:  # half precision rounds differently in each model: the measure is what a cache changes
+        if not _goes_on(scorer.runner, sequences[0].tokens, shared):
+            return "what follows kept keys and values is not what follows the tokens themselves"
         longest = max(map(len, rests))
         allowed = max(0.02, 4 * apart([own for index in members for own in pack(rests, [index], longest)]))
     return None if difference <= allowed else f"packed rows differ by {difference:.2g} from whole ones"
+
+
+def _goes_on(runner: Runner, tokens: list[int], shared: int) -> bool:
+    """Whether one row after the keys and values of its first `shared` tokens gives the distributions of a whole row."""
+    columns = torch.arange(shared, len(tokens), device=runner.device)
+    inputs = {"input_ids": torch.tensor([tokens], device=runner.device), "use_cache": False}
+    whole = runner.at(inputs, torch.zeros_like(columns), columns)
+    cache, length = runner.after(tokens, (shared,), runner.row_tokens)
+    rest = Packed.chain(tokens[shared:])
+    after = runner.run(rest, cache, length, list(range(len(rest.tokens))), runner.row_tokens)
+    return _agree(runner.model.dtype, runner.logits(whole), runner.logits(after))
 
 
 @torch.inference_mode()

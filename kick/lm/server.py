@@ -7,11 +7,12 @@ tokenizer, so that both sides mean the same tokens; as text where an endpoint ta
 
 import json
 import os
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import suppress
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import Any, Literal, TypeVar
 
 import openai
@@ -62,9 +63,14 @@ class ServerLM(TokenLM):
         self._begin = begin_of_text(self.tokenizer)
         self._without_text: list[str] = []  # why replies were empty that did not end by themselves
         self._key = os.environ.get(params.key_env) or "none"
-        self._client = openai.OpenAI(
-            api_key=self._key, base_url=params.base_url, timeout=params.timeout, max_retries=params.retries
-        )
+        self._client = self._connect()
+
+    def _connect(self) -> openai.OpenAI:
+        own = self.params
+        return openai.OpenAI(api_key=self._key, base_url=own.base_url, timeout=own.timeout, max_retries=own.retries)
+
+    def close(self) -> None:
+        self._client.close()
 
     @classmethod
     def from_checkpoint(cls, path: Path, params: Params, dtype: str, device: str, setting: str) -> "ServerLM":
@@ -226,15 +232,12 @@ class ServerLM(TokenLM):
 
     def _all(self, work: Callable[[A], B], items: Sequence[A]) -> list[B]:
         """`work` on all items, several at once; the first error ends it, whatever else is under way."""
-        pool = ThreadPoolExecutor(self.params.concurrency)
         try:
-            futures = [pool.submit(work, item) for item in items]
-            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-            for future in done:
-                future.result()  # raises what it raised
-            return [future.result() for future in futures]
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            return _side_by_side(work, items, self.params.concurrency)
+        except BaseException:  # Ctrl-C too: what is under way is not tried again
+            self._client.close()
+            self._client = self._connect()
+            raise
 
     def _ask(self, request: Callable[[], Any]) -> Any:
         """A reply with a choice in it. Raises KickError once the retries are used up."""
@@ -267,6 +270,44 @@ class ServerLM(TokenLM):
             f"the endpoint {self.params.base_url} answered with something that is no completion.",
             "Is its path right? Most end in /v1.",
         )
+
+
+def _side_by_side(work: Callable[[A], B], items: Sequence[A], most: int) -> list[B]:
+    """`work` of each item, in order, in `most` threads. Raises the first error, and waits for none of the others.
+
+    A process waits for the threads of a pool before it ends; for these, which may wait for a reply for long, it does
+    not.
+    """
+    todo: SimpleQueue[tuple[int, A]] = SimpleQueue()
+    done: SimpleQueue[tuple[int, B] | Exception] = SimpleQueue()
+    given_up = threading.Event()
+    for place in enumerate(items):
+        todo.put(place)
+
+    def go_on() -> None:
+        while not given_up.is_set():
+            try:
+                index, item = todo.get_nowait()
+            except Empty:
+                return
+            try:
+                done.put((index, work(item)))
+            except Exception as error:  # raised by who waits
+                given_up.set()
+                done.put(error)
+
+    for _ in range(min(most, len(items))):
+        threading.Thread(target=go_on, daemon=True).start()
+    found: dict[int, B] = {}
+    try:
+        while len(found) < len(items):
+            result = done.get()
+            if isinstance(result, Exception):
+                raise result
+            found |= [result]
+        return [found[index] for index in range(len(items))]
+    finally:
+        given_up.set()
 
 
 def _options(decoding: Decoding, seed: int, more: dict[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import weakref
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -48,6 +49,9 @@ class VLLM(TokenLM):
         batch_invariant: bool = Field(
             default=False, description="scores that do not depend on the batch, where vLLM has kernels for it"
         )
+        timeout: float = Field(
+            default=3600.0, gt=0, description="seconds for one answer, or to start; an engine that takes longer hangs"
+        )
         engine: dict[str, Any] = Field(default_factory=dict, description="further arguments of vllm.LLM")
 
     def __init__(self, path: Path, params: Params, dtype: str, device: str) -> None:
@@ -57,7 +61,9 @@ class VLLM(TokenLM):
         if shapes.read_table(path):
             raise KickError(f"{path.name} has layers of different shapes, which vLLM does not load.", "Use 'fast'.")
         self.params, self._dtype, self._device_name = params, dtype, device
-        self._worker = Worker(params.python, device, params.tensor_parallel_size, params.batch_invariant)
+        self._worker = Worker(
+            params.python, device, params.tensor_parallel_size, params.batch_invariant, params.timeout
+        )
         self._engine = self._worker.ask(
             engine={
                 "model": str(path.absolute()),
@@ -134,9 +140,9 @@ class VLLM(TokenLM):
 
 
 class Worker:
-    """The process of an engine: one question at a time, JSON lines both ways."""
+    """The process of an engine: one question at a time, JSON lines both ways. timeout: seconds for an answer."""
 
-    def __init__(self, python: str, device: str, gpus: int, batch_invariant: bool) -> None:
+    def __init__(self, python: str, device: str, gpus: int, batch_invariant: bool, timeout: float) -> None:
         environment = interpreter.quiet_environment()
         environment |= {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
         if batch_invariant:
@@ -145,6 +151,7 @@ class Worker:
             environment["CUDA_VISIBLE_DEVICES"] = ""  # a build for GPUs would take one
         elif device.startswith("cuda:"):
             environment["CUDA_VISIBLE_DEVICES"] = _visible_devices(int(device.partition(":")[2]), gpus)
+        self._timeout = timeout
         self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 (as long as we)
         script = Path(__file__).with_name("vllm_worker.py")
         theirs, self._alive = os.pipe()  # open as long as this process lives
@@ -163,27 +170,46 @@ class Worker:
         self._finalizer = weakref.finalize(self, _end, self._process, self._alive)
 
     def ask(self, **request: Any) -> Any:
-        """The worker's result. Raises KickError with what it said last if it failed or died."""
+        """The worker's result.
+
+        Raises KickError with what it said last if it failed, EngineError if the engine has ended or hangs.
+        """
+        hangs = threading.Event()
+
+        def give_up() -> None:
+            hangs.set()
+            _kill(self._process)
+
+        timer = threading.Timer(self._timeout, give_up)
+        timer.daemon = True
+        timer.start()
+        try:
+            line = self._exchange(json.dumps(request) + "\n")
+        finally:
+            timer.cancel()
+        if line.endswith("\n"):
+            answer = json.loads(line)
+        else:  # an engine that is killed may leave a part of one
+            with suppress(subprocess.TimeoutExpired):  # its end is seen a moment after its last word
+                self._process.wait(_ENDS_WITHIN)
+            why = f"gave no answer within {self._timeout:g} s" if hangs.is_set() else "ended"
+            answer = {"error": f"the engine {why} (exit {self._process.returncode})", "ended": True}
+        if "error" in answer:
+            self._log.seek(0)
+            kind = EngineError if answer.get("ended") else KickError
+            raise kind(f"vLLM: {answer['error']}", _cause(self._log.read()))
+        return answer["result"]
+
+    def _exchange(self, line: str) -> str:
+        """What the worker replies to a line; nothing, or a part of it, if it ends."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         try:
-            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.write(line)
             self._process.stdin.flush()
-            line = self._process.stdout.readline()
+            return self._process.stdout.readline()
         except BrokenPipeError:
-            line = ""
-        whole = line.endswith("\n")  # an engine that is killed may leave a part of one
-        if whole:
-            answer = json.loads(line)
-        else:
-            with suppress(subprocess.TimeoutExpired):  # its end is seen a moment after its last word
-                self._process.wait(_ENDS_WITHIN)
-            answer = {"error": f"the engine ended (exit {self._process.returncode})"}
-        if "error" in answer:
-            self._log.seek(0)
-            kind = KickError if whole else EngineError
-            raise kind(f"vLLM: {answer['error']}", _cause(self._log.read()))
-        return answer["result"]
+            return ""
 
     def close(self) -> None:
         self._finalizer()
@@ -216,7 +242,12 @@ def _end(process: subprocess.Popen, alive: int) -> None:
         process.wait(_ENDS_WITHIN)
     except (BrokenPipeError, subprocess.TimeoutExpired):
         process.kill()
-    with suppress(ProcessLookupError):  # all have ended
-        os.killpg(process.pid, signal.SIGKILL)
+    _kill(process)
     process.wait()
     os.close(alive)
+
+
+def _kill(process: subprocess.Popen) -> None:
+    """With all processes that it has started."""
+    with suppress(ProcessLookupError):  # all have ended
+        os.killpg(process.pid, signal.SIGKILL)

@@ -2,7 +2,7 @@
 
 Run by kick's `vllm` LM in an interpreter that has vLLM and need not have kick: nothing but vLLM and Python is imported.
 The first line is {"engine": arguments of vllm.LLM}; then come {"score": ...} and {"complete": ...}. Each gets one line
-back, {"result": ...} or {"error": ...}.
+back, {"result": ...} or {"error": ...}; "ended" says whether the engine, whose processes are its own, answers no more.
 """
 
 import json
@@ -36,7 +36,10 @@ def main():
             work = score if "score" in request else complete
             reply(result=work(engine, **request.popitem()[1]))
         except Exception as error:  # likewise
-            reply(error=f"{type(error).__name__}: {error}")
+            ended = any(kind.__name__ == "EngineDeadError" for kind in type(error).__mro__)
+            reply(error=f"{type(error).__name__}: {error}", ended=ended)
+            if ended:
+                return
 
 
 def end_with_parent(pipe):

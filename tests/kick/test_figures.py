@@ -106,6 +106,9 @@ def test_groups_on_which_dense_knows_nothing_are_counted_not_drawn(tmp_path, mon
     assert {"law (20)", "art (20)"} <= set(names)
     assert "logic (20)" not in names
     assert "Not here: 1 of 3, on which" in (root / "report.html").read_text(encoding="utf-8")
+    alone = write_run(tmp_path / "alone", SETTINGS[:1], ["factoid_qa"])
+    write_report(alone)
+    assert not (alone / "figures" / "factoid_qa-by-group.svg").exists()  # nothing is compressed: an empty map
 
 
 def test_what_no_other_model_beats_in_size_and_score():

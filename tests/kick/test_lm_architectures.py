@@ -131,6 +131,43 @@ def test_models_with_recurrent_states_are_asked_row_by_row(kind, tokenizer):
         assert text == tokenizer.decode(tokens, skip_special_tokens=True)
 
 
+def counting_otherwise(kind):
+    """Tiny models that go wrong after kept tokens: one counts places from 2, one keeps a state of its own."""
+    import transformers as t
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 600}
+    if kind == "rwkv":
+        return t.RwkvForCausalLM(t.RwkvConfig(**shape, attention_hidden_size=32, context_length=128)).eval()
+    more = {"num_attention_heads": 4, "max_position_embeddings": 130, "is_decoder": True, "initializer_range": 0.2}
+    return t.RobertaForCausalLM(t.RobertaConfig(**shape, **more)).eval()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["roberta", "rwkv"])
+def test_rounding_hides_no_model_that_goes_wrong_after_kept_tokens(kind, dtype, tokenizer):
+    lm = FastLM(counting_otherwise(kind).to(dtype), tokenizer)
+    assert not lm.record()["shares_prefixes"]
+    assert lm.record()["generates"] == "one row at a time"
+    pairs = [([11, 12, 13], [4, 5]), (list(range(10, 40)), [13, 6]), ([20], [21])]
+    for (value, _), pair in zip(ask(lm, pairs), pairs, strict=True):
+        assert value == pytest.approx(one_by_one(lm.model, *pair)[0], abs=1e-4 if dtype == torch.float32 else 0.05)
+    prompts = ["The river ran", "A", "Bread is made of flour, water"]
+    for prompt, text in zip(prompts, generate(lm, prompts, [], 8), strict=True):
+        tokens = greedy(lm.model, tokenizer(prompt)["input_ids"], 8, tokenizer.eos_token_id)
+        assert text == tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def test_a_model_that_was_being_trained_answers_without_dropout(tokenizer):
+    from transformers import GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=600)).train()
+    lm = FastLM(model, tokenizer)
+    assert lm.record()["shares_prefixes"]
+    assert ask(lm, [([11, 12], [4])]) == ask(lm, [([11, 12], [4])])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_depends_on_places_in_memory_is_not_packed(tokenizer, dtype):
     from transformers import MptConfig, MptForCausalLM

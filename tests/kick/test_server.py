@@ -1,6 +1,10 @@
 """An LM behind an endpoint: what is sent, what comes back, what goes wrong."""
 
 import json
+import signal
+import socket
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -243,3 +247,31 @@ def test_evaluating_a_served_model_from_the_command_line(lm, tiny_model, tmp_pat
     result = json.loads((tmp_path / "run" / "evaluations" / "dense" / "factoid_qa" / "scores.json").read_text())
     assert result["lm"]["name"] == "server"
     assert result["n"] == 4
+
+
+def test_ctrl_c_ends_a_process_whose_endpoint_never_replies(tiny_model):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/v1"
+        ask = f"""
+from pathlib import Path
+from kick.lm import generate, load_lm
+from kick.lm.spec import LMSpec
+spec = LMSpec(name="server", params={{"base_url": {url!r}, "models": {{"dense": "m"}}}})
+generate(load_lm(spec, Path({str(tiny_model)!r}), "float32", "cpu", "dense"), ["The sea"], [], 4)
+"""
+        asking = subprocess.Popen([sys.executable, "-c", ask], stderr=subprocess.PIPE, text=True)
+        connection, _ = silent.accept()  # it has asked, and would wait for ten minutes
+        asking.send_signal(signal.SIGINT)
+        _, said = asking.communicate(timeout=60)
+        connection.close()
+    assert asking.returncode != 0
+    assert said.rstrip().endswith("KeyboardInterrupt")
+
+
+def test_an_endpoint_is_asked_again_after_it_failed(lm, tiny_model):
+    with ModelServer(lm, status=404, faults=1) as server:
+        other = served(tiny_model, server, concurrency=1)
+        with pytest.raises(KickError, match="failed"):
+            generate(other, ["The sea"], [], 4)
+        assert generate(other, ["The sea"], [], 4) == generate(lm, ["The sea"], [], 4)
+        other.close()

@@ -26,6 +26,7 @@ def test_an_interpreter_without_vllm_is_said_before_anything_is_done(tiny_model,
 
 FAKE = """
 import json, sys
+class EngineDeadError(Exception): pass
 class Logprob:
     def __init__(self, logprob, rank): self.logprob, self.rank = logprob, rank
 class SamplingParams:
@@ -55,6 +56,8 @@ class LLM:
                 finish_reason, stop_reason = "stop", own.stop[0] if getattr(own, "stop", None) else None
                 logprobs = [{t: Logprob(-float(t), 1) for t in own.logprob_token_ids or []}]
             if own.max_tokens == 13: import os; os._exit(3)
+            if own.max_tokens == 14: raise EngineDeadError("see the root cause above")
+            if own.max_tokens == 15: import time; time.sleep(300)
             if hasattr(own, "prompt_logprobs"):
                 Output.prompt_logprobs = [None] + [{t: Logprob(-t / 10, 1 if t % 2 else 2)} for t in tokens[1:]]
             Output.outputs = [Generated]
@@ -107,7 +110,7 @@ def test_a_line_that_was_cut_is_the_end_of_an_engine():
     worker._process = SimpleNamespace(
         stdin=io.StringIO(), stdout=io.StringIO('{"result": [1'), wait=lambda _: None, returncode=-9
     )
-    worker._log = io.StringIO()
+    worker._log, worker._timeout = io.StringIO(), 60.0
     with pytest.raises(EngineError, match=r"the engine ended \(exit -9\)"):
         worker.ask(score={})
 
@@ -129,7 +132,7 @@ def test_nothing_of_an_engine_outlives_the_process_that_asked(fake_vllm, tmp_pat
     """Killed in a moment in which the engine does not listen; its child holds the GPU's memory."""
     pids = tmp_path / "parent"
     ask = "from kick.lm.vllm import Worker; import sys; "
-    ask += "Worker(sys.argv[1], 'cpu', 1, False).ask(engine={'model': sys.argv[2]})"
+    ask += "Worker(sys.argv[1], 'cpu', 1, False, 600).ask(engine={'model': sys.argv[2]})"
     asking = subprocess.Popen([sys.executable, "-c", ask, fake_vllm, str(pids)])
     wait_until(lambda: pids.is_file() and len(pids.read_text().split()) == 2)
     asking.kill()
@@ -137,16 +140,30 @@ def test_nothing_of_an_engine_outlives_the_process_that_asked(fake_vllm, tmp_pat
     wait_until(lambda: not any(is_running(int(pid)) for pid in pids.read_text().split()))
 
 
-def test_an_engine_that_ends_under_a_suite_is_started_again_for_the_next(fake_vllm, tiny_model, tmp_path):
+@pytest.mark.parametrize(
+    ("new_tokens", "timeout", "reason"),
+    [
+        (13, 600, "the engine ended (exit 3)"),
+        (
+            14,
+            600,
+            "EngineDeadError: see the root cause above",
+        ),  # its processes have ended, the one that asks them lives
+        (15, 10, "the engine gave no answer within 10 s"),
+    ],
+)
+def test_an_engine_that_ends_under_a_suite_is_started_again_for_the_next(
+    new_tokens, timeout, reason, fake_vllm, tiny_model, tmp_path
+):
     sweep = {
         "model": str(tiny_model),
         "data": "embedded",
         "settings": ["dense"],
         "suites": [
-            {"suite": "factoid_qa", "params": {"shots": 0, "max_new_tokens": 13}, "limit": 2},
+            {"suite": "factoid_qa", "params": {"shots": 0, "max_new_tokens": new_tokens}, "limit": 2},
             {"suite": "mmlu", "params": {"shots": 0}, "limit": 2},
         ],
-        "lm": {"name": "vllm", "params": {"python": fake_vllm}},
+        "lm": {"name": "vllm", "params": {"python": fake_vllm, "timeout": timeout}},
         "executor": {"name": "inline", "retries": 1},
     }
     (tmp_path / "sweep.yaml").write_text(json.dumps(sweep))
@@ -156,7 +173,8 @@ def test_an_engine_that_ends_under_a_suite_is_started_again_for_the_next(fake_vl
     }
     assert found["mmlu"]["status"] == "complete"
     assert found["factoid_qa"]["status"] == "failed"
-    assert "the engine ended (exit 3)" in found["factoid_qa"]["reason"]
+    assert reason in found["factoid_qa"]["reason"]
+    assert found["factoid_qa"]["try_again"]
 
 
 @pytest.mark.parametrize(("visible", "expected"), [("", "1,2"), ("4,5,6", "5,6")])

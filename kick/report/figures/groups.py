@@ -8,7 +8,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from kick.report.figures.style import MAP, Planned, hint_patch, shown_settings, title
-from kick.report.results import FEWEST_IN_MEANS, Key, Results
+from kick.report.results import FEWEST_IN_MEANS, Key, Results, SettingResult
 from kick.settings import DENSE
 from kick.suite import OVERALL
 
@@ -18,11 +18,14 @@ _FULL = 1.2  # shares above are shown as this
 
 def planned(results: Results) -> Iterator[Planned]:
     for suite in results.suites:
+        compressed = [result for result in results.compressed if results.get(result.name, suite).comparisons]
+        if not compressed:
+            continue
         groups = [key for key in _keys(results, suite) if key[0] == results.metric(suite).name and key[1] != OVERALL]
         telling = [key for key in groups if results.get(DENSE, suite).estimates[key].signal]
         overall = results.estimate(DENSE, suite)  # among many groups of a guesser some look as if it knew
         if len(telling) > 1 and not results.metric(suite).descriptive and overall is not None and overall.signal:
-            draw = partial(_map, results, suite, telling, "group", len(groups) - len(telling))
+            draw = partial(_map, results, suite, compressed, telling, "group", len(groups) - len(telling))
             yield Planned(f"{suite}-by-group", f"{suite} by group", draw)
         criteria = [
             (metric.name, OVERALL)
@@ -30,7 +33,7 @@ def planned(results: Results) -> Iterator[Planned]:
             if not metric.descriptive and (metric.name, OVERALL) in _keys(results, suite)
         ]
         if len(criteria) > 1:
-            draw = partial(_map, results, suite, criteria, "criterion")
+            draw = partial(_map, results, suite, compressed, criteria, "criterion")
             yield Planned(f"{suite}-by-criterion", f"{suite} by criterion", draw)
 
 
@@ -39,11 +42,13 @@ def _keys(results: Results, suite: str) -> list[Key]:
     return [key for key, found in results.get(DENSE, suite).estimates.items() if found.n >= FEWEST_IN_MEANS]
 
 
-def _map(results: Results, suite: str, keys: Sequence[Key], what: str, without: int = 0) -> tuple[Figure, str]:
+def _map(
+    results: Results, suite: str, compressed: Sequence[SettingResult], keys: Sequence[Key], what: str, without: int = 0
+) -> tuple[Figure, str]:
     """The retained share of each group (down) in each setting (across). without: groups that have no signal."""
     dense = results.get(DENSE, suite)
     rows = sorted(keys, key=lambda key: -dense.estimates[key].n)[:_MOST_ROWS]  # sums of groups stand above their parts
-    settings, left_out = shown_settings([r for r in results.compressed if results.get(r.name, suite).comparisons])
+    settings, left_out = shown_settings(compressed)
     shares = np.full((len(rows), len(settings)), np.nan)
     for column, result in enumerate(settings):
         for row, key in enumerate(rows):
