@@ -2,7 +2,7 @@
 
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,9 @@ from kick.calibration import CalibrationSpec
 from kick.compress import Recipe, compress
 from kick.errors import KickError
 from kick.lm import load_lm
-from kick.lm.parity import GENERATION, TOLERANCE, ask, compare
+from kick.lm.parity import GENERATION, TOLERANCE, ask, compare, lead_of
 from kick.lm.spec import LMSpec
+from kick.loading import load_model, load_tokenizer
 from kick.settings import DENSE, Setting
 
 
@@ -48,27 +49,40 @@ def examine() -> tuple[str, dict[str, Any]]:
 
 
 def check_lm(spec: LMSpec, model: str, dtype: str, device: str) -> tuple[str, dict[str, Any]]:
-    """The LM of `spec` beside `fast` on a handful of requests: in words, and {"agrees", "lm", "requests"}."""
+    """The LM of `spec` beside another, on a few requests: in words, and {"agrees", "reference", "lm", "requests"}.
+
+    The other is `fast`; of `fast` itself it is lm-eval's own class for transformers models.
+    """
     device, dtype = devices.choose(device, dtype)
     with _checkpoint(model, dtype, device) as path:
-        reference = load_lm(LMSpec(), path, dtype, device)
+        with closing(load_lm(spec, path, dtype, device)) as lm:
+            answers, record = ask(lm), lm.record()
+        del lm  # one after the other: each may want all of a GPU
+        name = "lm-eval's hf" if spec.name == "fast" else "fast"
+        reference = _stock(path, dtype, device) if spec.name == "fast" else load_lm(LMSpec(), path, dtype, device)
         expected = ask(reference)
-        reference.close()
-        other = load_lm(spec, path, dtype, device)
-        rows, record = compare(expected, ask(other), dtype), other.record()
-        other.close()
+        rows = compare(expected, answers, dtype, lead_of(reference, expected, answers))
     lines = [", ".join(f"{key} {value}" for key, value in record.items())]
     for row in rows:
         unit = "of the texts differ" if row.kind == GENERATION else "nats at most"
         found = row.reason if row.difference is None else f"{row.difference:.2g} {unit}"
-        lines.append(f"{row.kind} ({row.n}): {found}{'' if row.agrees else '  DISAGREES'}")
+        reason = f" ({row.reason})" if row.reason and row.difference is not None else ""
+        lines.append(f"{row.kind} ({row.n}): {found}{'' if row.agrees else f'  DISAGREES{reason}'}")
     at_odds = any(not row.agrees for row in rows)
     agrees = not at_odds and any(row.difference is not None for row in rows)
     if agrees or at_odds:
-        lines.append(f"{'agrees' if agrees else 'DISAGREES'} with fast (tolerance {TOLERANCE[dtype]:g} in {dtype})")
+        lines.append(f"{'agrees' if agrees else 'DISAGREES'} with {name} (tolerance {TOLERANCE[dtype]:g} in {dtype})")
     else:
-        lines.append("nothing could be compared with fast")
-    return "\n".join(lines), {"agrees": agrees, "lm": record, "requests": [row.as_row() for row in rows]}
+        lines.append(f"nothing could be compared with {name}")
+    requests = [row.as_row() for row in rows]
+    return "\n".join(lines), {"agrees": agrees, "reference": name, "lm": record, "requests": requests}
+
+
+def _stock(path: Path, dtype: str, device: str) -> Any:
+    """lm-eval's LM for transformers models, which shares none of kick's ways of computing."""
+    from lm_eval.models.huggingface import HFLM
+
+    return HFLM(pretrained=load_model(path, dtype, device), tokenizer=load_tokenizer(path), batch_size=1)
 
 
 @contextmanager

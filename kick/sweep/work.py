@@ -20,7 +20,7 @@ from kick.errors import EngineError, KickError
 from kick.files import stop_if_full
 from kick.lm import load_lm
 from kick.lm.memory import is_out_of_memory
-from kick.lm.parity import Answers, ask, compare
+from kick.lm.parity import Answers, ask, compare, lead_of, no_answers
 from kick.lm.spec import LMSpec
 from kick.settings import DENSE, Setting
 from kick.spec import distinct
@@ -229,21 +229,26 @@ def check_parity(workshop: Workshop, watch: Watch, rules: Rules) -> None:
     if knows_parity(plan, store):
         return
     first, *others = _compared(plan)
-    asked: list[tuple[LMSpec, Answers | str]] = []
-    for spec in (first, *others):  # one after the other: each may want all of a GPU
+    asked: list[Answers] = []
+    leads: list[float | None] = [None] * len(others)
+    for spec in (*others, first):  # one after the other: each may want all of a GPU
         try:
             with _limited(rules):
                 path = workshop.checkpoint(plan.dense, _Moving(watch, rules)).path
                 lm = load_lm(spec, path, plan.dtype, plan.device)
                 with closing(lm):
-                    asked.append((spec, ask(lm)))
+                    answers = ask(lm)
+                    if spec is first:
+                        leads = [lead_of(lm, answers, theirs) for theirs in asked]
+                    asked.append(answers)
                 del lm
         except Exception as error:  # its evaluations will fail with the same reason, the others need not
             stop_if_full(error)
-            asked.append((spec, error.message if isinstance(error, KickError) else f"{type(error).__name__}: {error}"))
+            told = error if isinstance(error, KickError) else KickError(f"{type(error).__name__}: {error}")
+            asked.append(no_answers(told))
     rows = []
-    for spec, answers in asked[1:]:
-        for row in compare(asked[0][1], answers, plan.dtype):
+    for spec, answers, by in zip(others, asked[:-1], leads, strict=True):
+        for row in compare(asked[-1], answers, plan.dtype, by):
             rows.append({"reference": first.name, "lm": spec.name, "params": spec.params, **row.as_row()})
             if not row.agrees:
                 what = row.reason or f"by {row.difference:.3g}"

@@ -12,7 +12,7 @@ from kick import cli
 from kick.errors import ConfigError, KickError
 from kick.lm import load_lm
 from kick.lm.fast import FastLM
-from kick.lm.parity import ask, compare
+from kick.lm.parity import GENERATION, ask, compare, lead_of
 from kick.lm.spec import LMSpec
 from kick.progress import Silent
 from kick.sweep.clock import Clock, Lane
@@ -37,6 +37,51 @@ def test_an_lm_that_gives_no_number_does_not_agree(lm):
     answers = ask(lm)
     broken = {**answers, "continuations": [*answers["continuations"][:-1], float("nan")]}
     assert [row.agrees for row in compare(answers, broken, "float32")] == [False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("other", "agrees"),
+    [
+        (lambda text: text, True),
+        (lambda text: text + "\nand more", False),  # it does not end at the stop string
+        (lambda text: text[:3], False),
+        (lambda text: "zz" + text[2:], False),
+    ],
+)
+def test_texts_count_beside_likelihoods_that_agree(lm, other, agrees):
+    answers = ask(lm)
+    theirs = {**answers, GENERATION: [other(text) for text in answers[GENERATION]]}
+    *_, texts = compare(answers, theirs, "float32", lead_of(lm, answers, theirs))
+    assert texts.agrees == agrees
+    assert bool(texts.reason) != agrees
+
+
+def test_a_text_that_follows_the_other_of_two_tied_tokens_agrees(tokenizer):
+    model = make_tiny_llama()
+    lm = FastLM(model, tokenizer)
+    answers = ask(lm)
+    text = answers[GENERATION][0]
+    first = tokenizer(text, add_special_tokens=False)["input_ids"][0]
+    twin = next(token for token in range(300, 600) if token != first and tokenizer.decode([token]).isalpha())
+    with torch.no_grad():
+        model.lm_head.weight[twin] = model.lm_head.weight[first]
+    tied = FastLM(model, tokenizer)
+    mine = ask(tied)
+    theirs = {**mine, GENERATION: [tokenizer.decode([twin]) + mine[GENERATION][0][4:], mine[GENERATION][1]]}
+    assert theirs != mine
+    assert lead_of(tied, mine, theirs) == pytest.approx(0.0, abs=1e-5)
+
+
+def test_the_doctor_compares_fast_with_the_stock_lm(tiny_model, capsys, monkeypatch):
+    assert cli.main(["doctor", str(tiny_model), "--lm", "fast", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["reference"] == "lm-eval's hf"
+    assert [row["difference"] for row in found["requests"]] == pytest.approx([0, 0, 0], abs=1e-3)
+    monkeypatch.setattr(FastLM, "complete", lambda self, contexts, decoding: ["zzz"] * len(contexts))
+    assert cli.main(["doctor", str(tiny_model), "--lm", "fast"]) == 1
+    said = capsys.readouterr().out
+    assert "greedy generation (2): 1 of the texts differ  DISAGREES (a text parts where" in said
+    assert "DISAGREES with lm-eval's hf" in said
 
 
 def test_the_doctor_compares_an_lm_with_fast(lm, tiny_model, capsys):
@@ -187,7 +232,7 @@ def test_an_lm_that_fails_the_check_of_parity_is_closed_before_the_next_is_loade
     display = Silent()
     display.note = events.append
     work.check_parity(workshop, Lane(Clock(display, {})), work.Rules())
-    assert events[:4] == ["load fast", "close fast", "load vllm", "close vllm"]
+    assert events[:4] == ["load vllm", "close vllm", "load fast", "close fast"]
     assert kept
 
 

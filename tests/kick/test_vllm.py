@@ -148,7 +148,7 @@ def test_nothing_of_an_engine_outlives_the_process_that_asked(fake_vllm, tmp_pat
             14,
             600,
             "EngineDeadError: see the root cause above",
-        ),  # its processes have ended, the one that asks them lives
+        ),  # the one that asks its processes lives
         (15, 10, "the engine gave no answer within 10 s"),
     ],
 )
