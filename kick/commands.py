@@ -13,7 +13,7 @@ from kick.calibration import CalibrationSpec
 from kick.compress import Recipe, prepare
 from kick.compress import compress as make_checkpoint
 from kick.config import SuiteSpec, SweepConfig
-from kick.errors import CheckpointError, ConfigError, KickError, RunError, TrackerError, unknown_name
+from kick.errors import CheckpointError, ConfigError, DiskFullError, KickError, RunError, TrackerError, unknown_name
 from kick.export import find_format
 from kick.files import check_own, check_writable, safe_name, to_json
 from kick.judge.spec import JudgeSpec
@@ -62,8 +62,14 @@ def _run_models(config: SweepConfig, out: Path, options: Namespace) -> int:
         plans[name] = make_plan(config.model_copy(update={"model": name}), weights=needed)
     for name, plan in plans.items():
         check_usable(out / safe_name(name), plan, options.fresh)
+        _check_targets(plan)
     for name, plan in plans.items():
-        code, text, documents[name] = _run(plan, out / safe_name(name), options)
+        try:
+            code, text, documents[name] = _run(plan, out / safe_name(name), options)
+        except DiskFullError:  # for all
+            raise
+        except KickError as error:  # of one model: the others go on
+            code, text, documents[name] = 1, f"{name}: {error}", {"error": str(error)}
         codes.append(code)
         if not options.json:  # as each ends
             _print_text(text)
@@ -79,6 +85,13 @@ def _run_models(config: SweepConfig, out: Path, options: Namespace) -> int:
     if options.json:
         _print_text(to_json({"models": documents}))
     return max(codes)
+
+
+def _check_targets(plan: "Plan") -> None:
+    """Raise KickError for what is wrong with the model, or with a target for it, before a folder is begun."""
+    plan.check_model()
+    plan.parameters  # noqa: B018
+    plan.training  # noqa: B018
 
 
 def _run_one(config: SweepConfig, out: Path, options: Namespace, as_is: bool = False) -> int:
@@ -127,12 +140,9 @@ def _run(plan: "Plan", out: Path, options: Namespace) -> tuple[int, str, dict[st
     from kick.sweep.store import Store
 
     config = plan.config
-    plan.check_model()
+    _check_targets(plan)
     if options.dry_run:
         return 0, *describe(plan, out, options.fresh)
-    # what is wrong with the model, or with a target for it, is said before a folder is begun
-    plan.parameters  # noqa: B018
-    plan.training  # noqa: B018
     for remark in remarks(plan):
         print(f"kick: {remark}", file=sys.stderr)
     watching = display()

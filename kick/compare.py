@@ -124,9 +124,11 @@ def compare(dense: Score, other: Score, signal: bool) -> Comparison:
             differences = value / per - dense_value / dense_per
         p_value = statistics.sign_flip(np.nan_to_num(differences))
     whole = len(shared) >= (1 - statistics.TOLERANCE) * len(dense.ids)
-    settled = whole or _best_case(dense, other, shared) < 1 - statistics.TOLERANCE
+    worst, best = _extremes(dense, other, shared)
+    line = 1 - statistics.TOLERANCE
+    settled = worst >= line if whole and interval.low > line else whole or best < line
     outcome = None if metric.descriptive else statistics.verdict(interval, signal, settled)
-    needed = statistics.n_to_decide(n, retained, interval) if outcome == "undecided" and whole else None
+    needed = statistics.n_to_decide(n, retained, interval) if outcome == "undecided" and settled else None
     return Comparison(
         n=n,
         dense=dense_point,
@@ -141,14 +143,19 @@ def compare(dense: Score, other: Score, signal: bool) -> Comparison:
     )
 
 
-def _best_case(dense: Score, other: Score, shared: Sequence[str]) -> float:
-    """The retained share if every answer that is missing were as good as can be; infinite for scores without bounds."""
+def _extremes(dense: Score, other: Score, shared: Sequence[str]) -> tuple[float, float]:
+    """The retained share if every answer that is missing were as bad, and as good, as can be.
+
+    Of scores without bounds nothing is known of what is missing: a few then count as like the others, many as anything.
+    """
     metric = dense.metric
     bounded = metric.bounds or ((0.0, 1.0) if metric.per is None and dense.value.max(initial=0) <= 1 else None)
     if bounded is None or not metric.higher_is_better or metric.transform != "mean":
-        return float("inf")
+        return float("inf"), float("inf")
     share = len(shared) / len(dense.ids)
-    return float(retained_share(dense.point, share * other.point + (1 - share) * bounded[1], higher_is_better=True))
+    points = [share * other.point + (1 - share) * bound for bound in bounded]
+    worst, best = (float(retained_share(dense.point, point, higher_is_better=True)) for point in points)
+    return worst, best
 
 
 def _interval(dense: Score, other: Score, dense_value: np.ndarray, value: np.ndarray, n: int) -> Interval:

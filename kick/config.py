@@ -131,7 +131,7 @@ class Grid(Policy):
         )
         label = f"{self.label}@{level}" if self.label and level else self.label
         if variation:
-            label = f"{label or setting.name} {variation_in_words(variation)}"
+            label = f"{label or setting.name} {variation_in_words(variation, self.vary)}"
         if len(self.seeds) > 1:
             label = f"{label or setting.name}#{seed}"
         return setting.model_copy(update={"label": label})
@@ -167,7 +167,7 @@ class SuiteSpec(Spec):
         return [
             self.model_copy(
                 update={
-                    "label": f"{self.name} {variation_in_words(variation)}",
+                    "label": f"{self.name} {variation_in_words(variation, self.vary)}",
                     "params": {**self.params, **variation},
                     "vary": {},
                 }
@@ -215,14 +215,14 @@ class SweepConfig(Spec):
     def _settings_from_text(cls, settings: Any) -> Any:
         if not isinstance(settings, list | tuple):
             return settings
-        return tuple(_grid_of(setting) if isinstance(setting, str) else setting for setting in settings)
+        return tuple(grid_of(setting) if isinstance(setting, str) else setting for setting in settings)
 
     @field_validator("suites", mode="before")
     @classmethod
     def _suites_from_text(cls, suites: Any) -> Any:
         if not isinstance(suites, list | tuple):
             return suites
-        return tuple({"suite": suite} if isinstance(suite, str) else suite for suite in suites)
+        return tuple(suite_of(suite) if isinstance(suite, str) else suite for suite in suites)
 
     @model_validator(mode="after")
     def _nothing_without_effect(self) -> "SweepConfig":
@@ -251,7 +251,13 @@ class SweepConfig(Spec):
         return (self.model,) if isinstance(self.model, str) else self.model
 
 
-def _grid_of(text: str) -> dict[str, Any]:
+def suite_of(text: str) -> dict[str, Any]:
+    """The long form of a suite that is a name alone."""
+    return {"suite": text}
+
+
+def grid_of(text: str) -> dict[str, Any]:
+    """The long form of a setting that is written as `wanda@0.5 > gptq@4`. Raises LevelError for anything else."""
     setting = parse_setting(text)
     return {"compressor": setting.compressor, "levels": [setting.level], "then": setting.then}
 

@@ -6,6 +6,7 @@ A setting is written `compressor@level`: `magnitude@0.5`, `wanda@2:4`, `gptq@4`,
 
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -86,7 +87,7 @@ class Setting(Stage):
         """The name without level, variation and seed: what is one method in tables and figures."""
         name = self.label.removesuffix(f"#{self.seed}")
         if self.variation:
-            name = name.removesuffix(f" {variation_in_words(self.variation)}")
+            name = name.rpartition(f" {_word(next(iter(self.variation)))}=")[0]
         if name == CHAIN.join(map(str, self.stages)):
             return self.compressors
         return (name.removesuffix(f"@{self.level}") if self.level else name) or self.compressors
@@ -120,13 +121,41 @@ def split_stage(text: str) -> tuple[str, str]:
     return compressor, level
 
 
-def variation_in_words(variation: dict[str, Any]) -> str:
-    """`samples=32 source=c4`: short enough for a table; of a path its last part without suffixes."""
-    return " ".join(f"{key.rpartition('.')[2]}={_short(value)}" for key, value in variation.items())
+def variation_in_words(variation: Mapping[str, Any], among: Mapping[str, Sequence[Any]] | None = None) -> str:
+    """`samples=32 source=c4`: short enough for a table.
+
+    Of a path its last part without suffixes, or as many as tell it from the other values of its key, those `among`.
+
+    >>> paths = ["/data/c4/train.jsonl", "/data/wiki/train.jsonl"]
+    >>> [variation_in_words({"calibration.source": path}, {"calibration.source": paths}) for path in paths]
+    ['source=c4/train', 'source=wiki/train']
+    """
+    among = among or {}
+    return " ".join(f"{_word(key)}={_short(value, among.get(key, ()))}" for key, value in variation.items())
 
 
-def _short(value: Any) -> str:
-    return Path(value).name.partition(".")[0] if isinstance(value, str) and "/" in value else str(value)
+def _word(key: str) -> str:
+    return key.rpartition(".")[2]
+
+
+def _short(value: Any, others: Sequence[Any]) -> str:
+    if not _is_path(value):
+        return str(value)
+    paths = [Path(other) for other in others if _is_path(other)]
+    for count in range(1, len(Path(value).parts)):
+        own, *found = (_last(path, count) for path in (Path(value), *paths))
+        if found.count(own) <= others.count(value):
+            return own
+    return str(value)
+
+
+def _is_path(value: Any) -> bool:
+    return isinstance(value, str) and "/" in value
+
+
+def _last(path: Path, count: int) -> str:
+    """The last `count` parts of a path, without suffixes."""
+    return "/".join([*path.parts[-count:-1], path.name.partition(".")[0]])
 
 
 def digest(value: Any) -> str:

@@ -160,7 +160,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def verdict(retained: Interval, signal: bool, whole: bool = True, tolerance: float = TOLERANCE) -> Verdict:
     """Whether a loss of `tolerance` lies above, below or inside the interval of the loss, 1 - retained.
 
-    whole: False where so many answers are missing that they could turn it.
+    whole: False where answers are missing that could turn it.
     """
     if not signal:
         return "no signal"

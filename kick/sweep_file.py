@@ -1,14 +1,14 @@
 """From a sweep file, YAML, to a SweepConfig. A mistake is said with its key, what was given, and what is allowed."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 import yaml
 from pydantic import ValidationError
 
-from kick.config import SweepConfig
+from kick.config import SweepConfig, grid_of, suite_of
 from kick.errors import ConfigError, did_you_mean, on_one_line
 from kick.spec import Spec
 
@@ -160,6 +160,9 @@ def _specs_in(annotation: Any) -> Iterator[type[Spec]]:
         yield from _specs_in(part)
 
 
+_LONG_FORMS: dict[str, Callable[[str], dict[str, Any]]] = {"settings": grid_of, "suites": suite_of}
+
+
 def _override(content: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
     if not equals:
@@ -167,19 +170,25 @@ def _override(content: dict[str, Any], override: str) -> None:
     *parents, last = key.split(".")
     place: Any = content
     try:
-        for part in parents:
+        for depth, part in enumerate(parents):
             if isinstance(place, list):
-                place = place[int(part)]
+                index = int(part)
+                if isinstance(place[index], str) and depth == 1:  # the short form of a setting or a suite
+                    place[index] = _LONG_FORMS[parents[0]](place[index])
+                place = place[index]
             else:  # a section that says nothing is one to be filled
                 place[part] = {} if place.get(part) is None else place[part]
                 place = place[part]
         if isinstance(place, list):
-            place[int(last)] = read_yaml(value, f"--set {key}")
+            index = int(last)
+            if index > len(place):  # one more may be added
+                raise IndexError(index)
+            place[index : index + 1] = [read_yaml(value, f"--set {key}")]
         elif isinstance(place, dict):
             place[last] = read_yaml(value, f"--set {key}")
         else:
             raise TypeError
-    except (ValueError, IndexError, TypeError, AttributeError) as error:
+    except (KeyError, ValueError, IndexError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"--set {key}: there is no such place in the file.", "For example --set suites.0.limit=20."
         ) from error

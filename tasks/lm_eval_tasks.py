@@ -190,16 +190,23 @@ class LMEval(Suite):
                 scores |= _numbers(name, value, _kind_of(task, metric))
         generated = instances[0].request_type == "generate_until"
         ranked = task.OUTPUT_TYPE == "multiple_choice"
+        output, choices = (instances[0].resps[0] if generated else None), None
         if ranked:
-            scores["chance"] = max(1.0 / len(task.doc_to_choice(instances[0].doc)), self._commonest(task))
+            options = [str(option) for option in task.doc_to_choice(instances[0].doc)]
+            scores["chance"] = max(1.0 / len(options), self._commonest(task))
+            likelihoods = [instance.resps[0][0] for instance in instances]
+            output = options[_chosen(options, likelihoods, self.metrics[0].name.partition(",")[0])]
+            # beyond the options stand their likelihoods without a context
+            rows = zip(options, likelihoods[: len(options)], strict=True)
+            choices = [{"text": option, "loglikelihood": value} for option, value in rows]
         tokens = len(lm.tok_encode(instances[0].args[0]))
         room = Decoding.of(dict(instances[0].args[1])).most if generated else 0
         return Sample(
             id=example.id,
             group=example.group,
             prompt=instances[0].args[0],
-            output=instances[0].resps[0] if generated else None,
-            choices=[{"text": i.args[1], "loglikelihood": i.resps[0][0]} for i in instances] if ranked else None,
+            output=output,
+            choices=choices,
             scores=scores,
             truncated=_is_truncated(lm, instances, room),
             shots=task.config.num_fewshot or 0,
@@ -259,6 +266,18 @@ class LMEval(Suite):
                 f"Known: {', '.join(found) or 'none'}.{left_out}",
             )
         return (found.pop(wanted), *found.values())
+
+
+def _chosen(options: list[str], likelihoods: list[float], metric: str) -> int:
+    """Which option lm-eval's `metric` takes for the answer. likelihoods: of mutual information then those alone."""
+    found = np.array(likelihoods[: len(options)])
+    if metric == "acc_mutual_info":
+        found = found - likelihoods[len(options) :]
+    elif metric == "acc_norm":
+        found = found / [max(1, len(option)) for option in options]
+    elif metric == "acc_bytes":
+        found = found / [max(1, len(option.encode("utf-8"))) for option in options]
+    return int(found.argmax())
 
 
 def _is_truncated(lm: Any, instances: list[Any], room: int) -> bool:

@@ -66,9 +66,16 @@ def _by_warning(results: Results) -> dict[str, list[str]]:
     for result in results.settings:
         for warning in (result.record or {}).get("warnings", []):
             found.setdefault(warning, []).append(result.name)
+    variants = {result.name for result in results.settings if result.setting.is_dense}  # may be asked in others
     for evaluation in results.evaluations.values():
         if evaluation.asked_otherwise:
             warning = f"{evaluation.suite}: {evaluation.asked_otherwise} questions had another prompt than dense's"
+            found.setdefault(warning, []).append(evaluation.setting)
+        dense = results.get(DENSE, evaluation.suite).batch_size
+        if evaluation.batch_size not in (None, dense) and evaluation.setting not in variants:
+            warning = (
+                f"{evaluation.suite}: asked in batches of {evaluation.batch_size}, after a failure, dense in {dense}"
+            )
             found.setdefault(warning, []).append(evaluation.setting)
     return found
 

@@ -133,6 +133,7 @@ class Evaluation:
     grades: dict[str, float] = field(default_factory=dict)  # the judge's mean rating of each sample
     shots: dict[str, int] = field(default_factory=dict)  # how many questions had how many examples in front of them
     asked_otherwise: int = 0  # questions whose prompt is not the dense model's
+    batch_size: int | None = None
 
 
 @dataclass
@@ -376,6 +377,7 @@ def _read_evaluation(
         grades=mean_ratings(judgments),
         shots=result.get("shots", {}),
         asked_otherwise=otherwise,
+        batch_size=result.get("batch_size"),
     )
 
 

@@ -1,5 +1,6 @@
 """What a plan would cost, before it is carried out: questions, time and disk, from rates measured here."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,8 @@ def describe(plan: Plan, out: Path, fresh: bool = False) -> tuple[str, dict[str,
     missing = {s.name: plan.suites for s in plan.settings} if fresh else missing_evaluations(plan, store)
     held = out if (out / RUN).is_file() and not fresh else None
     parameters = plan.parameters
-    seconds = _seconds(plan, store, {name: [s.name for s in suites] for name, suites in missing.items()}, parameters)
+    names = {name: [s.name for s in suites] for name, suites in missing.items()}
+    own, machine = _seconds(plan, store, names, parameters)
     costs = {name: cost for name, cost in plan.training.items() if name in missing}
     here = training_seconds(plan, costs)
     training = {
@@ -46,14 +48,16 @@ def describe(plan: Plan, out: Path, fresh: bool = False) -> tuple[str, dict[str,
         }
         for name, cost in costs.items()
     }
-    seconds += sum(cost["seconds_here"] for cost in training.values())
+    machine += sum(cost["seconds_here"] for cost in training.values())
     workers = find_executor(plan.config.executor).works_here(plan)
     memory = max(1, workers) * worker_bytes(plan, costs)
-    if plan.device == "cuda" and workers > 1:  # on a CPU workers share the cores that the rates are of
-        seconds /= workers
     compressed = [name for name in missing if name != DENSE]
-    at_once = workers or (asked if (asked := plan.config.executor.workers) != "auto" else len(compressed))
-    checkpoints = plan.dense_bytes * bool(missing) + checkpoint_bytes(plan, len(compressed), at_once)
+    asked = plan.config.executor.workers
+    known = workers or (0 if asked == "auto" else asked)  # a cluster gives as many as it has
+    side_by_side = max(1, min(known, len(missing)))
+    # on a CPU workers share the cores that products were measured on
+    seconds = own / side_by_side + machine / (1 if workers and plan.device == "cpu" else side_by_side)
+    checkpoints = plan.dense_bytes * bool(missing) + checkpoint_bytes(plan, len(compressed), known or len(compressed))
     questions = sum(len(suite.examples) for suite in plan.suites)
     document: dict[str, Any] = {
         "out": str(out),
@@ -71,7 +75,7 @@ def describe(plan: Plan, out: Path, fresh: bool = False) -> tuple[str, dict[str,
         "estimated_memory_bytes": memory,
         "workers_here": workers,
         "training": training,
-        "judge": _judge(plan, {name: [s.name for s in suites] for name, suites in missing.items()}, held),
+        "judge": _judge(plan, names, held),
     }
     todo = sum(map(len, missing.values()))
     where = " of one node" if workers == 0 else f", by {workers} workers" if workers > 1 else ""
@@ -81,7 +85,8 @@ def describe(plan: Plan, out: Path, fresh: bool = False) -> tuple[str, dict[str,
         f"{len(plan.settings)} settings: {', '.join(document['settings'])}",
         "suites: " + ", ".join(f"{name} ({count} questions)" for name, count in document["suites"].items()),
         f"{document['evaluations']} evaluations, {document['evaluations'] - todo} already there, {todo} to do",
-        f"about {duration(seconds)}, {document['estimated_disk_bytes'] / 1e9:.1f} GB of disk and "
+        f"about {duration(seconds)}{'' if known else ' of one worker'}, "
+        f"{document['estimated_disk_bytes'] / 1e9:.1f} GB of disk and "
         f"{memory / 1e9:.1f} GB of memory at the peak{where}",
     ]
     if (to_fetch := document["bytes_to_fetch"]) != 0:
@@ -114,32 +119,36 @@ def _judge(plan: Plan, missing: dict[str, list[str]], held: Path | None) -> dict
     return {"questions": found.questions, "tokens": tokens, "estimated_usd": found.usd(spec)}
 
 
-def _seconds(plan: Plan, store: Store, missing: dict[str, list[str]], parameters: int) -> float:
-    """From this run's own rates where it has some, else from a measured matrix product and the questions' length."""
-    rates = {}
+def _seconds(plan: Plan, store: Store, missing: dict[str, list[str]], parameters: int) -> tuple[float, float]:
+    """(of one worker, of the machine): by this run's own rates where it has some, each of one of its workers; else by
+    a matrix product, measured on all cores, and the questions' length.
+    """
+    seconds: Counter[str] = Counter()
+    answered: Counter[str] = Counter()
     for setting in plan.settings:
         for suite in plan.suites:
             result = store.evaluation(setting.name, suite.name).result()
             if result and result["status"] == "complete" and result["asked_now"]:
-                rates[suite.name] = result["seconds"] / result["asked_now"]
+                seconds[suite.name] += result["seconds"]
+                answered[suite.name] += result["asked_now"]
     speed = None
-    total = 0.0
+    own = machine = 0.0
     for names in missing.values():
         for suite in plan.suites:
             if suite.name not in names:
                 continue
-            if suite.name in rates:
-                total += rates[suite.name] * len(suite.examples)
+            if answered[suite.name]:
+                own += seconds[suite.name] / answered[suite.name] * len(suite.examples)
                 continue
             speed = speed or speed_of(plan, plan.dtype)
             tokens = sum(map(suite.suite.length, suite.examples)) / CHARACTERS_PER_TOKEN
-            total += _OVERHEAD * tokens * 2 * parameters / speed
+            machine += _OVERHEAD * tokens * 2 * parameters / speed
     for setting in plan.settings:
         if setting.name not in missing:
             continue
-        total += 2 * parameters * 4 / 1e9  # to read and write weights
+        machine += 2 * parameters * 4 / 1e9  # to read and write weights
         if setting.name in plan.calibrated:
             speed = speed or speed_of(plan, plan.dtype)
             spec = setting.calibration or plan.config.calibration
-            total += 2 * spec.samples * spec.sequence_length * 2 * parameters / speed  # a block runs before and after
-    return total
+            machine += 2 * spec.samples * spec.sequence_length * 2 * parameters / speed  # a block runs before and after
+    return own, machine

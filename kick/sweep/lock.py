@@ -1,5 +1,6 @@
 """One writer for a run directory, a process and its workers; who it is, and since when, for the others."""
 
+import errno
 import fcntl
 import json
 import os
@@ -45,6 +46,13 @@ def _try_lock(file: TextIO) -> bool:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+        raise RunError(
+            f"{Path(file.name).parent} lies on a file system without file locks ({error.strerror}).",
+            "Mount it with them (Lustre: -o flock; NFS: with its lock service), or choose an --out elsewhere.",
+        ) from error
     return True
 
 

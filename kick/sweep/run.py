@@ -156,7 +156,7 @@ class _Scheduler:
 
     def _must_wait_for_dense(self) -> bool:
         """Whether the dense work is under way, and what it makes for the others is not there yet."""
-        return DENSE in self.under_way and not self.store.has_checkpoint(DENSE)
+        return DENSE in self.under_way and not self.store.has_checkpoint(DENSE) and not self.executor.apart
 
     def _drop_damaged_dense(self) -> None:
         """What lies there is believed while works go on: so it is looked at once before."""

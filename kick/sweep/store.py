@@ -85,7 +85,8 @@ class Store:
     def _begin(self, plan: Plan) -> None:
         """Write run.json, or what another sweep file changes in it."""
         held = read_json(self.root / RUN) if (self.root / RUN).exists() else {}
-        if held and not differences(held["identity"], plan.identity):
+        config = plan.config.model_dump(mode="json")
+        if held and held["config"] == config and not differences(held["identity"], plan.identity):
             return
         kept = {key: held[key] for key in held if key not in _OF_PLAN}
         wanted = json.loads(json.dumps(plan.identity["settings"]))
@@ -113,7 +114,7 @@ class Store:
             {
                 "format": FORMAT,
                 "started": datetime.now(UTC).isoformat(timespec="seconds"),
-                "config": plan.config.model_dump(mode="json"),
+                "config": config,
                 "model": source,
                 "dtype": plan.dtype,
                 "device": plan.device,
@@ -329,8 +330,9 @@ def _id_of(line: bytes) -> str | None:
         return None
 
 
-def _only_lock(root: Path) -> bool:
-    return all(entry.name == ".lock" for entry in root.iterdir())
+def _is_fresh(root: Path) -> bool:
+    """Whether a run may begin there: nothing but a lock, and what a killed process had half written of run.json."""
+    return all(entry.name == ".lock" or entry.match(f".{RUN}.*.partial") for entry in root.iterdir())
 
 
 def read_run(root: Path) -> dict[str, Any]:
@@ -361,7 +363,7 @@ def alone_in(root: Path) -> Iterator[None]:
 def check_usable(root: Path, plan: Plan, fresh: bool) -> None:
     """Raise RunError unless `plan` may be run (again) in `root`."""
     check_writable(root)
-    if root.is_dir() and not _only_lock(root):
+    if root.is_dir() and not _is_fresh(root):
         check_own(root, RUN)
     if not fresh:
         check_continues(root, plan.identity)

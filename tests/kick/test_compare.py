@@ -128,6 +128,17 @@ def test_the_worst_may_be_said_though_answers_are_missing():
     assert (found.verdict, found.whole) == ("not matching", False)
 
 
+def test_what_is_missing_may_not_turn_a_match():
+    """Of a thousand right answers 11 are wrong and 49 missing: 98.8 % of those there, 94 % if all are wrong."""
+    dense = score(ACCURACY, [1] * 1000)
+    other = score(ACCURACY, [1] * 940 + [0] * 11, ids=map(str, range(951)))
+    found = compare.compare(dense, other, signal=True)
+    assert found.interval.low > 0.95
+    assert (found.verdict, found.whole, found.n_to_decide) == ("undecided", True, None)
+    fewer = score(ACCURACY, [1] * 960 + [0] * 11, ids=map(str, range(971)))  # 96 % if all 29 are wrong
+    assert compare.compare(dense, fewer, signal=True).verdict == "matching"
+
+
 def test_conversations_right_or_wrong_have_corners_of_their_size():
     def turns(*right):
         ids = tuple(f"{number}-{turn}" for number in range(len(right)) for turn in (1, 2))

@@ -68,6 +68,13 @@ def test_overrides(tmp_path):
     judged = load(write(tmp_path, MINIMAL + "judge: null\n"), ["judge.model=gpt"])
     assert judged.judge is not None
     assert judged.judge.model == "gpt"
+    short = load(
+        write(tmp_path, MINIMAL + 'settings: ["wanda@0.5 > gptq@4"]\n'),
+        ["suites.0.limit=20", "settings.0.seeds=[1, 2]", "settings.1=magnitude@0.5", "suites.1=mmlu"],
+    )
+    assert [(suite.suite, suite.limit) for suite in short.suites] == [("perplexity", 20), ("mmlu", None)]
+    names = [setting.name for setting in short.all_settings()]
+    assert names == ["dense", "wanda@0.5 > gptq@4#1", "wanda@0.5 > gptq@4#2", "magnitude@0.5"]
     for bad, says in [
         ("lm.batch_size", "has no '='"),
         ("suites.7=x", "no such place"),

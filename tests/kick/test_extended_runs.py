@@ -34,6 +34,18 @@ lm: {{batch_size: 4}}
 """
 
 
+def test_a_run_goes_on_with_what_decides_no_answer_as_it_is_now(tmp_path, tiny_model, mirror):
+    """Where data lie, how many workers there are, who judges."""
+    path, out = tmp_path / "sweep.yaml", tmp_path / "run"
+    path.write_text(SWEEP.format(model=tiny_model))
+    assert cli.main(["sweep", str(path), "--out", str(out)]) == 0
+    before = json.loads((out / "run.json").read_text())
+    assert cli.main(["sweep", str(path), "--out", str(out), "--set", "executor={name: inline, retries: 7}"]) == 0
+    after = json.loads((out / "run.json").read_text())
+    assert after["config"]["executor"]["retries"] == 7
+    assert {**after, "config": 0} == {**before, "config": 0}
+
+
 def test_settings_and_suites_may_be_added_to_a_run(tmp_path, tiny_model, capsys):
     """What was answered is not asked again, and all of it is what one run of the longer file gives."""
     longer, shorter = tmp_path / "longer.yaml", tmp_path / "shorter.yaml"

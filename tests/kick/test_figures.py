@@ -14,6 +14,7 @@ from kick import cli
 from kick.files import safe_name
 from kick.report import read_results, write_report
 from kick.report.figures.style import Planned, hint, hint_patch, in_style, label_lines, legend, save
+from kick.settings import variation_in_words
 from kick.suite import Sample
 
 
@@ -109,6 +110,52 @@ def test_groups_on_which_dense_knows_nothing_are_counted_not_drawn(tmp_path, mon
     alone = write_run(tmp_path / "alone", SETTINGS[:1], ["factoid_qa"])
     write_report(alone)
     assert not (alone / "figures" / "factoid_qa-by-group.svg").exists()  # nothing is compressed: an empty map
+
+
+def varied(root, rows):
+    """Set (compressor, variation) for the settings after dense, each called by its value."""
+    document = json.loads((root / "run.json").read_text())
+    for (compressor, variation), row in zip(rows, document["settings"][1:], strict=True):
+        label = f"{compressor}@0.5 {variation_in_words(variation)}"
+        row |= {"compressor": compressor, "level": "0.5", "label": label, "variation": variation}
+        shutil.move(root / "evaluations" / row["name"], root / "evaluations" / safe_name(label))
+    (root / "run.json").write_text(json.dumps(document))
+
+
+def test_a_parameter_that_is_a_list_may_vary(tmp_path):
+    root = write_run(tmp_path / "run", SETTINGS[:3], ["factoid_qa"])
+    varied(root, [("wanda", {"ignore": ["a"]}), ("wanda", {"ignore": ["b"]})])
+    write_report(root)
+    assert "['a']" in (root / "figures" / "factoid_qa-over-ignore.svg").read_text(encoding="utf-8")
+
+
+def test_figures_of_one_name_are_files_of_their_own(tmp_path):
+    settings = [*SETTINGS[:3], ("wanda@0.1", 0.1), ("wanda@2:4", 0.5)]
+    root = write_run(tmp_path / "run", settings, ["factoid_qa"])
+    keys = ["samples", "samples", "calibration.samples", "calibration.samples"]
+    names = ["llm_pruner", "llm_pruner", "wanda", "wanda"]
+    varied(root, [(name, {key: n}) for name, key, n in zip(names, keys, (8, 64, 8, 64), strict=True)])
+    write_report(root)
+    first, second = (
+        (root / "figures" / f"factoid_qa-over-samples{more}.svg").read_text(encoding="utf-8") for more in ("", "-2")
+    )
+    assert "llm_pruner@0.5" in first
+    assert "wanda@0.5" not in first
+    assert "wanda@0.5" in second
+
+
+def test_a_figure_that_cannot_be_drawn_costs_no_other(tmp_path, monkeypatch, capsys):
+    from kick.report.figures import answers
+
+    def fail(results, suite):
+        raise ValueError("nothing to draw")
+
+    monkeypatch.setattr(answers, "_flips", fail)
+    root = write_run(tmp_path / "run", SETTINGS, ["factoid_qa"])
+    write_report(root)
+    assert "the figure factoid_qa-flips is not drawn: ValueError: nothing to draw" in capsys.readouterr().err
+    assert (root / "report.html").is_file()
+    assert (root / "figures" / "factoid_qa-against-sparsity.svg").is_file()
 
 
 def test_what_no_other_model_beats_in_size_and_score():

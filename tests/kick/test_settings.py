@@ -2,6 +2,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kick.calibration import CalibrationSpec
+from kick.config import Grid
 from kick.errors import LevelError
 from kick.levels import Bits, Knob, Pattern, Shape, Sparsity, parse_level
 from kick.settings import Setting, digest, split_stage
@@ -66,3 +68,12 @@ def test_splitting_a_setting():
     for text in ("@0.5", "wanda@0.5@2:4"):
         with pytest.raises(LevelError):
             split_stage(text)
+
+
+def test_values_that_end_alike_are_told_apart_by_more_of_their_paths():
+    grid = Grid(
+        compressor="wanda", levels=("0.5",), vary={"calibration.source": ("/m/c4/train.jsonl", "/m/wiki/train.jsonl")}
+    )
+    settings = grid.settings(CalibrationSpec())
+    assert [setting.name for setting in settings] == ["wanda@0.5 source=c4/train", "wanda@0.5 source=wiki/train"]
+    assert {setting.method for setting in settings} == {"wanda"}

@@ -1,6 +1,7 @@
 """Whole sweeps on the tiny model: what they leave on disk, what survives a kill, and what stops them at once."""
 
 import csv
+import errno
 import json
 import os
 import random
@@ -359,6 +360,22 @@ def test_one_writer_at_a_time(config, tmp_path, capsys):
         assert cli.main(["report", str(tmp_path / "run"), "--out", str(tmp_path / "elsewhere")]) == 0
 
 
+def test_a_file_system_without_locks_is_said_to_be_one(config, tmp_path, capsys, monkeypatch):
+    def flock(file, how):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr("kick.sweep.lock.fcntl.flock", flock)
+    assert cli.main(["sweep", str(config), "--out", str(tmp_path / "run")]) == 2
+    assert "lies on a file system without file locks" in capsys.readouterr().err
+
+
+def test_a_run_that_was_killed_before_it_began_may_begin(config, tmp_path):
+    (tmp_path / "run").mkdir()
+    for name in (".lock", ".run.json.host.7.partial"):
+        (tmp_path / "run" / name).touch()
+    assert cli.main(["sweep", str(config), "--out", str(tmp_path / "run"), "--set", "executor={name: inline}"]) == 0
+
+
 def test_what_needs_no_calibration_is_not_estimated_with_one(config, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("kick.sweep.estimate.speed_of", lambda *_: 1e6)
 
@@ -556,32 +573,3 @@ def test_checkpoints_of_earlier_calls_count_in_the_budget(config, tmp_path):
     (tmp_path / "run" / "evaluations" / "magnitude@0.5" / "perplexity" / "scores.json").write_text("")  # a torn disk
     _run(config, tmp_path / "run")
     assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {"dense", "magnitude@0.5"}
-
-
-def test_a_mistake_in_the_last_of_several_models_is_said_before_the_first_is_run(config, tmp_path, tiny_model, capsys):
-    config.write_text(config.read_text().replace(f"model: {tiny_model}", f"model: [{tiny_model}, nothere]"))
-    assert cli.main(["sweep", str(config), "--out", str(tmp_path / "runs")]) == 2
-    assert "nothere" in capsys.readouterr().err
-    assert not (tmp_path / "runs").exists()
-
-
-def test_several_models_have_a_run_each_and_one_leaderboard(config, tmp_path, tiny_model, capsys):
-    twin = tmp_path / "twin"
-    shutil.copytree(tiny_model, twin)
-    text = config.read_text().replace(f"model: {tiny_model}", f"model: [{tiny_model}, {twin}]")
-    config.write_text(text.replace('settings: [magnitude@0.5, "wanda@2:4"]', "settings: [magnitude@0.5]"))
-    assert cli.main(["sweep", str(config), "--out", str(tmp_path / "runs")]) == 0
-    with open(tmp_path / "runs" / "leaderboard.csv", encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert {(row["model"], row["setting"]) for row in rows} == {
-        (str(model), setting) for model in (tiny_model, twin) for setting in ("dense", "magnitude@0.5")
-    }
-    page = (tmp_path / "runs" / "index.html").read_text(encoding="utf-8")
-    assert "Small and dense, or large and sparse" in page
-    capsys.readouterr()
-    assert cli.main(["sweep", str(config), "--out", str(tmp_path / "runs"), "--json"]) == 0
-    document = json.loads(capsys.readouterr().out)  # one, not one a model
-    assert {model: len(run["leaderboard"]) for model, run in document["models"].items()} == {
-        str(tiny_model): 2,
-        str(twin): 2,
-    }

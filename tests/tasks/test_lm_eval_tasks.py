@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import make_tiny_llama
+from kick_tasks import lm_eval_tasks
 from kick_tasks.lm_eval_tasks import LMEval, _manager, _manager_of, read_local
 from test_suites import ScriptedLM
 
@@ -104,6 +105,28 @@ def test_what_guessing_gives_is_counted_over_the_options(local, lm):
     chance = sum(1 / len(sample.choices) for sample in samples) / len(samples)
     assert scores["acc"].metric.chance == pytest.approx(chance)
     assert scores["acc"].metric.chance == pytest.approx(0.25, abs=0.03)
+
+
+@pytest.mark.parametrize(("task", "metric"), [("arc_easy", "acc"), ("hellaswag", "acc_norm"), ("hellaswag", "acc")])
+def test_the_answer_is_the_option_that_the_metric_takes(local, lm, task, metric):
+    suite, samples, _ = kicks(local, lm, task=task, metric=metric)
+    examples = {example.id: example for example in suite.examples(DataSource.parse(str(local)))}
+    lm_evals = suite._tasks[task]
+    for sample in samples:
+        doc = suite._docs(task)[examples[sample.id].content["number"]]
+        options, gold = lm_evals.doc_to_choice(doc), lm_evals.doc_to_target(doc)
+        assert [choice["text"] for choice in sample.choices] == options
+        gold = gold if isinstance(gold, int) else options.index(gold)
+        assert (sample.output == options[gold]) == bool(sample.scores[metric])
+
+
+def test_mutual_information_is_what_the_context_adds():
+    chosen = lm_eval_tasks._chosen
+    likelihoods = [-2.0, -3.0, -1.5, -5.0]  # of two options after the context, then without it
+    assert [chosen(["a", "b"], likelihoods, metric) for metric in ("acc", "acc_mutual_info")] == [0, 1]
+    assert [chosen(["a", "bbb"], [-2.0, -3.0], metric) for metric in ("acc", "acc_norm", "acc_bytes")] == [0, 1, 1]
+    assert chosen(["ab", "é"], [-2.0, -2.5], "acc_norm") == 0
+    assert chosen(["ab", "éé"], [-2.0, -2.5], "acc_bytes") == 1
 
 
 def test_another_primary_metric(local, lm):

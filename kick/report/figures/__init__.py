@@ -4,11 +4,15 @@ Each module plans its figures from the results; nothing is drawn before it is ch
 bytes.
 """
 
+import sys
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 from kick.errors import ConfigError
+from kick.files import stop_if_full
 from kick.report.figures import answers, curves, groups, retained, studies, training
 from kick.report.figures.style import Drawn, Planned, in_style, save
 from kick.report.results import Results
@@ -17,8 +21,14 @@ _ROOMS = (retained, curves, studies, groups, answers, training)  # in the order 
 
 
 def planned(results: Results) -> list[Planned]:
-    """Every figure that the results support."""
-    return [figure for room in _ROOMS for figure in room.planned(results)]
+    """Every figure that the results support. Of several of one name the later ones are numbered: names are files."""
+    found = [figure for room in _ROOMS for figure in room.planned(results)]
+    seen: Counter[str] = Counter()
+    for place, figure in enumerate(found):
+        seen[figure.name] += 1
+        if seen[figure.name] > 1:
+            found[place] = replace(figure, name=f"{figure.name}-{seen[figure.name]}")
+    return found
 
 
 def draw_all(results: Results, folder: Path, patterns: Sequence[str] = ("*",)) -> list[Drawn]:
@@ -33,8 +43,15 @@ def draw_all(results: Results, folder: Path, patterns: Sequence[str] = ("*",)) -
 
 
 def draw(figures: Sequence[Planned], folder: Path) -> list[Drawn]:
-    """All of `figures`, into `folder`."""
+    """All of `figures`, into `folder`. One that cannot be drawn is left out, and said: it costs no other."""
     if figures:
         folder.mkdir(parents=True, exist_ok=True)
+    drawn = []
     with in_style():
-        return [save(folder, figure) for figure in figures]
+        for figure in figures:
+            try:
+                drawn.append(save(folder, figure))
+            except Exception as error:  # of drawing, which may fail at anything that results hold
+                stop_if_full(error)
+                print(f"kick: the figure {figure.name} is not drawn: {type(error).__name__}: {error}", file=sys.stderr)
+    return drawn

@@ -150,7 +150,7 @@ def _suites(results: Results, group: _Suites) -> tuple[Figure, str]:
 def _draw(axes: Axes, lines: dict[str, list[Point]], metric: Metric) -> None:
     """Each line through the means at its places, each point with its interval; words stand in the order they come."""
     scale = scale_of(metric)
-    values = list(dict.fromkeys(value for points in lines.values() for value, _, _ in points))
+    values = list({str(value): value for points in lines.values() for value, _, _ in points}.values())
     numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
     places = {str(value): float(value) if numeric else index for index, value in enumerate(values)}
     for number, (name, points) in enumerate(lines.items()):

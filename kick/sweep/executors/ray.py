@@ -1,7 +1,7 @@
 """Works as tasks of a Ray cluster, which decides where they run; nodes may join and die.
 
 Parameters: `address` of the cluster (by default a new one on this machine, or RAY_ADDRESS); `num_cpus`, `num_gpus`,
-`memory` and `resources` that one work takes; `runtime_env` as Ray has it.
+`memory` (bytes) and `resources` that one work takes; `runtime_env` as Ray has it.
 """
 
 import logging
@@ -14,6 +14,7 @@ from kick.errors import ConfigError, RunError, on_one_line
 from kick.extras import import_extra
 from kick.spec import Spec, validated
 from kick.sweep.clock import Watch
+from kick.sweep.costs import worker_bytes
 from kick.sweep.executors.base import Ended, Executor, Job
 from kick.sweep.executors.elsewhere import Came, carry_out_here, count, device_elsewhere, leave_mark
 from kick.sweep.executors.spec import ExecutorSpec
@@ -30,7 +31,9 @@ class Params(Spec):
     num_gpus: float | None = Field(
         default=None, ge=0, description="by default what an LM spreads over, where the sweep runs on CUDA"
     )
-    memory: float | None = Field(default=None, gt=0, description="bytes")
+    memory: float | None = Field(
+        default=None, gt=0, description="bytes; by default what a work takes at most, where it computes on a CPU"
+    )
     resources: dict[str, float] = Field(default_factory=dict)
     runtime_env: dict[str, Any] = Field(default_factory=dict)
 
@@ -67,8 +70,9 @@ class Ray(Executor):
         if gpus is None:
             gpus = float(gpus_each(plan) if plan.device.startswith("cuda") else 0)
         options: dict[str, Any] = {"num_cpus": params.num_cpus, "num_gpus": gpus, "max_retries": 0}
-        if params.memory:
-            options["memory"] = params.memory
+        memory = params.memory or (worker_bytes(plan, plan.training) if plan.device == "cpu" else None)
+        if memory:
+            options["memory"] = int(memory)
         if params.resources:
             options["resources"] = params.resources
         self._task = ray.remote(**options)(carry_out_here)
@@ -76,7 +80,8 @@ class Ray(Executor):
         self.slots = workers if workers != "auto" else _QUEUED
         self._mark = leave_mark(store.root)
         self._job = ray.put(job.to_json())  # large, and the same for all
-        self._note_what_is_missing(ray.cluster_resources(), {"CPU": params.num_cpus, "GPU": gpus, **params.resources})
+        wanted = {"CPU": params.num_cpus, "GPU": gpus, "memory": memory or 0, **params.resources}
+        self._note_what_is_missing(ray.cluster_resources(), wanted)
         self._streams: dict[Any, _UnderWay] = {}  # by what Ray gives their results through
 
     @classmethod
