@@ -1,15 +1,19 @@
 """The `kick` command. Only the standard library is imported before the arguments are understood.
 
-Exit codes: 0 all done; 1 some evaluations failed (the rest is there), or a check found a fault; 2 wrong usage or
-configuration; 130 interrupted (run the same command again to go on).
+Exit codes: 0 all done; 1 some evaluations failed (the rest is there), a check found a fault, or kick itself has one;
+2 wrong usage or configuration; 130 interrupted (run the same command again to go on).
 """
 
 import argparse
 import errno
 import logging
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from kick import __version__
@@ -17,7 +21,7 @@ from kick.errors import KickError
 
 Command = Callable[[argparse.Namespace], int]
 
-OK, USAGE, INTERRUPTED = 0, 2, 130
+OK, FAULT, USAGE, INTERRUPTED = 0, 1, 2, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,13 +33,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return USAGE
     quieten_libraries()
     try:
-        _load_plugins(options.plugin)
-        return _command(options.command)(options)
+        with _ended_as_by_ctrl_c():
+            _load_plugins(options.plugin)
+            return _command(options.command)(options)
     except KickError as error:
-        if options.debug:
-            raise
-        print(f"kick: error: {error}", file=sys.stderr)
-        return USAGE
+        return _say(str(error), options.debug)
     except KeyboardInterrupt:
         print("kick: interrupted. Run the same command again to go on where it stopped.", file=sys.stderr)
         return INTERRUPTED
@@ -43,10 +45,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return OK
     except (UnicodeDecodeError, OSError) as error:
-        if options.debug:
-            raise
-        print(f"kick: error: {_in_words(error)}", file=sys.stderr)
-        return USAGE
+        return _say(_in_words(error), options.debug)
+    except Exception as error:  # nobody foresaw it
+        _say(f"{type(error).__name__}: {error}\n  A fault of kick, or of a plugin: --debug shows where.", options.debug)
+        return FAULT
+
+
+def _say(error: str, debug: bool) -> int:
+    """Say what went wrong, and with --debug where. Gives the exit code of wrong usage."""
+    if debug:
+        traceback.print_exc()
+    print(f"kick: error: {error}", file=sys.stderr)
+    return USAGE
+
+
+@contextmanager
+def _ended_as_by_ctrl_c() -> Iterator[None]:
+    """What ends a process, and the end of its terminal, ends workers and jobs with it. nohup keeps its meaning."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    wanted = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) == signal.SIG_DFL]
+    for number in wanted:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in wanted:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _in_words(error: OSError | UnicodeDecodeError) -> str:

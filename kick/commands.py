@@ -3,6 +3,7 @@
 import os
 import sys
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,9 +41,10 @@ def sweep(options: Namespace) -> int:
         )
         config = config.model_copy(update={"suites": suites})
     if name := options.executor or os.environ.get("KICK_EXECUTOR"):
+        where = "--executor" if options.executor else "KICK_EXECUTOR"
         own = config.executor.params if name == config.executor.name else {}  # another one's say nothing here
         changed = {**config.executor.model_dump(), "name": name, "params": own}
-        config = config.model_copy(update={"executor": validated(ExecutorSpec, changed, "--executor")})
+        config = config.model_copy(update={"executor": validated(ExecutorSpec, changed, where)})
     out = options.out or Path("runs") / options.config.stem
     if isinstance(config.model, str):
         return _run_one(config, out, options)
@@ -113,6 +115,8 @@ def evaluate(options: Namespace) -> int:
     names = [name.strip() for name in options.suite.split(",") if name.strip()]
     if not names:
         raise ConfigError("--suite names no suite.", "For example --suite mmlu,perplexity.")
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise ConfigError(f"--suite names '{twice[0]}' twice.", "Each is asked once.")
     of_lm, params = lm_params(options.param)
     shared, own = split_params(params, names)
     suites = tuple(
@@ -136,6 +140,7 @@ def _run(plan: "Plan", out: Path, options: Namespace) -> tuple[int, str, dict[st
     """(exit code, what to say, the same as a document)."""
     from kick.sweep.costs import remarks
     from kick.sweep.estimate import describe
+    from kick.sweep.executors import find_executor
     from kick.sweep.run import run
     from kick.sweep.store import Store
 
@@ -143,6 +148,7 @@ def _run(plan: "Plan", out: Path, options: Namespace) -> tuple[int, str, dict[st
     _check_targets(plan)
     if options.dry_run:
         return 0, *describe(plan, out, options.fresh)
+    find_executor(config.executor).check_here(config.executor)
     for remark in remarks(plan):
         print(f"kick: {remark}", file=sys.stderr)
     watching = display()
@@ -304,7 +310,10 @@ def report(options: Namespace) -> int:
     out = options.out or options.run
     _log(options, results, out)
     document = {"report": str(out / "report.html"), "leaderboard": tables.leaderboard(results)}
-    return _print(options, tables.leaderboard_markdown(results) + f"\nReport: {out / 'report.html'}", document)
+    code = _print(options, tables.leaderboard_markdown(results) + f"\nReport: {out / 'report.html'}", document)
+    for evaluation in (damaged := [own for own in results.evaluations.values() if own.damaged]):
+        print(f"kick: {evaluation.setting} on {evaluation.suite}: {evaluation.reason}", file=sys.stderr)
+    return 1 if damaged else code
 
 
 def _check_tracker(options: Namespace) -> None:
@@ -332,7 +341,7 @@ def _list_figures(options: Namespace) -> int:
 
 def _draw_figures(options: Namespace, names: Sequence[str]) -> int:
     """Some figures anew into the run; its page keeps all of them."""
-    from kick.report.figures import draw_all
+    from kick.report.figures import choose, draw
     from kick.report.results import read_results
     from kick.sweep.store import alone_in
 
@@ -344,7 +353,7 @@ def _draw_figures(options: Namespace, names: Sequence[str]) -> int:
     with alone_in(options.run):
         results = read_results(options.run)
         results.perplexity_margin = options.perplexity_margin
-        drawn = draw_all(results, options.run / "figures", names)
+        drawn = draw(choose(results, names), options.run / "figures")
     rows = [{"name": own.name, "file": str(own.svg)} for own in drawn]
     return _print(options, "\n".join(row["file"] for row in rows), rows)
 

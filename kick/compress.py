@@ -92,6 +92,10 @@ def _step(stage: Stage, setting: Setting) -> Step:
             compressor = kind(kind.Params(**stage.params), seed=setting.seed)
         except ValidationError as error:
             raise ConfigError(explain(error), _known_params(kind)) from error
+        except TypeError as error:
+            raise ConfigError(
+                f"{kind.__name__} cannot be made: {error}.", "It is made of (params, seed=...)."
+            ) from error
         compressor.follow(stage, level)
     return Step(stage, compressor, level)
 

@@ -10,7 +10,7 @@ from kick import devices, meter, models, plugins
 from kick.calibration import CalibrationSpec
 from kick.compress import Recipe, compress
 from kick.errors import KickError
-from kick.lm import load_lm
+from kick.lm import find_lm, load_lm, params_of
 from kick.lm.parity import GENERATION, TOLERANCE, ask, compare, lead_of
 from kick.lm.spec import LMSpec
 from kick.loading import load_model, load_tokenizer
@@ -54,6 +54,7 @@ def check_lm(spec: LMSpec, model: str, dtype: str, device: str) -> tuple[str, di
     The other is `fast`; of `fast` itself it is lm-eval's own class for transformers models.
     """
     device, dtype = devices.choose(device, dtype)
+    find_lm(spec.name).check(params_of(spec), [DENSE])
     with _checkpoint(model, dtype, device) as path:
         with closing(load_lm(spec, path, dtype, device)) as lm:
             answers, record = ask(lm), lm.record()

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import socket
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -83,6 +84,7 @@ def new_directory(path: Path) -> Iterator[Path]:
         raise
     for file in partial.rglob("*"):
         if file.is_file():
+            file.chmod(file.stat().st_mode | stat.S_IMODE(partial.stat().st_mode) & 0o666)  # safetensors hides its own
             with open(file, "rb") as handle:
                 os.fsync(handle.fileno())
     if path.exists():

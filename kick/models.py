@@ -20,7 +20,10 @@ PICKLES = ("*.bin", "*.pt", "*.pth")
 _WEIGHT_FILES = ["*.safetensors", "*.safetensors.index.json"]
 _TEXT_FILES = ["*.json", "*.txt", "*.jinja", "*.model"]
 _TOP: dict[str, Any] = {"ignore_patterns": ["consolidated*", "*/*"]}  # what else repositories hold beside the model
-_READS = "kick reads *.safetensors. Convert it first."
+_READS = (
+    'kick reads *.safetensors. Convert it first: python -c "from transformers import AutoModelForCausalLM as M; '
+    "M.from_pretrained('FROM', dtype='auto').save_pretrained('TO')\", and copy the tokenizer's files."
+)
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,8 @@ class Outcome:
             raise KickError(
                 f"{step.stage} failed: {type(error).__name__}: {error}", "--debug shows the whole error."
             ) from error
+        if not isinstance(model, nn.Module):
+            raise KickError(f"{step.stage} gave {model!r}.", "`compress` gives the model, also where it changed it.")
         decoder = find_decoder(model)
         levels = compressor.asked_levels(step.level, decoder)
         patterns = {name: pattern for name, level in levels.items() if isinstance(pattern := pruning(level), Pattern)}

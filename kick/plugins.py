@@ -133,9 +133,21 @@ _REQUIRED = {
 
 def _check_whole(group: str, loaded: type, origin: str) -> None:
     """Raise KickError for a class without what no base class can say for it."""
+    from kick.levels import Knob
+    from kick.suite import Metric
+
     attribute, example = _REQUIRED[group]
     if not hasattr(loaded, attribute):
         raise KickError(f"{loaded.__name__} of {origin} has no `{attribute}`.", f"For example {example}.")
+    value = getattr(loaded, attribute)
+    if group == COMPRESSORS:
+        fits = isinstance(value, Knob)
+    else:  # some know their metrics once their parameters are known
+        fits = isinstance(value, property) or (
+            isinstance(value, tuple | list) and all(isinstance(metric, Metric) for metric in value)
+        )
+    if not fits:
+        raise KickError(f"{attribute} of {loaded.__name__} in {origin} is {value!r}.", f"For example {example}.")
 
 
 def load_file(path: Path) -> list[str]:

@@ -106,6 +106,9 @@ def _explain(error: ValidationError, content: dict[str, Any], where: str) -> tup
     for fault in error.errors():  # a key that may be several things has one for each
         faults.setdefault(_place(fault["loc"], content), []).append(fault)
     place, found = next(iter(faults.items()))
+    if found[0]["type"] == "missing":  # rather the key that may be it, misspelt
+        beside = ((p, f) for p, f in faults.items() if p[:-1] == place[:-1] and f[0]["type"] == "extra_forbidden")
+        place, found = next(beside, (place, found))
     first = found[0]
     path = ".".join(map(str, place))
     more = f" ({len(faults) - 1} more)" if len(faults) > 1 else ""

@@ -44,7 +44,7 @@ class JudgeSpec(Spec):
         if self.budget_usd is not None and (self.price_in is None or self.price_out is None):
             raise ConfigError(
                 f"a budget of {self.budget_usd:g} USD for '{self.model}' without its prices.",
-                "Give what the endpoint asks per million tokens, for example --price 2.5,10 (in, out).",
+                "Give what the endpoint asks per million tokens: price_in and price_out, or --price 2.5,10.",
             )
 
     def key(self) -> str:

@@ -17,7 +17,7 @@ import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from kick.errors import KickError
+from kick.errors import KickError, ModelError
 from kick.lm.generation import Decoding
 from kick.lm.memory import total_bytes
 from kick.lm.packing import common_length
@@ -91,9 +91,14 @@ class TokenLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        if self.tokenizer.bos_token_id is not None:
-            return self.tokenizer.bos_token_id
-        return self.tokenizer.eos_token_id
+        """What stands in front of a text that follows nothing. Raises ModelError where there is no such token."""
+        for token in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
+            if token is not None:
+                return token
+        raise ModelError(
+            f"the tokenizer of {self.tokenizer.name_or_path} has no token for the beginning or the end of a text.",
+            "Name one in its tokenizer_config.json: bos_token or eos_token.",
+        )
 
     @property
     def tokenizer_name(self) -> str:

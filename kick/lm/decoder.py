@@ -27,7 +27,7 @@ class Decoder:
     a row's keys are rotated as those of any other.
 
     What probe.py finds out is set afterwards: `shares`, whether rows may be decoded after one copy of what they begin
-    with; `keeps_cache`, whether the model goes on from a cache that it is given, several rows at a time.
+    with.
     """
 
     def __init__(self, runner: Runner, tokenizer: Any, like: DynamicCache, ends: set[int], alike: int) -> None:
@@ -35,20 +35,24 @@ class Decoder:
         self.tokenizer = tokenizer
         self.ends = ends
         self.shares = False
-        self.keeps_cache = True
         self._like = like
         self._alike = alike
 
     @torch.inference_mode()
-    def complete(self, contexts: Sequence[list[int]], decoding: Decoding, seeds: list[int], packed: bool) -> list[str]:
-        """What follows each context of a batch. seeds: one for each. packed: whether prompts are read in such rows."""
+    def complete(
+        self, contexts: Sequence[list[int]], decoding: Decoding, seeds: list[int], packed: bool, most: int
+    ) -> list[str]:
+        """What follows each context of a batch. seeds: one for each. packed: whether prompts are read in such rows.
+
+        most: tokens of a prompt that are read at once.
+        """
         ends = self.ends | stop_tokens(self.tokenizer, decoding)
         decode = partial(self.tokenizer.decode, skip_special_tokens=True)
         # random numbers begin anew, also where this is a second attempt
         completions = [Completion(decoding, ends, decode, np.random.default_rng(seed)) for seed in seeds]
         alive = list(completions)  # in the order of `rows`
         read = self.read_packed if packed else self.read_padded
-        rows, found = read(contexts, decoding.most)
+        rows, found = read(contexts, decoding.most, most)
         while True:
             parts = [slice(at, at + LOGITS_AT_ONCE) for at in range(0, len(alive), LOGITS_AT_ONCE)]
             tokens = [token for own in parts for token in choose(self.runner.logits(found[own]), alive[own], ends)]
@@ -67,9 +71,8 @@ class Decoder:
         rows = torch.arange(n_rows, device=self.runner.device)
         return self.runner.at(inputs, rows, torch.full_like(rows, width - 1))
 
-    def read_packed(self, contexts: Sequence[list[int]], room: int) -> tuple[RoomyRows, Tensor]:
+    def read_packed(self, contexts: Sequence[list[int]], room: int, most: int) -> tuple[RoomyRows, Tensor]:
         """Prompts in packed rows, each shared beginning once: rows to go on from, and what the head gets after each."""
-        most = self.runner.row_tokens
         length = shared_prefix(contexts, min(map(len, contexts)) - 1) if len(contexts) > 1 else 0
         rests = [context[length:] for context in contexts]
         order = sorted(range(len(rests)), key=lambda index: tuple(rests[index]))
@@ -95,17 +98,22 @@ class Decoder:
             found |= own
         return rows, torch.stack([found[index] for index in range(len(contexts))])
 
-    def read_padded(self, contexts: Sequence[list[int]], room: int) -> tuple[NativeRows | RereadRow, Tensor]:
-        """Prompts in one padded batch, into the model's own kind of cache; or one prompt, into none.
+    def read_padded(self, contexts: Sequence[list[int]], room: int, most: int) -> tuple[NativeRows | RereadRow, Tensor]:
+        """Prompts in one padded batch, into the model's own kind of cache; one prompt also in pieces, or into none.
 
         Keys that were rotated by other frequencies than those of a longer row are of no use to it.
         """
         grows_out = len(contexts[0]) <= self._alike < len(contexts[0]) + room
-        if not self.keeps_cache or grows_out:
+        if not self.runner.keeps_cache or grows_out:
             row = RereadRow(contexts[0], self.runner.device)
             return row, self.last(row.inputs([]))
-        tokens, mask = self.runner.padded(contexts, left=True)
         cache = DynamicCache(config=self.runner.model.config)
+        alike = len(contexts[0]) <= self._alike
+        if len(contexts) == 1 and len(contexts[0]) > most and self.runner.takes_pieces and alike:
+            found = self.runner.by_pieces(contexts[0], cache, [len(contexts[0]) - 1], most)
+            mask = torch.ones((1, len(contexts[0])), dtype=torch.long, device=self.runner.device)
+            return NativeRows(cache, mask), found
+        tokens, mask = self.runner.padded(contexts, left=True)
         inputs = {
             "input_ids": tokens,
             "attention_mask": mask,

@@ -8,6 +8,7 @@ batches again gets the same answers.
 """
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,8 @@ class FastLM(TokenLM):
         if self.no_sharing is None:
             self.decoder.shares = probe.can_share_in_decoding(self.decoder, self.max_length)
         else:
-            self.decoder.keeps_cache = probe.can_go_on(self.decoder)
+            self.runner.keeps_cache = probe.can_go_on(self.decoder)
+            self.runner.takes_pieces = self.runner.keeps_cache and probe.takes_pieces(self.runner)
 
     @classmethod
     def from_checkpoint(cls, path: Path, params: Params, dtype: str, device: str, setting: str = "") -> "FastLM":
@@ -83,7 +85,7 @@ class FastLM(TokenLM):
             "shares_prefixes": self.no_sharing is None,
             **({"why_not": self.no_sharing} if self.no_sharing else {}),
             **({"alone_beyond": self._alike} if self._alike < self.max_length else {}),
-            **({} if self.decoder.keeps_cache else {"generates": "one row at a time"}),
+            **({} if self.runner.keeps_cache else {"generates": "one row at a time"}),
             **({} if self.runner.plain_head else {"logits": "by the model's own head, as it rounds them"}),
             **({"out_of_memory": self.runner.halved} if self.runner.halved else {}),
             **({} if self.finite else {"not_finite": "log-likelihoods of a few tokens"}),
@@ -99,7 +101,8 @@ class FastLM(TokenLM):
         if self.no_sharing is None:
             results = self.scorer.in_packed_rows(sequences, together)
         else:
-            results = self.scorer.in_padded_rows(sequences, together, 4 * self.runner.row_tokens)
+            at_once = 4 * self.runner.row_tokens
+            results = self.scorer.in_padded_rows(sequences, together, at_once, self.runner.takes_pieces)
         results |= self.scorer.in_padded_rows(sequences, alone, 1)
         return [results[index] for index in range(len(sequences))]
 
@@ -122,9 +125,11 @@ class FastLM(TokenLM):
 
         def complete(batch: list[int]) -> list[str]:
             packed = self.no_sharing is None and lengths[batch[0]] <= self._alike
-            return self.decoder.complete(
-                [contexts[index] for index in batch], decoding, [seeds[index] for index in batch], packed
-            )
+            own = [contexts[index] for index in batch], decoding, [seeds[index] for index in batch], packed
+            work = partial(self.decoder.complete, *own)
+            if len(batch) > 1 or not (packed or self.runner.takes_pieces):
+                return work(self.runner.row_tokens)
+            return self.runner.by_fewer_tokens(work)
 
         # what begins alike is together; where nothing is shared, what is padded to the same length
         key = (lambda index: tuple(contexts[index])) if self.no_sharing is None else lengths.__getitem__
@@ -132,7 +137,7 @@ class FastLM(TokenLM):
         together = [index for index in order if lengths[index] <= self._alike]
         alone = [[index] for index in order if lengths[index] > self._alike]
         results: dict[int, str] = {}
-        room = self.runner.most_cached_tokens() if self.decoder.keeps_cache else 1
+        room = self.runner.most_cached_tokens() if self.runner.keeps_cache else 1
         batches: Iterable[list[int]] = batches_within(lengths, together, room)
         if self.no_sharing is not None:  # all prompts of a batch are read at once
             read = [len(context) for context in contexts]

@@ -106,14 +106,17 @@ def _why_unlike(scorer: Scorer, sequences: Sequence[Scored], shared: int, alone:
 
 
 def _goes_on(runner: Runner, tokens: list[int], shared: int) -> bool:
-    """Whether one row after the keys and values of its first `shared` tokens gives the distributions of a whole row."""
+    """Whether one row after the keys and values of its first `shared` tokens gives the distributions of a whole row.
+
+    In half precision, on average over its places: some move further.
+    """
     columns = torch.arange(shared, len(tokens), device=runner.device)
     inputs = {"input_ids": torch.tensor([tokens], device=runner.device), "use_cache": False}
     whole = runner.at(inputs, torch.zeros_like(columns), columns)
     cache, length = runner.after(tokens, (shared,), runner.row_tokens)
     rest = Packed.chain(tokens[shared:])
     after = runner.run(rest, cache, length, list(range(len(rest.tokens))), runner.row_tokens)
-    return _agree(runner.model.dtype, runner.logits(whole), runner.logits(after))
+    return bool(_divergence(runner.logits(whole), runner.logits(after)).mean() <= _HALF_DIVERGENCE)
 
 
 @torch.inference_mode()
@@ -129,7 +132,7 @@ def can_share_in_decoding(decoder: Decoder, max_length: int) -> bool:
     found = []
     try:
         for decoder.shares in (False, True):
-            rows, _ = decoder.read_packed([[*prefix, 3, 4], [*prefix, 5]], 1)
+            rows, _ = decoder.read_packed([[*prefix, 3, 4], [*prefix, 5]], 1, runner.row_tokens)
             found.append(runner.logits(decoder.last(rows.inputs([6, 7]))))
     except _NOT_SUPPORTED as error:
         if memory.is_out_of_memory(error):
@@ -147,7 +150,7 @@ def can_go_on(decoder: Decoder) -> bool:
     runner = decoder.runner
     contexts = [[(7 * place + 3) % _vocabulary(runner) for place in range(n)] for n in (12, 7)]
     try:
-        rows, _ = decoder.read_padded(contexts, 1)
+        rows, _ = decoder.read_padded(contexts, 1, runner.row_tokens)
         rows.drop(0)
         after = runner.logits(decoder.last(rows.inputs([5])))
     except _NOT_SUPPORTED as error:
@@ -156,6 +159,27 @@ def can_go_on(decoder: Decoder) -> bool:
         return False
     whole = runner.logits(decoder.last(RereadRow(contexts[1], runner.device).inputs([5])))
     return _agree(runner.model.dtype, after, whole)
+
+
+@torch.inference_mode()
+def takes_pieces(runner: Runner) -> bool:
+    """Whether a row that is read a few tokens at a time gives what it gives when it is read at once.
+
+    Some recurrent states begin anew wherever several tokens come at a time.
+    """
+    tokens = [(7 * place + 3) % _vocabulary(runner) for place in range(12)]
+    places = list(range(len(tokens)))
+    columns = torch.tensor(places, device=runner.device)
+    inputs = {"input_ids": torch.tensor([tokens], device=runner.device), "use_cache": False}
+    whole = runner.logits(runner.at(inputs, torch.zeros_like(columns), columns))
+    try:
+        cache = DynamicCache(config=runner.model.config)
+        read = runner.logits(runner.by_pieces(tokens, cache, places, 5))
+    except _NOT_SUPPORTED as error:
+        if memory.is_out_of_memory(error):
+            raise
+        return False
+    return _agree(runner.model.dtype, whole, read)
 
 
 def rotary_limit(config: Any) -> int | None:
@@ -176,11 +200,16 @@ def _agree(dtype: torch.dtype, first: Tensor, second: Tensor) -> bool:
     In half precision the unlikeliest tokens move by half a nat and mean nothing: there it is the divergence that
     counts. A place that is off by one gives ten times as much as is allowed.
     """
-    p, q = first.log_softmax(-1), second.log_softmax(-1)
     allowed = _AGREEMENT.get(dtype)
     if allowed is not None:
-        return bool((p - q).abs().max() <= allowed)
-    return bool((q.exp() * (q - p)).sum(-1).max() <= _HALF_DIVERGENCE)
+        return bool((first.log_softmax(-1) - second.log_softmax(-1)).abs().max() <= allowed)
+    return bool(_divergence(first, second).max() <= _HALF_DIVERGENCE)
+
+
+def _divergence(first: Tensor, second: Tensor) -> Tensor:
+    """Of the distributions by the first logits from those by the second, in nats [rows]."""
+    p, q = first.log_softmax(-1), second.log_softmax(-1)
+    return (q.exp() * (q - p)).sum(-1)
 
 
 def _vocabulary(runner: Runner) -> int:

@@ -26,6 +26,9 @@ class Runner:
     """Runs `model`; remembers the keys and values of the beginnings that it was asked for last.
 
     row_tokens: computed at once, by default what memory allows.
+
+    What probe.py finds out of a model without packed rows is set afterwards: `keeps_cache`, whether it goes on from its
+    own kind of cache, several rows at a time; `takes_pieces`, whether it also does by several tokens at a time.
     """
 
     def __init__(self, model: Any, row_tokens: int | None = None) -> None:
@@ -35,6 +38,8 @@ class Runner:
         self.bytes_per_token = memory.key_value_bytes(model)  # of its cache
         self.halved = 0  # how often rows or a batch did not fit into memory
         attention.use(model)
+        self.keeps_cache = True
+        self.takes_pieces = False
         self._prefixes: list[tuple[list[int], int, DynamicCache]] = []  # each continues the one before
         self._behind_head = self._find_behind_head()
         self.plain_head = self._behind_head is not None
@@ -67,6 +72,17 @@ class Runner:
         self.note_out_of_memory()
         half = len(rows) // 2
         return [*self.halving(rows[:half], work), *self.halving(rows[half:], work)]
+
+    def by_fewer_tokens(self, work: Callable[[int], list[Any]]) -> list[Any]:
+        """`work(row_tokens)`; where memory runs out, with half as many, and so on."""
+        most = self.row_tokens
+        while most >= 2 * memory.FEWEST_ROW_TOKENS:
+            found = memory.none_if_out_of_memory(partial(work, most))
+            if found is not None:
+                return found
+            self.note_out_of_memory()
+            most //= 2
+        return work(most)
 
     def note_out_of_memory(self) -> None:
         self.halved += 1
@@ -139,6 +155,24 @@ class Runner:
             "past_key_values": cache,
             "use_cache": cache is not None,
         }
+
+    def by_pieces(self, tokens: Sequence[int], cache: DynamicCache, places: list[int], most: int) -> Tensor:
+        """A whole row into the model's own kind of `cache`, `most` tokens at a time: what the head gets at `places`."""
+        distinct, back = torch.tensor(places, dtype=torch.long, device=self.device).unique(return_inverse=True)
+        found = []
+        for start in range(0, len(tokens), most):
+            piece = torch.tensor([tokens[start : start + most]], device=self.device)
+            end = start + piece.shape[1]
+            columns = distinct[(distinct >= start) & (distinct < end)] - start
+            inputs = {
+                "input_ids": piece,
+                "attention_mask": torch.ones((1, end), dtype=torch.long, device=self.device),
+                "position_ids": torch.arange(start, end, device=self.device)[None],
+                "past_key_values": cache,
+                "use_cache": True,
+            }
+            found.append(self.at(inputs, torch.zeros_like(columns), columns))
+        return torch.cat(found)[back]
 
     def padded(self, rows: Sequence[Sequence[int]], left: bool) -> tuple[Tensor, Tensor]:
         """Tokens [rows, longest] and their mask, padded at one side."""

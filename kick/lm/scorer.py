@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicCache
 
 from kick.lm import memory
 from kick.lm.base import Scored
@@ -116,10 +117,12 @@ class Scorer:
         values, greedy = (iter(own.tolist()) for own in self.runner.score(found, targets.to(self.runner.device)))
         return [(sum(islice(values, n)), all(list(islice(greedy, n)))) for n in counts]
 
-    def in_padded_rows(self, sequences: Sequence[Scored], members: Sequence[int], tokens: int) -> dict[int, Score]:
+    def in_padded_rows(
+        self, sequences: Sequence[Scored], members: Sequence[int], tokens: int, pieces: bool = False
+    ) -> dict[int, Score]:
         """Without packing, in batches of so many `tokens`: a padded row for each sequence that differs but in the last.
 
-        Options of one token share the row of their context.
+        Options of one token share the row of their context. pieces: a row of more `tokens` is read in pieces.
         """
         owners: dict[tuple[int, ...], list[int]] = {}
         for index in members:
@@ -128,12 +131,16 @@ class Scorer:
 
         def score(batch: list[int]) -> list[dict[int, Score]]:
             """For each row of the batch: the scores of its sequences."""
-            inputs, mask = self.runner.padded([rows[place] for place in batch], left=False)
             own = [(row, sequences[index]) for row, place in enumerate(batch) for index in owners[rows[place]]]
             places = [(row, len(s.tokens) - s.n_targets - 1 + i) for row, s in own for i in range(s.n_targets)]
             at, columns = torch.tensor(places, device=self.runner.device).T
             targets = torch.tensor([token for _, s in own for token in s.tokens[-s.n_targets :]])
-            found = self.runner.at({"input_ids": inputs, "attention_mask": mask, "use_cache": False}, at, columns)
+            if pieces and len(rows[batch[0]]) > tokens:
+                cache = DynamicCache(config=self.runner.model.config)
+                found = self.runner.by_pieces(rows[batch[0]], cache, columns.tolist(), self.runner.row_tokens)
+            else:
+                inputs, mask = self.runner.padded([rows[place] for place in batch], left=False)
+                found = self.runner.at({"input_ids": inputs, "attention_mask": mask, "use_cache": False}, at, columns)
             scores = iter(self._add_up(found, targets, [s.n_targets for _, s in own]))
             return [{index: next(scores) for index in owners[rows[place]]} for place in batch]
 

@@ -39,8 +39,9 @@ def write_report(
     with alone_in(run) if into_the_run else nullcontext():
         results = read_results(run)
         results.perplexity_margin = perplexity_margin
+        chosen = figures.choose(results, figures_like)
         out.mkdir(parents=True, exist_ok=True)
         write_tables(results, out)
-        drawn = figures.draw_all(results, out / "figures", figures_like)
+        drawn = figures.draw(chosen, out / "figures")
         write_text(out / "report.html", html.page(results, drawn))
     return results

@@ -128,6 +128,7 @@ class Evaluation:
     estimates: dict[Key, Estimate] = field(default_factory=dict)
     comparisons: dict[Key, Comparison] = field(default_factory=dict)
     reason: str | None = None
+    damaged: bool = False  # it was answered, and cannot be read
     lm: dict[str, Any] = field(default_factory=dict)
     suite_record: dict[str, Any] = field(default_factory=dict)  # what was decided when the model was known
     grades: dict[str, float] = field(default_factory=dict)  # the judge's mean rating of each sample
@@ -353,7 +354,8 @@ def _read_evaluation(
     if result is None or result["status"] != "complete":
         return Evaluation(setting, name, reason=result["reason"] if result else NOT_YET)
     if not store.is_complete(result["key"]):
-        return Evaluation(setting, name, reason="its samples are not the ones that were scored; run the sweep again")
+        reason = "its samples are not the ones that were scored; run the sweep again"
+        return Evaluation(setting, name, reason=reason, damaged=True)
     samples = store.samples()
     judgments = store.judgments()
     scores = {(score.metric.name, score.group): score for score in suite.score(samples, judgments)}

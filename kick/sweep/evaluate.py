@@ -41,6 +41,12 @@ def evaluate(
     counts = Counts()
     samples: Iterable[Sample] = counts.over(store.read())
     scores = suite.score(samples if suite.scores_in_one_pass else list(samples))
+    if counts.n > counts.truncated + counts.failed and not suite.judged_metrics and not any(s.n for s in scores):
+        values = ", ".join(f"'{metric.value}'" for metric in suite.metrics)
+        raise KickError(
+            f"the suite '{planned.name}' scored none of its {counts.n} answers.",
+            f"Its metrics read {values} in a sample's scores (kick.testing.check_suite).",
+        )
     result = {
         "key": key,
         "status": "complete",

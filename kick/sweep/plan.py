@@ -17,7 +17,7 @@ from kick.calibration import Calibration, CalibrationSpec, draw, precision_of
 from kick.compress import Recipe, check_streamable, needs_calibration, prepare
 from kick.compressor import Compressor, Cost
 from kick.config import SuiteSpec, SweepConfig
-from kick.errors import CheckpointError, ConfigError, DataError, about
+from kick.errors import CheckpointError, ConfigError, DataError, KickError, about
 from kick.judge.spec import JudgeSpec
 from kick.lm import find_lm, params_of
 from kick.lm.spec import LMSpec
@@ -374,7 +374,17 @@ def make_suite(spec: SuiteSpec) -> Suite:
 def plan_suite(spec: SuiteSpec, default_data: str) -> PlannedSuite:
     suite = make_suite(spec)
     source = DataSource.parse(spec.data or default_data)
-    everything = suite.examples(source)
+    try:
+        everything = suite.examples(source)
+    except (KickError, OSError):
+        raise
+    except Exception as error:  # a plugin may raise anything
+        raise DataError(
+            f"suite '{spec.name}' fails as it reads {source}: {type(error).__name__}: {error}.",
+            "--debug shows the whole error.",
+        ) from error
+    if odd := [each for each in everything if not isinstance(each, Example)]:
+        raise DataError(f"suite '{spec.name}' has {odd[0]!r} among its questions.", "Expected kick.suite.Example.")
     if not everything:
         raise DataError(f"suite '{spec.name}' found no question in {source}.", "Check --data.")
     if twice := repeated_id(everything):

@@ -187,7 +187,7 @@ class Store:
 
     def record(self, setting: str) -> dict[str, Any] | None:
         """What was measured on the setting's checkpoint, or None if it was never made."""
-        return _read_if_whole(self.setting_path(setting) / RECORD)
+        return _read_if_whole(self.setting_path(setting) / RECORD, "setting", "layers")
 
     def keep_record(self, setting: str, record: dict[str, Any]) -> None:
         if json.loads(to_json(record)) != self.record(setting):
@@ -218,7 +218,7 @@ class EvaluationStore:
         self.scores_path = path / "scores.json"
 
     def result(self) -> dict[str, Any] | None:
-        return _read_if_whole(self.scores_path)
+        return _read_if_whole(self.scores_path, "status", "key")
 
     def is_complete(self, key: str) -> bool:
         """Whether the evaluation called `key` is done and its samples are still the ones that were scored."""
@@ -311,15 +311,15 @@ class Appender:
         os.fsync(self.file.fileno())
 
 
-def _read_if_whole(path: Path) -> dict[str, Any] | None:
-    """None where there is none, and where a disk left something else in its place: then it is made again."""
+def _read_if_whole(path: Path, *keys: str) -> dict[str, Any] | None:
+    """None where there is none with these keys: where a disk left something else in its place it is made again."""
     if not path.is_file():
         return None
     try:
         found = read_json(path)
     except ValueError:
         return None
-    return found if isinstance(found, dict) else None
+    return found if isinstance(found, dict) and all(key in found for key in keys) else None
 
 
 def _id_of(line: bytes) -> str | None:
@@ -344,7 +344,10 @@ def read_run(root: Path) -> dict[str, Any]:
     try:
         run = read_json(root / RUN)
     except ValueError as error:
-        raise RunError(f"{root / RUN} is damaged: {error}.", "--fresh starts that folder again.") from error
+        raise RunError(
+            f"{root / RUN} is damaged: {error}.",
+            "Put a copy of it back; or `kick sweep --fresh` asks everything in that folder again.",
+        ) from error
     if not isinstance(run, dict) or run.get("format") != FORMAT:
         held = run.get("format") if isinstance(run, dict) else None
         raise RunError(f"{root / RUN} has format {held}; this kick reads {FORMAT}.", "Run the sweep again.")
@@ -354,8 +357,8 @@ def read_run(root: Path) -> dict[str, Any]:
 @contextmanager
 def alone_in(root: Path) -> Iterator[None]:
     """A run directory to write into while nobody else does. Raises RunError if it is none, or is being written."""
-    check_writable(root)
     read_run(root)  # a lock is left in no folder of something else
+    check_writable(root)
     with lock(root):
         yield
 

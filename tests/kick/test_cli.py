@@ -1,6 +1,7 @@
 import errno
 import json
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -223,15 +224,44 @@ def test_on_and_off_reach_a_suite(tiny_model, tmp_path):
     assert json.loads((out / "run.json").read_text())["suites"]["factoid_qa"]["params"]["chat_template"] == "off"
 
 
-def test_debug_shows_the_traceback(tmp_path):
-    from kick.errors import KickError
+def test_debug_shows_the_traceback_and_changes_nothing_else(tmp_path, capsys):
+    assert cli.main(["report", str(tmp_path), "--debug"]) == 2
+    said = capsys.readouterr().err
+    assert "Traceback" in said
+    assert "kick: error: " in said
+    assert cli.main(["report", str(tmp_path)]) == 2
+    assert "Traceback" not in capsys.readouterr().err
 
-    with pytest.raises(KickError):
-        cli.main(["report", str(tmp_path), "--debug"])
+
+def test_what_nobody_foresaw_is_said_in_a_line(capsys, monkeypatch):
+    def broken(options):
+        raise ZeroDivisionError("planted")
+
+    monkeypatch.setattr(cli, "_command", lambda name: broken)
+    assert cli.main(["list", "models"]) == 1
+    assert capsys.readouterr().err == (
+        "kick: error: ZeroDivisionError: planted\n  A fault of kick, or of a plugin: --debug shows where.\n"
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_what_ends_a_process_ends_it_as_ctrl_c_does(number, capsys, monkeypatch):
+    before = signal.signal(number, signal.SIG_DFL)
+    monkeypatch.setattr(cli, "_command", lambda name: lambda options: signal.raise_signal(number))
+    try:
+        assert cli.main(["list", "models"]) == 130
+        assert signal.getsignal(number) == signal.SIG_DFL
+    finally:
+        signal.signal(number, before)
+    assert "interrupted" in capsys.readouterr().err
 
 
 PLUGIN = (
     "from kick.compressor import Compressor, Knob\nclass Mine(Compressor):\n    name = {name!r}\n    knob = Knob.NONE\n"
+)
+SUITE = (
+    "from kick.suite import Metric, Suite\nclass Mine(Suite):\n    name = 'mine'\n    metrics = {metrics}\n"
+    "    def examples(self, source): raise ValueError('planted')\n    def answer(self, lm, examples): yield from ()\n"
 )
 METHOD = "    def compress(self, model, level, calibration, *, progress=None):\n        return model\n"
 
@@ -245,6 +275,11 @@ METHOD = "    def compress(self, model, level, calibration, *, progress=None):\n
         (PLUGIN.format(name="wanda") + METHOD, "which llm-kick already provides"),
         (PLUGIN.format(name="") + METHOD, "has no name"),
         (PLUGIN.format(name="mine").replace("    knob = Knob.NONE\n", "") + METHOD, "Mine of mine.py has no `knob`"),
+        (
+            PLUGIN.format(name="mine").replace("Knob.NONE", "'sparsity'") + METHOD,
+            "knob of Mine in mine.py is 'sparsity'",
+        ),
+        (SUITE.format(metrics="Metric('a', value='b')"), "metrics of Mine in mine.py is Metric("),
         (PLUGIN.format(name="abstract"), "defines no compressor and no suite"),
     ],
 )
@@ -255,6 +290,32 @@ def test_a_wrong_plugin_file_says_so(tmp_path, capsys, monkeypatch, code, says):
         path.write_text(code)
     assert cli.main(["list", "compressors", "--plugin", str(path)]) == 2
     assert says in capsys.readouterr().err
+
+
+def test_a_plugin_that_fails_as_it_is_asked_is_named(tmp_path, capsys, monkeypatch, tiny_model):
+    monkeypatch.setattr(plugins, "_from_files", {plugins.COMPRESSORS: {}, plugins.SUITES: {}})
+    monkeypatch.setattr(plugins, "_files", [])
+    (tmp_path / "suite.py").write_text(SUITE.format(metrics="()"))
+    asked = ["--suite", "mine", "--data", "embedded", "--plugin", str(tmp_path / "suite.py")]
+    assert cli.main(["evaluate", str(tiny_model), *asked, "--out", str(tmp_path / "run")]) == 2
+    assert "suite 'mine' fails as it reads embedded: ValueError: planted." in capsys.readouterr().err
+    for number, (body, says) in enumerate(
+        [
+            (METHOD.replace("return model", "return None"), "gave None"),
+            ("    def __init__(self, params):\n        pass\n" + METHOD, "Mine cannot be made: "),
+        ]
+    ):
+        path = tmp_path / f"compressor{number}.py"
+        path.write_text(PLUGIN.format(name=f"mine{number}") + body)
+        asked = ["compress", str(tiny_model), f"mine{number}", "--plugin", str(path), "--out", str(tmp_path / "out")]
+        assert cli.main(asked) == 2
+        assert says in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_suite_asked_twice_is_wrong_usage(tiny_model, tmp_path, capsys):
+    assert cli.main(["evaluate", str(tiny_model), "--suite", "mmlu,mmlu", "--out", str(tmp_path / "run")]) == 2
+    assert "--suite names 'mmlu' twice" in capsys.readouterr().err
 
 
 def test_a_plugin_file_can_be_named_twice(tmp_path, capsys, monkeypatch):

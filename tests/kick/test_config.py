@@ -93,6 +93,10 @@ def make_all(config):
     ("text", "says"),
     [
         (MINIMAL + "modle: x\n", ["unknown key 'modle'", "Did you mean 'model'?", "Allowed there: model, settings"]),
+        (
+            MINIMAL + "settings: [{compresor: wanda}]\n",
+            ["unknown key 'settings.0.compresor'", "Did you mean 'compressor'?"],
+        ),
         (MINIMAL + "lm: {batch: 3}\n", ["unknown key 'lm.batch'", "Allowed there: name, batch_size"]),
         ("model: m\nsuites: [{suite: mmlu, shots: 5}]\n", ["unknown key 'suites.0.shots'", "params"]),
         (MINIMAL + "lm: {batch_size: many}\n", ["lm.batch_size is 'many'", "valid integer"]),

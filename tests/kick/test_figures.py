@@ -69,13 +69,13 @@ def test_figures_are_listed_and_chosen(run, tmp_path, capsys):
 def test_figures_alone_are_drawn_with_the_margin_that_was_given(run, monkeypatch):
     from kick.report import figures
 
-    margins, draw = [], figures.draw_all
+    margins, choose = [], figures.choose
 
     def note(results, *more):
         margins.append(results.perplexity_margin)
-        return draw(results, *more)
+        return choose(results, *more)
 
-    monkeypatch.setattr(figures, "draw_all", note)
+    monkeypatch.setattr(figures, "choose", note)
     asked = ["report", str(run), "--figures", "perplexity-against-capability", "--perplexity-margin", "0.3"]
     assert cli.main(asked) == 0
     assert margins == [0.3]

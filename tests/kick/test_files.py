@@ -52,6 +52,12 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     assert path.read_text() == "old"
 
 
+def test_files_of_a_directory_may_be_read_by_whoever_may_enter_it(tmp_path):
+    with new_directory(tmp_path / "made") as made:
+        (made / "hidden").touch(0o600)  # as safetensors writes
+    assert (tmp_path / "made" / "hidden").stat().st_mode & 0o777 == (tmp_path / "made").stat().st_mode & 0o666
+
+
 def test_a_directory_appears_whole_or_not_at_all(tmp_path):
     with pytest.raises(ZeroDivisionError), new_directory(tmp_path / "checkpoint") as partial:  # noqa: PT012
         (partial / "half").write_text("x")

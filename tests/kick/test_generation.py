@@ -172,21 +172,38 @@ def test_where_memory_runs_out_the_batch_is_halved_and_the_texts_are_the_same(lm
     expected = generate(lm, prompts, [], 8)
     original = lm.decoder.read_packed
 
-    def small(contexts, room):
+    def small(contexts, *more):
         if len(contexts) > 2:
             raise torch.OutOfMemoryError("no room")
-        return original(contexts, room)
+        return original(contexts, *more)
 
     monkeypatch.setattr(lm.decoder, "read_packed", small)
     assert generate(lm, prompts, [], 8) == expected
     assert lm.runner.halved == 2  # five into two and three, three into one and two
 
-    def fails(contexts, room):
+    def fails(contexts, *more):
         raise torch.OutOfMemoryError("no room")
 
     monkeypatch.setattr(lm.decoder, "read_packed", fails)
     with pytest.raises(torch.OutOfMemoryError):
         generate(lm, prompts, [], 8)
+
+
+def test_a_prompt_that_does_not_fit_is_read_by_fewer_tokens_at_a_time(lm, monkeypatch):
+    prompt = "The sea is wide. " * 20
+    (expected,) = generate(lm, [prompt], [], 8)
+    original, tried, before = lm.runner.run, [], lm.runner.halved
+
+    def run(row, cache, length, places, most):
+        tried.append(most)
+        if most > 32:
+            raise torch.OutOfMemoryError("no room")
+        return original(row, cache, length, places, most)
+
+    monkeypatch.setattr(lm.runner, "run", run)
+    assert generate(lm, [prompt], [], 8) == [expected]
+    assert tried == [1024, 512, 256, 128, 64, 32]
+    assert lm.record()["out_of_memory"] == before + 5
 
 
 def test_prompts_that_are_padded_are_read_in_parts(lm, monkeypatch):
@@ -196,7 +213,7 @@ def test_prompts_that_are_padded_are_read_in_parts(lm, monkeypatch):
     expected = [generate(lm, [prompt], [], 4)[0] for prompt in prompts]
     read, original = [], lm.decoder.read_padded
     monkeypatch.setattr(
-        lm.decoder, "read_padded", lambda contexts, room: read.append(contexts) or original(contexts, room)
+        lm.decoder, "read_padded", lambda contexts, *more: read.append(contexts) or original(contexts, *more)
     )
     assert generate(lm, prompts, [], 4) == expected
     assert len(read) > 1

@@ -1,5 +1,6 @@
 """The fast LM against a one-by-one reference and against lm-eval's own HFLM."""
 
+import copy
 import threading
 import weakref
 
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lm_reference import ask, one_by_one
 
-from kick.errors import KickError
+from kick.errors import KickError, ModelError
 from kick.lm import find_lm, generate, loglikelihoods, memory, rolling_loglikelihoods
 from kick.lm.fast import FastLM
 from kick.lm.generation import Decoding
@@ -524,7 +525,7 @@ def test_a_generation_batch_holds_no_more_than_its_share(tokenizer, monkeypatch)
     leave(monkeypatch, lm.model, 100 * lm.runner.bytes_per_token / memory.CACHE_SHARE)
     sizes, read = [], lm.decoder.read_packed
     monkeypatch.setattr(
-        lm.decoder, "read_packed", lambda contexts, room: sizes.append(len(contexts)) or read(contexts, room)
+        lm.decoder, "read_packed", lambda contexts, *more: sizes.append(len(contexts)) or read(contexts, *more)
     )
     lm.complete([[20 + number] * 38 for number in range(5)], Decoding((), most=2))
     assert sizes == [2, 2, 1]
@@ -564,3 +565,12 @@ def test_what_a_token_takes_in_the_cache_is_known_from_the_configuration(lm):
 def test_free_memory_is_no_more_than_all_of_it():
     device = torch.device("cpu")
     assert 0 < memory.free_bytes(device) <= memory.total_bytes(device)
+
+
+def test_a_tokenizer_without_a_beginning_and_an_end_says_what_it_lacks(tokenizer):
+    bare = copy.deepcopy(tokenizer)
+    bare.bos_token = bare.eos_token = None
+    lm = FastLM(make_tiny_llama(), bare)
+    assert loglikelihoods(lm, [("The sea", " is")])
+    with pytest.raises(ModelError, match="no token for the beginning or the end of a text"):
+        rolling_loglikelihoods(lm, ["The sea"])

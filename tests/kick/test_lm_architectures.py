@@ -94,6 +94,26 @@ def test_a_model_with_a_sliding_window_is_asked_row_by_row_and_says_so(tokenizer
         assert made == tokenizer.decode(expected, skip_special_tokens=True)
 
 
+def test_memory_is_bounded_whatever_the_length_where_nothing_is_shared(tokenizer, monkeypatch):
+    lm = FastLM(sliding(), tokenizer, params=FastLM.Params(row_tokens=16))
+    assert lm.runner.takes_pieces
+    widths, forward = [], lm.runner._body.forward
+    monkeypatch.setattr(
+        lm.runner._body, "forward", lambda *a, **own: widths.append(own["input_ids"].shape) or forward(*a, **own)
+    )
+    long = [10 + place % 90 for place in range(300)]
+    pairs = [(long, [4, 5]), (long, [4, 6]), (long[:50], [7]), ([3], [4])]
+    found = ask(lm, pairs)
+    assert max(rows * width for rows, width in widths) <= 4 * 16
+    for (value, _), pair in zip(found, pairs, strict=True):
+        assert value == pytest.approx(one_by_one(lm.model, *pair)[0], abs=1e-4)
+    widths.clear()
+    text = lm.complete([long], Decoding((), most=6))
+    assert max(rows * width for rows, width in widths) <= 16
+    expected = greedy(lm.model, long, 6, tokenizer.eos_token_id)
+    assert text == [tokenizer.decode(expected, skip_special_tokens=True)]
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "opt", "gpt_neox", "phi", "qwen2", "gemma"])
 def test_other_architectures_score_like_one_by_one(kind, tokenizer):
     from test_blocks import tiny
@@ -120,9 +140,10 @@ def recurrent(kind):
 
 @pytest.mark.parametrize("kind", ["mamba", "lfm2"])
 def test_models_with_recurrent_states_are_asked_row_by_row(kind, tokenizer):
-    lm = FastLM(recurrent(kind), tokenizer)
+    lm = FastLM(recurrent(kind), tokenizer, params=FastLM.Params(row_tokens=16))
     assert not lm.record()["shares_prefixes"]
-    pairs = [([11, 12, 13], [4, 5]), (list(range(10, 40)), [13, 6]), ([20], [21])]
+    long = [10 + place % 90 for place in range(100)]  # more than is read at once
+    pairs = [([11, 12, 13], [4, 5]), (list(range(10, 40)), [13, 6]), ([20], [21]), (long, [5, 6])]
     for (value, _), pair in zip(ask(lm, pairs), pairs, strict=True):
         assert value == pytest.approx(one_by_one(lm.model, *pair)[0], abs=1e-4)
     prompts = ["The river ran", "A", "Bread is made of flour, water"]
@@ -230,9 +251,9 @@ def test_prompts_that_are_padded_to_one_length_are_of_about_one_length(tokenizer
     lm = FastLM(sliding(), tokenizer)
     padded, read = [], lm.decoder.read_padded
 
-    def note(contexts, room):
+    def note(contexts, *more):
         padded.append((len(contexts) * max(map(len, contexts)), sum(map(len, contexts))))
-        return read(contexts, room)
+        return read(contexts, *more)
 
     monkeypatch.setattr(lm.decoder, "read_padded", note)
     monkeypatch.setattr(lm.runner, "most_cached_tokens", lambda: 310)

@@ -566,3 +566,30 @@ def test_wandb_gets_every_setting(run, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     assert log_to("wandb", read_results(run), run) == 5
     assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == 5
+
+
+def test_what_cannot_be_read_is_said_and_counts_as_failed(tmp_path, capsys):
+    root = write_run(tmp_path / "run", SETTINGS[:3], ["factoid_qa", "perplexity"])
+    with open(root / "evaluations" / "magnitude@0.2" / "factoid_qa" / "samples.jsonl", "a") as file:
+        file.write("{}\n")
+    assert cli.main(["report", str(root)]) == 1
+    assert "magnitude@0.2 on factoid_qa: its samples are not the ones" in capsys.readouterr().err
+    (root / "evaluations" / "magnitude@0.5" / "perplexity" / "scores.json").write_text("{}")
+    (root / "evaluations" / "magnitude@0.5" / "kick.json").write_text("{}")
+    assert cli.main(["report", str(root)]) == 1
+    assert (root / "report.html").is_file()
+
+
+def test_figures_that_a_run_has_not_leave_nothing_behind(run, tmp_path, capsys):
+    assert cli.main(["report", str(run), "--out", str(tmp_path / "out"), "--figures", "nope-*"]) == 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_answers_in_smaller_batches_are_told(tmp_path):
+    root = write_run(tmp_path / "run", SETTINGS[:3], ["factoid_qa"])
+    for name, size in (("dense", 128), ("magnitude@0.2", 128), ("magnitude@0.5", 64)):
+        path = root / "evaluations" / name / "factoid_qa" / "scores.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"batch_size": size}))
+    write_report(root)
+    page = (root / "report.html").read_text(encoding="utf-8")
+    assert page.count("asked in batches of 64, after a failure, dense in 128") == 1

@@ -31,15 +31,14 @@ def planned(results: Results) -> list[Planned]:
     return found
 
 
-def draw_all(results: Results, folder: Path, patterns: Sequence[str] = ("*",)) -> list[Drawn]:
-    """The figures whose names fit one of `patterns` (globs), into `folder`. Raises ConfigError if none fits one."""
+def choose(results: Results, patterns: Sequence[str] = ("*",)) -> list[Planned]:
+    """The figures whose names fit one of `patterns` (globs). Raises ConfigError if none fits one."""
     everything = planned(results)
     for pattern in patterns:
         if pattern != "*" and not any(fnmatchcase(figure.name, pattern) for figure in everything):
             names = ", ".join(figure.name for figure in everything) or "none"
             raise ConfigError(f"no figure fits '{pattern}'.", f"This run has: {names}.")
-    chosen = [figure for figure in everything if any(fnmatchcase(figure.name, pattern) for pattern in patterns)]
-    return draw(chosen, folder)
+    return [figure for figure in everything if any(fnmatchcase(figure.name, pattern) for pattern in patterns)]
 
 
 def draw(figures: Sequence[Planned], folder: Path) -> list[Drawn]:

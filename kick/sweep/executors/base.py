@@ -67,6 +67,11 @@ class Executor(ABC):
             raise ConfigError(f"the executor '{spec.name}' takes no params.", "Those of ray and slurm do.")
 
     @classmethod
+    def check_here(cls, spec: ExecutorSpec) -> None:
+        """Raise KickError where this machine cannot begin works; asked before a folder is begun."""
+        del spec
+
+    @classmethod
     def device(cls, spec: ExecutorSpec, asked: str) -> str:
         """What works compute on, `auto` decided. Raises ConfigError for a device that cannot be used."""
         del spec

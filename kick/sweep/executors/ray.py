@@ -89,6 +89,10 @@ class Ray(Executor):
         parse(spec)
 
     @classmethod
+    def check_here(cls, spec: ExecutorSpec) -> None:
+        import_extra("ray", "ray", "the executor 'ray'")
+
+    @classmethod
     def device(cls, spec: ExecutorSpec, asked: str) -> str:
         return device_elsewhere(asked, parse(spec).num_gpus)
 

@@ -6,10 +6,12 @@ scripts and their output are in slurm/ of the run directory.
 """
 
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
+from shutil import which
 from typing import Any
 
 from kick.errors import ConfigError, RunError, on_one_line
@@ -43,10 +45,12 @@ def _gpus(params: Mapping[str, Any]) -> Any:
 
 @contextmanager
 def _clear_errors() -> Iterator[None]:
-    """What submitit says of parameters, which it asserts in part, as a ConfigError."""
+    """What submitit says of parameters, which it asserts in part and warns of in part, as a ConfigError."""
     try:
-        yield
-    except (AssertionError, RuntimeError, ValueError, NameError, TypeError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            yield
+    except (AssertionError, RuntimeError, ValueError, NameError, TypeError, UserWarning) as error:
         raise ConfigError(
             f"executor 'slurm': {on_one_line(error)}", "Parameters are submitit's; see docs/clusters.md."
         ) from error
@@ -83,6 +87,15 @@ class Slurm(Executor):
                 raise ValueError(f"cluster: {cluster!r} is none of {', '.join(known)}")
             # takes the parameters of all clusters, and starts nothing
             submitit.AutoExecutor(folder="never-made", cluster="debug").update_parameters(**params)
+
+    @classmethod
+    def check_here(cls, spec: ExecutorSpec) -> None:
+        import_extra("submitit", "slurm", "the executor 'slurm'")
+        if spec.params.get("cluster", _CLUSTER) == _CLUSTER and which("sbatch") is None:
+            raise ConfigError(
+                "executor 'slurm': there is no sbatch on this machine.",
+                "Run it where jobs are submitted from, or try the jobs here with params: {cluster: local}.",
+            )
 
     @classmethod
     def device(cls, spec: ExecutorSpec, asked: str) -> str:
