@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def check_url(whose: str, url: str, key_env: str, query: Iterable[str] = ()) -> None:
-    """Raise ConfigError for a URL that is none, or which, or whose query, holds a key: it would stand in the record."""
+    """Raise ConfigError unless `url` is an http(s) URL without a credential in it or in its query: records keep it."""
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.netloc:
         raise ConfigError(f"{whose} URL '{url}' is none.", "For example http://127.0.0.1:8000/v1.")

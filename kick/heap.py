@@ -16,7 +16,7 @@ _USUAL_TRIM, _USUAL_MMAP_MAX = 128 * 1024, 65536
 _NEVER = 2**31 - 1
 
 
-def give_back() -> None:
+def release_at_once() -> None:
     """From now on large tensors that are let go give their memory back at once.
 
     By itself glibc raises the size from which this holds up to 32 MB as it goes, keeps what is smaller in a heap that

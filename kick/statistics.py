@@ -157,8 +157,8 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted.tolist()
 
 
-def verdict(retained: Interval, signal: bool, whole: bool = True, tolerance: float = TOLERANCE) -> Verdict:
-    """Whether a loss of `tolerance` lies above, below or inside the interval of the loss, 1 - retained.
+def verdict(retained: Interval, signal: bool, whole: bool = True) -> Verdict:
+    """Whether a loss of TOLERANCE lies above, below or inside the interval of the loss, 1 - retained.
 
     whole: False where answers are missing that could turn it.
     """
@@ -166,46 +166,46 @@ def verdict(retained: Interval, signal: bool, whole: bool = True, tolerance: flo
         return "no signal"
     if not whole:
         return "undecided"
-    if retained.low > 1 - tolerance:
+    if retained.low > 1 - TOLERANCE:
         return "matching"
-    if retained.high < 1 - tolerance:
+    if retained.high < 1 - TOLERANCE:
         return "not matching"
     return "undecided"
 
 
-def verdict_p(retained: float, interval: Interval, n: int, tolerance: float = TOLERANCE) -> float:
-    """Two-sided p-value of a loss of exactly `tolerance`, read off the interval: below 0.05 where the line is outside.
+def verdict_p(retained: float, interval: Interval, n: int) -> float:
+    """Two-sided p-value of a loss of exactly TOLERANCE, read off the interval: below 0.05 where the line is outside.
 
-    The interval's half toward the line counts as so many standard errors as halves of t intervals of n samples have.
+    The standard error is the half-width on the line's side over the 97.5 % quantile of t with n - 1 degrees of freedom.
     NaN where there is none, and for an interval without width: nothing was seen to vary.
     """
-    line = 1 - tolerance
+    line = 1 - TOLERANCE
     toward = interval.high - retained if retained < line else retained - interval.low
     if not np.isfinite(toward) or not np.isfinite(retained) or toward <= 0 or n < 2:
         return float("nan")
     return float(2 * stdtr(n - 1, -stdtrit(n - 1, (1 + CONFIDENCE) / 2) * abs(retained - line) / toward))
 
 
-def has_signal(dense: Interval, chance: float | None, tolerance: float = TOLERANCE) -> bool:
+def has_signal(dense: Interval, chance: float | None) -> bool:
     """Whether dense is so clearly above chance (0 where nothing can be guessed) that a guesser would not match it."""
-    return bool(dense.low * (1 - tolerance) > (chance or 0.0))
+    return bool(dense.low * (1 - TOLERANCE) > (chance or 0.0))
 
 
-def point_verdict(retained: float, tolerance: float = TOLERANCE) -> bool:
-    """The paper's rule, without uncertainty: it matches if at most `tolerance` of the dense score is lost."""
-    return retained >= 1 - tolerance
+def point_verdict(retained: float) -> bool:
+    """The paper's rule, without uncertainty: it matches if at most TOLERANCE of the dense score is lost."""
+    return retained >= 1 - TOLERANCE
 
 
-def n_to_decide(n: int, retained: float, interval: Interval, tolerance: float = TOLERANCE) -> int | None:
+def n_to_decide(n: int, retained: float, interval: Interval) -> int | None:
     """About how many samples would decide an undecided verdict four times of five, if what was estimated is the truth.
 
     The interval's half shrinks as 1/sqrt(n); besides it, the estimate itself has to fall on the right side. None if it
     lies on the line or is not a number.
     """
-    distance = abs(retained - (1 - tolerance))
+    distance = abs(retained - (1 - TOLERANCE))
     if not np.isfinite(distance) or distance < 1e-9:
         return None
-    toward = interval.high - retained if retained < 1 - tolerance else retained - interval.low
+    toward = interval.high - retained if retained < 1 - TOLERANCE else retained - interval.low
     if not np.isfinite(toward):
         return None
     wanted = 1 + float(ndtri(POWER) / ndtri((1 + CONFIDENCE) / 2))

@@ -96,7 +96,7 @@ def open_streamed(path: Path, dtype: str, scratch: Path) -> nn.Module:
 
     if not path.is_dir():
         raise ModelError(f"{path.name} cannot be streamed.", "Streaming reads a directory with safetensors.")
-    heap.give_back()
+    heap.release_at_once()
     check_configuration(path)
     config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     kind = getattr(torch, dtype)

@@ -264,8 +264,10 @@ class Suite(ABC):
 
 
 def count_left_out(samples: Iterable[Sample], graded: Mapping[str, Sequence[Any]]) -> tuple[int, int]:
-    """(truncated, failed) of a score by a judge. Of a sample whose list in `graded`, by ids, is empty it was asked for
-    grades and gave none."""
+    """(truncated, failed) for a judged score. graded: the grades of each sample, by its id.
+
+    A sample with an empty list there was sent to the judge and got no grade: it counts as failed.
+    """
     reasons = [sample.left_out or ("failed" if graded.get(sample.id) == [] else None) for sample in samples]
     return reasons.count("truncated"), reasons.count("failed")
 

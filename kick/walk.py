@@ -117,7 +117,7 @@ def collect_head(model: nn.Module, head: Linear, tokens: Tensor, listener: Liste
 
 
 class _Stop(Exception):  # noqa: N818 (not an error)
-    """Ends a forward pass once the first block's input is known."""
+    """Ends a forward pass once what was wanted has been seen."""
 
 
 @torch.no_grad()

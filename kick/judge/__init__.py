@@ -9,5 +9,5 @@ generates again, and an answer that was judged is never paid for twice.
     run.py           all questions of a run
     estimate.py      what a judge would be asked, and what that costs
     spec.py          the `judge` section of a sweep file
-    calibration.py   how far the judge can be trusted
+    trust.py         how far the judge can be trusted
 """

@@ -14,7 +14,7 @@ Order = Literal["", "ab", "ba"]
 Answer = dict[str, Any]
 
 REASONS = "reasons"
-"""Every reply begins with them, also where an endpoint lets it hold nothing but the schema; no answer keeps them."""
+"""Every schema asks for reasons first, so that a judge can think under structured output, too. No answer keeps them."""
 
 
 class Form(ABC):

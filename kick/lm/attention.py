@@ -43,7 +43,8 @@ class PackedRow:
     def parts(self, mask: Tensor, repeated: int) -> list[tuple[int, int, Tensor, Tensor]]:
         """For each chunk: start, end, the row's own keys that it may see [k], a mask [1, 1, repeated x q, k] of these.
 
-        mask [1, 1, row, prefix + row]: of all layers the same, so that parts of one serve all with as many heads a key.
+        mask [1, 1, row, prefix + row]: the same for all layers, so the parts are cached by the number of query heads
+        per key head.
         """
         if repeated not in self._parts:
             self._parts[repeated] = [

@@ -71,7 +71,7 @@ class FastLM(TokenLM):
 
     def close(self) -> None:
         del self.model, self.runner, self.scorer, self.decoder
-        memory.give_back(self.device.type)
+        memory.free_unreferenced(self.device.type)
 
     def record(self) -> dict[str, Any]:
         return {

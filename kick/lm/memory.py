@@ -51,10 +51,15 @@ def _intermediate(config: Any) -> int:
     return max(widest, experts * (getattr(config, "moe_intermediate_size", None) or 0))
 
 
+SHARED_BY = "KICK_WORKERS_HERE"
+"""Environment variable of a process that shares the machine's memory with others like it: how many they are."""
+
+
 def bytes_beside(model: Any) -> int:
-    """What the weights of `model` leave of all memory that there is where it stands."""
+    """What the weights of `model` leave of the memory where it stands; on a CPU of this process's part of it."""
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    return max(0, total_bytes(model.device) - weights)
+    sharing = int(os.environ.get(SHARED_BY, 1)) if model.device.type == "cpu" else 1
+    return max(0, total_bytes(model.device) // sharing - weights)
 
 
 def lanes_beside(model: Any, held_bytes: int) -> int:
@@ -100,8 +105,8 @@ def most_cached_tokens(model: Any, bytes_per_token: int) -> int:
     return int(CACHE_SHARE * bytes_beside(model) / bytes_per_token)
 
 
-def give_back(device: str) -> None:
-    """What models that are gone took of `device` is free for others, other processes too."""
+def free_unreferenced(device: str) -> None:
+    """Free the memory of models that are no longer referenced, so that other processes can use it."""
     gc.collect()
     if device.startswith("cuda"):
         torch.cuda.empty_cache()

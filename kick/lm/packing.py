@@ -57,7 +57,9 @@ class Packed:
             yield start, Packed.chain(self.tokens[start : start + most])
 
     def chunks(self, size: int) -> Iterator[tuple[int, int, list[int]]]:
-        """(start, end, before): of the row, tokens [start, end), at most `size`, see none before them but `before`.
+        """Cut the row into chunks of at most `size` tokens: yields (start, end, before).
+
+        Tokens [start, end) attend to nothing earlier in the row but the places in `before`.
 
         A chunk that is more than half full ends before a token that has fewer ancestors than those around it.
         """
@@ -153,7 +155,7 @@ def pack_evenly(sequences: Sequence[Tokens], order: Sequence[int], max_tokens: i
 
 
 def _span(sizes: Sequence[int], lanes: int) -> float:
-    """When rows of so many tokens are done that are taken in turn by `lanes`, in tokens that a lane computes.
+    """The makespan of rows of these sizes on `lanes` workers, in tokens computed by one lane.
 
     Fewer rows than lanes share the cores of all, at a loss.
     """

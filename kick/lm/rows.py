@@ -15,7 +15,8 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from kick.lm import attention
 
 _GROWTH = 8
-"""Of so many columns that are there, one is added. Rows that end early never take the memory of what they could become.
+"""Columns are added in steps of one eighth of those already there: rows that end early never take the memory of what
+they could become.
 
 On a CPU: a GPU's allocator keeps freed blocks of every size, and has all room at once.
 """

@@ -120,9 +120,9 @@ class Scorer:
     def in_padded_rows(
         self, sequences: Sequence[Scored], members: Sequence[int], tokens: int, pieces: bool = False
     ) -> dict[int, Score]:
-        """Without packing, in batches of so many `tokens`: a padded row for each sequence that differs but in the last.
+        """Padded batches of at most `tokens` tokens. Sequences that differ only in their last token share one row.
 
-        Options of one token share the row of their context. pieces: a row of more `tokens` is read in pieces.
+        pieces: whether a row of more than `tokens` is read piece by piece.
         """
         owners: dict[tuple[int, ...], list[int]] = {}
         for index in members:

@@ -31,7 +31,7 @@ _UNDO = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 """What an engine may have defaults for that change texts, with the values that change nothing."""
 
 _ROUNDING = 0.9, 8
-"""Of the tokens of a text, the share that a server must have read, but for so many: it may cut words otherwise."""
+"""A server may tokenise a text differently: it must have read at least this share of our tokens, less this many."""
 
 _MAY_GO = (openai.APIConnectionError, openai.RateLimitError, openai.InternalServerError)
 

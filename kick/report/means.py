@@ -68,9 +68,9 @@ def _places(names: list[str], points: np.ndarray, draws: np.ndarray, fewest: int
 def mean_draws(suites: Sequence[tuple[Score, Sequence[Score]]]) -> np.ndarray:
     """Bootstrap draws [others, resamples] of the mean over suites of retained shares. suites: (dense, others) of each.
 
-    Pseudo-observations draw every suite's share the same way, those near 0 up. A mean of s suites with questions of
-    their own is s times as much data: its spread falls with the root of s, and so must what draws it aside, or a mean
-    of ten suites at 1 % has an interval that lies above it.
+    Pseudo-observations bias every suite's share in the same direction, shares near 0 upwards. Averaging s independent
+    suites shrinks the spread by sqrt(s), but not that bias: so the bias is scaled by 1/sqrt(s) as well. Without that, a
+    mean of ten suites at 1 % would have an interval that lies above it.
     """
     total = np.zeros((len(suites[0][1]), RESAMPLES))
     together = _asking_the_same([list(by_unit(dense)) for dense, _ in suites])
@@ -111,8 +111,8 @@ def retained_draws(
 
     units: of more questions than dense answered, those of its own among them.
 
-    As compare.resampled_retained: scores within bounds have half a pseudo-observation in each of their corners. Also by
-    how much these draw each share aside [others].
+    As compare.resampled_retained: scores within bounds have half a pseudo-observation in each of their corners. Also
+    returned: the bias that these add to each share [others].
     """
     units = list(by_unit(dense)) if units is None else units
     before, rows = np.zeros((2, len(others), len(units), 2))  # value and per of the dense model, and of the other

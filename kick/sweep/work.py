@@ -202,8 +202,8 @@ def _still_computes(device: str) -> bool:
         return True
     try:
         return torch.zeros(1, device=device).add(1).item() == 1
-    except Exception as error:  # whatever it is: it comes of the one before
-        return is_out_of_memory(error)  # others fill it
+    except Exception as error:  # a broken context makes every later call fail, whatever the error
+        return is_out_of_memory(error)  # that another process has the memory breaks nothing
 
 
 def record_failure(

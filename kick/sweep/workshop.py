@@ -8,7 +8,7 @@ from kick.checkpoint import Checkpoint
 from kick.compress import compress
 from kick.errors import CheckpointError
 from kick.lm import load_lm
-from kick.lm.memory import give_back
+from kick.lm.memory import free_unreferenced
 from kick.settings import DENSE, Setting
 from kick.sweep.clock import Watch
 from kick.sweep.plan import Plan, PlannedSuite
@@ -100,7 +100,7 @@ class Workshop:
         out = self.store.checkpoint_path(setting.name)
         recipe = self.plan.recipe(setting)
         made = compress(recipe, out, watch.show, start, self.plan.calibration_of(setting))
-        give_back(self.plan.device)
+        free_unreferenced(self.plan.device)
         watch.made()
         return made
 

@@ -497,6 +497,16 @@ def test_rows_side_by_side_take_a_tenth_of_what_the_weights_leave(free_mb, lanes
     assert memory.row_tokens(model) == expected
 
 
+def test_a_worker_has_its_part_of_the_memory(monkeypatch):
+    model = make_tiny_llama()
+    leave(monkeypatch, model, 1000)
+    weights = 4 * sum(parameter.numel() for parameter in model.parameters())
+    assert memory.bytes_beside(model) == 1000
+    monkeypatch.setattr(memory, "total_bytes", lambda device: 4 * (weights + 1000))
+    monkeypatch.setenv("KICK_WORKERS_HERE", "4")
+    assert memory.bytes_beside(model) == 1000
+
+
 def test_as_many_rows_at_a_time_as_copies_of_the_prefix_fit(monkeypatch):
     model = make_tiny_llama()
     monkeypatch.setattr(memory, "lane_count", lambda device: 4)

@@ -6,16 +6,18 @@ import subprocess
 import sys
 import time
 import urllib.request
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from loopback import free_port
 
+from kick.config import SuiteSpec
 from kick.lm import generate, load_lm
-from kick.lm.parity import ask, compare
+from kick.lm.parity import ask, compare, lead_of
 from kick.lm.spec import LMSpec
+from kick.sweep.plan import plan_suite
 
 VLLM = os.environ.get("KICK_TEST_VLLM")
 needs_vllm = pytest.mark.skipif(not VLLM, reason="set KICK_TEST_VLLM to an interpreter with vLLM")
@@ -84,7 +86,9 @@ def test_vllm_serve_agrees_with_fast(real_checkpoint, tmp_path):
     server = [VLLM, "-m", "vllm.entrypoints.openai.api_server"]
     command = [*server, "--model", path, "--served-model-name", "m", "--dtype", "float32", "--max-model-len", "2048"]
     with serving(command, port, tmp_path / "log", 300, VLLM_CPU_KVCACHE_SPACE="1") as url:
-        rows = compare(ask(load_lm(LMSpec(), path, "float32", "cpu")), ask(served(path, url, "m")), "float32")
+        own = load_lm(LMSpec(), path, "float32", "cpu")
+        mine, theirs = ask(own), ask(served(path, url, "m"))
+        rows = compare(mine, theirs, "float32", lead_of(own, mine, theirs))
     assert all(row.agrees and row.n for row in rows)
     assert rows[0].difference < 1e-2
 
@@ -94,7 +98,34 @@ def test_vllm_serve_agrees_with_fast(real_checkpoint, tmp_path):
 def test_vllm_scores_the_real_model_as_fast_does(real_checkpoint):
     other = load_lm(LMSpec(name="vllm", params={"python": VLLM}), real_checkpoint.path, "float32", "cpu")
     own = load_lm(LMSpec(), real_checkpoint.path, "float32", "cpu")
-    rows = compare(ask(own), ask(other), "float32")
+    mine, theirs = ask(own), ask(other)
+    rows = compare(mine, theirs, "float32", lead_of(own, mine, theirs))
     other.close()
     assert all(row.agrees for row in rows)
     assert rows[0].difference < 1e-2
+
+
+@pytest.mark.real_model
+@needs_vllm
+@pytest.mark.parametrize(
+    ("suite", "params"),
+    [
+        ("factoid_qa", {"shots": 3, "max_new_tokens": 12}),
+        ("mmlu", {"shots": 2}),
+        ("mmlu", {"shots": 0, "format": "cloze"}),
+        ("summarization", {"max_new_tokens": 24}),
+        ("perplexity", {}),
+    ],
+)
+def test_suites_give_in_vllm_what_they_give_in_fast(real_checkpoint, suite, params):
+    """But for a question on which two answers are tied."""
+    planned = plan_suite(SuiteSpec(suite=suite, params=params, limit=6), "embedded")
+    found = []
+    for spec in (LMSpec(), LMSpec(name="vllm", params={"python": VLLM})):
+        with closing(load_lm(spec, real_checkpoint.path, "float32", "cpu")) as lm:
+            found.append(list(planned.suite.answer(lm, planned.examples)))
+    apart = [pair for pair in zip(*found, strict=True) if pair[0].output != pair[1].output]
+    assert len(apart) <= 1
+    for own, other in zip(*found, strict=True):
+        if (own, other) not in apart:
+            assert other.scores == pytest.approx(own.scores, rel=1e-3)

@@ -21,7 +21,7 @@ from typing import Any, TextIO
 import torch
 
 from kick.errors import RunError
-from kick.lm.memory import free_bytes
+from kick.lm.memory import SHARED_BY, free_bytes
 from kick.sweep.clock import Watch
 from kick.sweep.costs import worker_bytes
 from kick.sweep.executors.base import Ended, Executor, Job
@@ -67,7 +67,7 @@ class Local(Executor):
 
     def _start(self) -> "_Worker":
         place = self._free.popleft()
-        worker = _Worker(self.job, self.store, place, _environment(self.plan, place, self._threads))
+        worker = _Worker(self.job, self.store, place, _environment(self.plan, place, self._threads, self.slots))
         self._selector.register(worker.answers, selectors.EVENT_READ, worker)
         return worker
 
@@ -207,9 +207,9 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _environment(plan: Plan, place: int, threads: int | None) -> dict[str, str]:
-    """Which GPUs or how many threads a worker has."""
-    environment = dict(os.environ)
+def _environment(plan: Plan, place: int, threads: int | None, workers: int) -> dict[str, str]:
+    """Which GPUs or how many threads a worker has, and how many share the memory."""
+    environment = {**os.environ, SHARED_BY: str(workers)}
     if plan.device == "cuda":
         seen = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
         seen = seen or [str(number) for number in range(torch.cuda.device_count())]
