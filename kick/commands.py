@@ -5,6 +5,7 @@ import sys
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -351,8 +352,7 @@ def _draw_figures(options: Namespace, names: Sequence[str]) -> int:
             "Give --out for a whole report.",
         )
     with alone_in(options.run):
-        results = read_results(options.run)
-        results.perplexity_margin = options.perplexity_margin
+        results = replace(read_results(options.run), perplexity_margin=options.perplexity_margin)
         drawn = draw(choose(results, names), options.run / "figures")
     rows = [{"name": own.name, "file": str(own.svg)} for own in drawn]
     return _print(options, "\n".join(row["file"] for row in rows), rows)

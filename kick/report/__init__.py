@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 from kick.files import check_own, check_writable, write_text
@@ -37,8 +38,7 @@ def write_report(
         check_writable(out)
         check_own(out, "report.html")
     with alone_in(run) if into_the_run else nullcontext():
-        results = read_results(run)
-        results.perplexity_margin = perplexity_margin
+        results = replace(read_results(run), perplexity_margin=perplexity_margin)
         chosen = figures.choose(results, figures_like)
         out.mkdir(parents=True, exist_ok=True)
         write_tables(results, out)

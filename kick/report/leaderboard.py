@@ -5,6 +5,7 @@ questions, parameters, prompts or templates), or computed in another precision, 
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from kick.report.results import Results, read_results
 from kick.report.template import inline, render, script
 from kick.settings import DENSE
 from kick.statistics import TOLERANCE
+from kick.suite import Metric
 
 _SAME = ("suite", "plugin", "params", "questions", "data")  # of a suite, for two runs to be compared on it
 _OF_A_SUITE = ("", "_ci_low", "_ci_high", "_verdict", "_holds", "_n", "_left_out", "_status")
@@ -26,13 +28,12 @@ def write_leaderboard(runs: Sequence[Path], out: Path) -> list[dict[str, Any]]:
     """The site into `out`; its rows, the best first. Raises RunError for runs that cannot be compared."""
     found = [read_results(run) for run in runs]
     check_comparable(found)
-    compare_across_tokenizers(found)
+    found = compared_across_tokenizers(found)
     check_writable(out)
     if (out / "run.json").exists():
         raise RunError(f"{out} is a run, with a leaderboard of its own.", "Choose another --out.")
     shared = shared_suites(found)
-    for results in found:  # a mean over other suites is another measure
-        results.task_suites = shared
+    found = [replace(results, in_means=shared) for results in found]  # a mean over other suites is another measure
     rows = [row for results in found for row in _rows(results)]
     rows = in_order(rows if len(found) == 1 else placed(rows))  # of one run places are known from paired answers
     suites = list(dict.fromkeys(suite for results in found for suite in results.suites))
@@ -107,11 +108,12 @@ def check_comparable(found: Sequence[Results]) -> None:
                     )
 
 
-def compare_across_tokenizers(found: Sequence[Results]) -> None:
-    """Where texts are cut into other tokens, what is counted by tokens says nothing: let the suite's metric be another.
+def compared_across_tokenizers(found: Sequence[Results]) -> list[Results]:
+    """Where texts are cut into other tokens, what is counted by tokens says nothing: the suite's metric is another.
 
     Raises RunError for a suite that has no other.
     """
+    metrics: dict[str, Metric] = {}
     for suite in dict.fromkeys(suite for results in found for suite in results.suites):
         own = [results for results in found if suite in results.suites]
         if own[0].metric(suite).per != "tokens" or own[0].metric(suite).descriptive:
@@ -128,8 +130,8 @@ def compare_across_tokenizers(found: Sequence[Results]) -> None:
                 f"'{suite}' counts by tokens, and {own[0].path} and others have different tokenizers.",
                 "Leave out a run, or the suite.",
             )
-        for results in own:
-            results.use_metric(suite, metric)
+        metrics[suite] = metric
+    return [replace(results, metrics=metrics) for results in found]
 
 
 def _tokens(results: Results, suite: str) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """What a run directory says, read once: for each setting its record, for each evaluation its scores beside dense."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -137,9 +137,13 @@ class Evaluation:
     batch_size: int | None = None
 
 
-@dataclass
+@dataclass(frozen=True)
 class Results:
-    """A whole run. Settings and suites stand in the order of the sweep file."""
+    """A whole run. Settings and suites stand in the order of the sweep file.
+
+    perplexity_margin: the relative rise of perplexity that is taken to look fine. metrics: for some suites the one that
+    verdicts are about, instead of their own. in_means: the suites that enter means, instead of all that could.
+    """
 
     path: Path
     run: dict[str, Any]
@@ -148,7 +152,9 @@ class Results:
     evaluations: dict[tuple[str, str], Evaluation]
     judge: dict[str, Any] | None = None  # judge.json
     perplexity_margin: float = PERPLEXITY_MARGIN
-    _metrics: dict[str, Metric] = field(default_factory=dict, repr=False)
+    metrics: Mapping[str, Metric] = field(default_factory=dict)
+    in_means: Sequence[str] | None = None
+    _primary: dict[str, Metric] = field(default_factory=dict, init=False, repr=False)  # what was found out
 
     def get(self, setting: str, suite: str) -> Evaluation:
         missing = Evaluation(setting, suite, reason="not part of this run")
@@ -156,9 +162,9 @@ class Results:
 
     def metric(self, suite: str) -> Metric:
         """What a suite's verdicts are about: the judge's score where there is one."""
-        if suite not in self._metrics:
-            self._metrics[suite] = self._metric(suite)
-        return self._metrics[suite]
+        if suite not in self._primary:
+            self._primary[suite] = self.metrics.get(suite) or self._metric(suite)
+        return self._primary[suite]
 
     def _metric(self, suite: str) -> Metric:
         scores = self.get(DENSE, suite).scores
@@ -168,10 +174,6 @@ class Results:
         )
         dense = scores.get((found.name, OVERALL))
         return dense.metric if dense else found  # what guessing gives may be known from the questions alone
-
-    def use_metric(self, suite: str, metric: Metric) -> None:
-        """Let verdicts on a suite be about `metric`. Before anything else is asked."""
-        self._metrics[suite] = metric
 
     def primary(self, suite: str) -> Key:
         return self.metric(suite).name, OVERALL
@@ -223,6 +225,8 @@ class Results:
     @cached_property
     def task_suites(self) -> list[str]:
         """Suites that enter means: they ask enough for an answer (more is better), and dense clearly gives some."""
+        if self.in_means is not None:
+            return list(self.in_means)
         return [
             name
             for name in self.suites

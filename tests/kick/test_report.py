@@ -255,7 +255,7 @@ def test_what_perplexity_does_not_see(tmp_path):
     root = write_run(tmp_path / "run", SETTINGS, ["factoid_qa", "perplexity"])
     results = read_results(root)
     assert tables.unseen_by_perplexity(results) == []
-    results.perplexity_margin = 1.2
+    results = replace(results, perplexity_margin=1.2)
     rows = tables.unseen_by_perplexity(results)
     assert [row["setting"] for row in rows] == ["magnitude@0.5", "wanda@2:4"]  # the others keep what they knew
     assert rows[0]["increase"] == pytest.approx(2.718281828 ** (0.3 * 2.495) - 1, rel=1e-5)
@@ -359,20 +359,23 @@ def test_models_with_other_tokens_are_compared_by_bytes(tmp_path):
 
 
 def test_what_other_judges_say_or_none_is_not_compared(tmp_path):
-    """A suite that can be judged: in one run it was, in another by somebody else, in the third by nobody."""
-    found = [read_results(write_run(tmp_path / name, SETTINGS[:2], ["factoid_qa"])) for name in ("a", "b", "c")]
-    rating = found[0].metric("factoid_qa")
-    for results, judge in zip(found, ("gpt-4", "gpt-4", "gpt-4"), strict=True):
-        results.settings = results.settings[:1]
-        results.suites["factoid_qa"].judged_metrics = (rating,)
-        results.judge = {"identity": {"model": judge}, "versions": [judge], "prompts": ["single"], "judge": {}}
-    check_comparable(found)
-    found[1].judge["identity"]["model"] = "tiny-judge"
-    with pytest.raises(RunError, match=r"asked 'factoid_qa' differently: judge is .*tiny-judge"):
-        check_comparable(found[:2])
-    found[2]._metrics["factoid_qa"] = replace(rating, name="exact_match")
+    """A suite that can be judged: in two runs by the same, in one by somebody else, in another by nobody."""
+
+    def judged_by(name, judge):
+        results = read_results(write_run(tmp_path / name, SETTINGS[:2], ["factoid_qa"]))
+        results.suites["factoid_qa"].judged_metrics = (results.metric("factoid_qa"),)
+        record = {"identity": {"model": judge}, "versions": [judge], "prompts": ["single"], "judge": {}}
+        return replace(results, settings=results.settings[:1], judge=record)
+
+    one, same, another, none = (
+        judged_by(name, judge) for name, judge in zip("abcd", ["gpt-4", "gpt-4", "tiny", "gpt-4"], strict=True)
+    )
+    check_comparable([one, same])
+    with pytest.raises(RunError, match=r"asked 'factoid_qa' differently: judge is .*tiny"):
+        check_comparable([one, another])
+    unjudged = replace(none, metrics={"factoid_qa": replace(none.metric("factoid_qa"), name="exact_match")})
     with pytest.raises(RunError, match="differently: metric is 'exact_match'"):
-        check_comparable([found[0], found[2]])
+        check_comparable([one, unjudged])
 
 
 def test_a_figure_in_a_page_has_ids_that_a_reference_can_hold(tmp_path):
