@@ -13,7 +13,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from kick import __version__
@@ -39,7 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KickError as error:
         return _say(str(error), options.debug)
     except KeyboardInterrupt:
-        print("kick: interrupted. Run the same command again to go on where it stopped.", file=sys.stderr)
+        with suppress(OSError):  # its terminal may be gone
+            print("kick: interrupted. Run the same command again to go on where it stopped.", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # the reader of our output went away, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -67,6 +68,8 @@ def _ended_as_by_ctrl_c() -> Iterator[None]:
         return
 
     def end(number: int, frame: object) -> None:
+        for other in wanted:  # a terminal that closes says so more than once: what is being ended is not disturbed
+            signal.signal(other, signal.SIG_IGN)
         raise KeyboardInterrupt
 
     wanted = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) == signal.SIG_DFL]

@@ -54,6 +54,7 @@ def sweep(options: Namespace) -> int:
 
 def _run_models(config: SweepConfig, out: Path, options: Namespace) -> int:
     """A run of its own for each model, in a folder of its name, and a leaderboard of all."""
+    from kick.sweep.executors import find_executor
     from kick.sweep.plan import make_plan
     from kick.sweep.store import check_usable
 
@@ -66,15 +67,18 @@ def _run_models(config: SweepConfig, out: Path, options: Namespace) -> int:
     for name, plan in plans.items():
         check_usable(out / safe_name(name), plan, options.fresh)
         _check_targets(plan)
+    if not options.dry_run:
+        find_executor(config.executor).check_here(config.executor)
     for name, plan in plans.items():
         try:
             code, text, documents[name] = _run(plan, out / safe_name(name), options)
-        except DiskFullError:  # for all
+        except (ConfigError, DiskFullError):  # for all
             raise
         except KickError as error:  # of one model: the others go on
-            code, text, documents[name] = 1, f"{name}: {error}", {"error": str(error)}
+            code, text, documents[name] = 1, "", {"error": str(error)}
+            print(f"kick: {name}: {error}", file=sys.stderr)
         codes.append(code)
-        if not options.json:  # as each ends
+        if text and not options.json:  # as each ends
             _print_text(text)
     if not options.dry_run:
         from kick.report.leaderboard import write_leaderboard
@@ -353,9 +357,11 @@ def _draw_figures(options: Namespace, names: Sequence[str]) -> int:
         )
     with alone_in(options.run):
         results = replace(read_results(options.run), perplexity_margin=options.perplexity_margin)
-        drawn = draw(choose(results, names), options.run / "figures")
+        chosen = choose(results, names)
+        drawn = draw(chosen, options.run / "figures")
     rows = [{"name": own.name, "file": str(own.svg)} for own in drawn]
-    return _print(options, "\n".join(row["file"] for row in rows), rows)
+    code = _print(options, "\n".join(row["file"] for row in rows), rows)
+    return code if len(drawn) == len(chosen) else 1
 
 
 def leaderboard(options: Namespace) -> int:

@@ -124,7 +124,7 @@ def compare(dense: Score, other: Score, signal: bool) -> Comparison:
             differences = value / per - dense_value / dense_per
         p_value = statistics.sign_flip(np.nan_to_num(differences))
     whole = len(shared) >= (1 - statistics.TOLERANCE) * len(dense.ids)
-    worst, best = _extremes(dense, other, shared)
+    worst, best = _extremes(dense, point, len(shared) / len(dense.ids))
     line = 1 - statistics.TOLERANCE
     settled = worst >= line if whole and interval.low > line else whole or best < line
     outcome = None if metric.descriptive else statistics.verdict(interval, signal, settled)
@@ -143,8 +143,10 @@ def compare(dense: Score, other: Score, signal: bool) -> Comparison:
     )
 
 
-def _extremes(dense: Score, other: Score, shared: Sequence[str]) -> tuple[float, float]:
+def _extremes(dense: Score, point: float, share: float) -> tuple[float, float]:
     """The retained share if every answer that is missing were as bad, and as good, as can be.
+
+    point: the other's score over the questions that both answered, a `share` of dense's.
 
     Of scores without bounds nothing is known of what is missing: a few then count as like the others, many as anything.
     """
@@ -152,8 +154,7 @@ def _extremes(dense: Score, other: Score, shared: Sequence[str]) -> tuple[float,
     bounded = metric.bounds or ((0.0, 1.0) if metric.per is None and dense.value.max(initial=0) <= 1 else None)
     if bounded is None or not metric.higher_is_better or metric.transform != "mean":
         return float("inf"), float("inf")
-    share = len(shared) / len(dense.ids)
-    points = [share * other.point + (1 - share) * bound for bound in bounded]
+    points = [share * point + (1 - share) * bound for bound in bounded]
     worst, best = (float(retained_share(dense.point, point, higher_is_better=True)) for point in points)
     return worst, best
 

@@ -140,12 +140,12 @@ def _check_whole(group: str, loaded: type, origin: str) -> None:
     if not hasattr(loaded, attribute):
         raise KickError(f"{loaded.__name__} of {origin} has no `{attribute}`.", f"For example {example}.")
     value = getattr(loaded, attribute)
+    if hasattr(value, "__get__"):  # known once the parameters are
+        return
     if group == COMPRESSORS:
         fits = isinstance(value, Knob)
-    else:  # some know their metrics once their parameters are known
-        fits = isinstance(value, property) or (
-            isinstance(value, tuple | list) and all(isinstance(metric, Metric) for metric in value)
-        )
+    else:
+        fits = isinstance(value, tuple | list) and all(isinstance(metric, Metric) for metric in value)
     if not fits:
         raise KickError(f"{attribute} of {loaded.__name__} in {origin} is {value!r}.", f"For example {example}.")
 

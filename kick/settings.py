@@ -6,6 +6,7 @@ A setting is written `compressor@level`: `magnitude@0.5`, `wanda@2:4`, `gptq@4`,
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -87,7 +88,8 @@ class Setting(Stage):
         """The name without level, variation and seed: what is one method in tables and figures."""
         name = self.label.removesuffix(f"#{self.seed}")
         if self.variation:
-            name = name.rpartition(f" {_word(next(iter(self.variation)))}=")[0]
+            words = "".join(f" {re.escape(_word(key))}=.*" for key in self.variation)
+            name = re.sub(f"(.*?){words}", r"\1", name)
         if name == CHAIN.join(map(str, self.stages)):
             return self.compressors
         return (name.removesuffix(f"@{self.level}") if self.level else name) or self.compressors
@@ -142,7 +144,7 @@ def _short(value: Any, others: Sequence[Any]) -> str:
     if not _is_path(value):
         return str(value)
     paths = [Path(other) for other in others if _is_path(other)]
-    for count in range(1, len(Path(value).parts)):
+    for count in range(1, max(2, len(Path(value).parts))):
         own, *found = (_last(path, count) for path in (Path(value), *paths))
         if found.count(own) <= others.count(value):
             return own

@@ -184,7 +184,7 @@ def _override(content: dict[str, Any], override: str) -> None:
                 place = place[part]
         if isinstance(place, list):
             index = int(last)
-            if index > len(place):  # one more may be added
+            if not 0 <= index <= len(place):  # one more may be added
                 raise IndexError(index)
             place[index : index + 1] = [read_yaml(value, f"--set {key}")]
         elif isinstance(place, dict):

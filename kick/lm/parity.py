@@ -98,7 +98,7 @@ def _lead_of(lm: Any, prompt: str, mine: str, theirs: str) -> float:
         return 0.0
     texts = [lm.tok_encode(prompt + text) for text in (mine, theirs)]
     shared = common_length(*texts)
-    ends = [lm.eot_token_id, lm.tok_encode(_STOP)[-1]]
+    ends = [token for token in (lm.eot_token_id, *lm.tok_encode(_STOP)[-1:]) if token is not None]
     return _likeliest(lm, texts[0][:shared], texts[0][shared : shared + 1] or ends) - _likeliest(
         lm, texts[1][:shared], texts[1][shared : shared + 1] or ends
     )
@@ -106,7 +106,8 @@ def _lead_of(lm: Any, prompt: str, mine: str, theirs: str) -> float:
 
 def _likeliest(lm: Any, context: list[int], tokens: Sequence[int]) -> float:
     """The log-likelihood of the likeliest of `tokens` after `context`."""
-    return max(value for value, _ in lm._loglikelihood_tokens([(("", ""), context, [token]) for token in tokens]))
+    asked = [(("", ""), context, [token]) for token in tokens]
+    return max((value for value, _ in lm._loglikelihood_tokens(asked)), default=-math.inf)
 
 
 def compare(reference: Answers, other: Answers, dtype: str, lead: float | None = None) -> list[Parity]:

@@ -279,7 +279,7 @@ def _side_by_side(work: Callable[[A], B], items: Sequence[A], most: int) -> list
     not.
     """
     todo: SimpleQueue[tuple[int, A]] = SimpleQueue()
-    done: SimpleQueue[tuple[int, B] | Exception] = SimpleQueue()
+    done: SimpleQueue[tuple[int, B] | BaseException] = SimpleQueue()
     given_up = threading.Event()
     for place in enumerate(items):
         todo.put(place)
@@ -292,7 +292,7 @@ def _side_by_side(work: Callable[[A], B], items: Sequence[A], most: int) -> list
                 return
             try:
                 done.put((index, work(item)))
-            except Exception as error:  # raised by who waits
+            except BaseException as error:  # raised by who waits
                 given_up.set()
                 done.put(error)
 
@@ -302,7 +302,7 @@ def _side_by_side(work: Callable[[A], B], items: Sequence[A], most: int) -> list
     try:
         while len(found) < len(items):
             result = done.get()
-            if isinstance(result, Exception):
+            if isinstance(result, BaseException):
                 raise result
             found |= [result]
         return [found[index] for index in range(len(items))]

@@ -71,11 +71,9 @@ def _by_warning(results: Results) -> dict[str, list[str]]:
         if evaluation.asked_otherwise:
             warning = f"{evaluation.suite}: {evaluation.asked_otherwise} questions had another prompt than dense's"
             found.setdefault(warning, []).append(evaluation.setting)
-        dense = results.get(DENSE, evaluation.suite).batch_size
-        if evaluation.batch_size not in (None, dense) and evaluation.setting not in variants:
-            warning = (
-                f"{evaluation.suite}: asked in batches of {evaluation.batch_size}, after a failure, dense in {dense}"
-            )
+        own, dense = evaluation.batch_size, results.get(DENSE, evaluation.suite).batch_size
+        if own and dense and own != dense and evaluation.setting not in variants:
+            warning = f"{evaluation.suite}: asked in batches of {own}, dense in {dense}: the smaller after a failure"
             found.setdefault(warning, []).append(evaluation.setting)
     return found
 

@@ -138,12 +138,12 @@ class Store:
     def keep_parity(self, rows: list[dict[str, Any]]) -> None:
         write_json(self.root / RUN, read_json(self.root / RUN) | {"parity": rows})
 
-    def threads(self, here: int) -> int:
-        """How many a worker has on a CPU: what the first of this run had, which would be `here` now."""
+    def as_first(self, key: str, here: int) -> int:
+        """What `key` was when the first worker of this run began, which would be `here` now: it decides rounding."""
         known = read_json(self.root / RUN)
-        if "threads" not in known:
-            write_json(self.root / RUN, known | {"threads": here})
-        return known.get("threads", here)
+        if key not in known:
+            write_json(self.root / RUN, known | {key: here})
+        return known.get(key, here)
 
     def checkpoint_path(self, setting: str) -> Path:
         return self.root / "checkpoints" / safe_name(setting)

@@ -247,12 +247,22 @@ def test_what_nobody_foresaw_is_said_in_a_line(capsys, monkeypatch):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_what_ends_a_process_ends_it_as_ctrl_c_does(number, capsys, monkeypatch):
     before = signal.signal(number, signal.SIG_DFL)
-    monkeypatch.setattr(cli, "_command", lambda name: lambda options: signal.raise_signal(number))
+    ended = []
+
+    def work(options):
+        try:
+            signal.raise_signal(number)
+        finally:
+            signal.raise_signal(number)  # again, while things are put away
+            ended.append(True)
+
+    monkeypatch.setattr(cli, "_command", lambda name: work)
     try:
         assert cli.main(["list", "models"]) == 130
         assert signal.getsignal(number) == signal.SIG_DFL
     finally:
         signal.signal(number, before)
+    assert ended
     assert "interrupted" in capsys.readouterr().err
 
 

@@ -135,6 +135,8 @@ def test_what_is_missing_may_not_turn_a_match():
     found = compare.compare(dense, other, signal=True)
     assert found.interval.low > 0.95
     assert (found.verdict, found.whole, found.n_to_decide) == ("undecided", True, None)
+    more = score(ACCURACY, [1] * 1000 + [0] * 100)  # it also answered a hundred that dense did not
+    assert compare.compare(dense, more, signal=True).verdict == "matching"
     fewer = score(ACCURACY, [1] * 960 + [0] * 11, ids=map(str, range(971)))  # 96 % if all 29 are wrong
     assert compare.compare(dense, fewer, signal=True).verdict == "matching"
 

@@ -78,6 +78,7 @@ def test_overrides(tmp_path):
     for bad, says in [
         ("lm.batch_size", "has no '='"),
         ("suites.7=x", "no such place"),
+        ("suites.-1=x", "no such place"),
         ("suites.x=1", "no such place"),
     ]:
         with pytest.raises(ConfigError, match=says):

@@ -595,4 +595,4 @@ def test_answers_in_smaller_batches_are_told(tmp_path):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"batch_size": size}))
     write_report(root)
     page = (root / "report.html").read_text(encoding="utf-8")
-    assert page.count("asked in batches of 64, after a failure, dense in 128") == 1
+    assert page.count("asked in batches of 64, dense in 128: the smaller after a failure") == 1

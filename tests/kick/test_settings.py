@@ -77,3 +77,12 @@ def test_values_that_end_alike_are_told_apart_by_more_of_their_paths():
     settings = grid.settings(CalibrationSpec())
     assert [setting.name for setting in settings] == ["wanda@0.5 source=c4/train", "wanda@0.5 source=wiki/train"]
     assert {setting.method for setting in settings} == {"wanda"}
+
+
+def test_parameters_that_end_alike_are_no_part_of_the_methods_name():
+    grid = Grid(compressor="mine", levels=("0.5",), vary={"calibration.samples": (8,), "samples": (64,)})
+    (setting,) = grid.settings(CalibrationSpec())
+    assert setting.name == "mine@0.5 samples=8 samples=64"
+    assert setting.method == "mine"
+    (single,) = Grid(compressor="mine", vary={"data": ("./calib.jsonl",)}).settings(CalibrationSpec())
+    assert single.name == "mine data=calib"

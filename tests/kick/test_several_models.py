@@ -81,6 +81,6 @@ def test_what_ends_the_run_of_one_model_does_not_end_the_others(config, tmp_path
     monkeypatch.setattr(commands, "_run", run_it)
     assert cli.main(["sweep", str(config), "--out", str(tmp_path / "runs")]) == 1
     said = capsys.readouterr()
-    assert f"{tiny_model}: its folder is being written." in said.out
+    assert f"{tiny_model}: its folder is being written." in said.err
     assert "no leaderboard of all models" in said.err
     assert len(list((tmp_path / "runs").glob("*/report.html"))) == 1

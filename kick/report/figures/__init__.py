@@ -14,7 +14,7 @@ from pathlib import Path
 from kick.errors import ConfigError
 from kick.files import stop_if_full
 from kick.report.figures import answers, curves, groups, retained, studies, training
-from kick.report.figures.style import Drawn, Planned, in_style, save
+from kick.report.figures.style import Drawn, Planned, file_name, in_style, save
 from kick.report.results import Results
 
 _ROOMS = (retained, curves, studies, groups, answers, training)  # in the order in which a report shows them
@@ -52,5 +52,7 @@ def draw(figures: Sequence[Planned], folder: Path) -> list[Drawn]:
                 drawn.append(save(folder, figure))
             except Exception as error:  # of drawing, which may fail at anything that results hold
                 stop_if_full(error)
+                for kind in ("svg", "png", "pdf"):  # of another state of the run
+                    (folder / f"{file_name(figure)}.{kind}").unlink(missing_ok=True)
                 print(f"kick: the figure {figure.name} is not drawn: {type(error).__name__}: {error}", file=sys.stderr)
     return drawn

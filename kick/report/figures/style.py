@@ -90,10 +90,15 @@ def in_style() -> Iterator[None]:
         yield
 
 
+def file_name(planned: Planned) -> str:
+    """Without its suffix; not every system has colons in the names of files."""
+    return safe_name(planned.name).replace(":", "-")
+
+
 def save(folder: Path, planned: Planned) -> Drawn:
     """SVG with values on hover, PNG and PDF."""
     figure, caption = planned.draw()
-    name = safe_name(planned.name).replace(":", "-")  # not every system has colons in the names of files
+    name = file_name(planned)
     figure.draw_without_rendering()
     box = figure.get_tightbbox().padded(0.1)  # laid out once for all three
     _keep_places_of_legends(figure)

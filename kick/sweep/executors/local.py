@@ -34,9 +34,11 @@ class Local(Executor):
     def __init__(self, plan: Plan, store: Store, job: Job, watch: Callable[[], Watch]) -> None:
         super().__init__(plan, store, job, watch)
         self.slots = self.works_here(plan)
-        # the same for all who ever work on this run: other numbers of threads round differently
+        # the same for all who ever work on this run: other threads, and rows of another size, round differently
         own = max(1, torch.get_num_threads() // self.slots)
-        self._threads = store.threads(own) if plan.device == "cpu" else None
+        on_cpu = plan.device == "cpu"
+        self._threads = store.as_first("threads", own) if on_cpu else None
+        self._sharing = store.as_first("memory_shared_by", self.slots) if on_cpu else 1
         self._idle: list[_Worker] = []
         self._busy: list[_Worker] = []
         self._free = deque(range(self.slots))  # places, whose workers died or never were
@@ -67,7 +69,7 @@ class Local(Executor):
 
     def _start(self) -> "_Worker":
         place = self._free.popleft()
-        worker = _Worker(self.job, self.store, place, _environment(self.plan, place, self._threads, self.slots))
+        worker = _Worker(self.job, self.store, place, _environment(self.plan, place, self._threads, self._sharing))
         self._selector.register(worker.answers, selectors.EVENT_READ, worker)
         return worker
 
@@ -207,9 +209,9 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _environment(plan: Plan, place: int, threads: int | None, workers: int) -> dict[str, str]:
+def _environment(plan: Plan, place: int, threads: int | None, sharing: int) -> dict[str, str]:
     """Which GPUs or how many threads a worker has, and how many share the memory."""
-    environment = {**os.environ, SHARED_BY: str(workers)}
+    environment = {**os.environ, SHARED_BY: str(sharing)}
     if plan.device == "cuda":
         seen = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
         seen = seen or [str(number) for number in range(torch.cuda.device_count())]

@@ -48,7 +48,7 @@ def _clear_errors() -> Iterator[None]:
     """What submitit says of parameters, which it asserts in part and warns of in part, as a ConfigError."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error", UserWarning)
+            warnings.filterwarnings("error", message=".*deprecated", category=UserWarning)
             yield
     except (AssertionError, RuntimeError, ValueError, NameError, TypeError, UserWarning) as error:
         raise ConfigError(
