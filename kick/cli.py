@@ -123,13 +123,25 @@ def _parser() -> argparse.ArgumentParser:
     parser.set_defaults(command=None, plugin=[], debug=False)
     commands = parser.add_subparsers(metavar="COMMAND", title="commands")
 
-    def command(name: str, help: str, function: str = "") -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=help, description=help, parents=[common])
+    def command(name: str, help: str, function: str = "", examples: str = "") -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name,
+            help=help,
+            description=help,
+            parents=[common],
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            epilog=f"for example:\n{examples}" if examples else None,
+        )
         sub.set_defaults(command=function or name)
         return sub
 
-    sweep = command("sweep", "compress a model in many ways, ask each result the same questions, and report")
-    sweep.add_argument("config", type=Path, metavar="CONFIG.yaml")
+    sweep = command(
+        "sweep",
+        "compress a model in many ways, ask each result the same questions, and report",
+        examples="  kick sweep configs/demo.yaml --dry-run\n"
+        "  kick sweep study.yaml --data DIR --set lm.batch_size=64 --set 'settings.0.levels=[0.5, \"2:4\"]'",
+    )
+    sweep.add_argument("config", type=Path, metavar="CONFIG.yaml", help="see docs/first-sweep.md")
     sweep.add_argument("--out", type=Path, metavar="DIR", help="the run's folder (default: runs/ and the file's name)")
     sweep.add_argument(
         "--set",
@@ -137,7 +149,7 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         metavar="KEY=VALUE",
         dest="overrides",
-        help="override a key of the file, e.g. lm.batch_size=8",
+        help="override a key of the file, e.g. lm.batch_size=8; may be repeated, values are YAML",
     )
     sweep.add_argument("--data", metavar="DIR", help="where questions come from: a folder, 'embedded' or 'hub'")
     sweep.add_argument("--limit", type=_positive, metavar="N", help="at most N questions of each suite")
@@ -150,35 +162,57 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("--fresh", action="store_true", help="throw away what the folder holds and start again")
     _tracker(sweep)
 
-    compress = command("compress", "write one compressed checkpoint")
+    compress = command(
+        "compress",
+        "write one compressed checkpoint",
+        examples="  kick compress smollm2-135m wanda@2:4 --out checkpoints/wanda\n"
+        "  kick compress DIR 'wanda@0.5 > gptq@4' --param calibration.samples=64 --out checkpoints/both",
+    )
     compress.add_argument("model", metavar="MODEL", help="a model, or a sweep file that names one")
     compress.add_argument(
         "setting", metavar="SETTING", help="for example wanda@0.5 or magnitude@2:4; of a sweep file one of its own"
     )
-    compress.add_argument("--out", type=Path, required=True, metavar="DIR")
+    compress.add_argument("--out", type=Path, required=True, metavar="DIR", help="a folder that is empty or not there")
     compress.add_argument(
-        "--param", action="append", default=[], metavar="K=V", help="a parameter of the compressor, or calibration.K=V"
+        "--param",
+        action="append",
+        default=[],
+        metavar="K=V",
+        help="a parameter of the compressor, or calibration.K=V; may be repeated, values are YAML",
     )
     compress.add_argument("--stream", action="store_true", help="read block by block: needs memory for two blocks only")
     _precision(compress)
 
-    evaluate = command("evaluate", "ask one model or checkpoint the questions of some suites")
-    evaluate.add_argument("model", metavar="MODEL_OR_CHECKPOINT")
-    evaluate.add_argument("--suite", required=True, metavar="NAME[,NAME]")
-    evaluate.add_argument("--out", type=Path, required=True, metavar="DIR")
+    evaluate = command(
+        "evaluate",
+        "ask one model or checkpoint the questions of some suites",
+        examples="  kick evaluate checkpoints/wanda --suite mmlu,perplexity --data embedded --out runs/wanda\n"
+        "  kick evaluate owner/name --suite lm_eval:arc_easy --limit 200 --param shots=5 --out runs/arc",
+    )
+    evaluate.add_argument(
+        "model", metavar="MODEL_OR_CHECKPOINT", help="a hub id, a folder, a .gguf file or a packaged model"
+    )
+    evaluate.add_argument("--suite", required=True, metavar="NAME[,NAME]", help="`kick list suites` names them")
+    evaluate.add_argument("--out", type=Path, required=True, metavar="DIR", help="the run's folder")
     evaluate.add_argument("--limit", type=_positive, metavar="N", help="at most N questions of each suite")
     evaluate.add_argument("--data", default="hub", metavar="DIR", help="a folder, 'embedded' or 'hub' (default)")
-    evaluate.add_argument("--lm", default="fast", metavar="NAME", help="which LM answers (default: fast)")
+    evaluate.add_argument(
+        "--lm", default="fast", metavar="NAME", help="which LM answers: fast (default), vllm or server"
+    )
     evaluate.add_argument("--batch-size", type=_positive, default=128, metavar="N", help="questions asked in one go")
     evaluate.add_argument(
-        "--param", action="append", default=[], metavar="K=V", help="a parameter of the suite, SUITE.K=V, or lm.K=V"
+        "--param",
+        action="append",
+        default=[],
+        metavar="K=V",
+        help="a parameter of the suite, SUITE.K=V, or lm.K=V; may be repeated, values are YAML",
     )
     evaluate.add_argument("--fresh", action="store_true", help="throw away what the folder holds and start again")
     evaluate.set_defaults(dry_run=False)
     _precision(evaluate)
 
     judge = command("judge", "have a judge grade the answers of a run, then report again")
-    judge.add_argument("run", type=Path, metavar="RUN")
+    judge.add_argument("run", type=Path, metavar="RUN", help="the folder of a sweep")
     judge.add_argument("--judge", required=True, metavar="MODEL", help="the judge's name at its endpoint")
     judge.add_argument("--base-url", metavar="URL", help="an endpoint with the OpenAI chat protocol (default: OpenAI)")
     judge.add_argument("--budget", type=float, metavar="USD", help="never spend more on this run; needs --price")
@@ -193,7 +227,7 @@ def _parser() -> argparse.ArgumentParser:
     judge.add_argument("--dry-run", action="store_true", help="say what would be asked, and what it would cost")
 
     report = command("report", "make tables, figures and report.html of a run again")
-    report.add_argument("run", type=Path, metavar="RUN")
+    report.add_argument("run", type=Path, metavar="RUN", help="the folder of a sweep")
     report.add_argument("--out", type=Path, metavar="DIR", help="write there instead of into the run")
     report.add_argument(
         "--figures",
@@ -214,17 +248,21 @@ def _parser() -> argparse.ArgumentParser:
     _tracker(report)
 
     board = command("leaderboard", "several runs as one static site")
-    board.add_argument("runs", type=Path, nargs="+", metavar="RUN")
+    board.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders of sweeps")
     board.add_argument("--out", type=Path, default=Path("leaderboard"), metavar="DIR", help="default: leaderboard")
 
-    compare = command("compare", "two settings of a run side by side: paired tests and the answers that changed")
-    compare.add_argument("run", type=Path, metavar="RUN")
-    compare.add_argument("first", metavar="SETTING")
-    compare.add_argument("second", metavar="SETTING")
+    compare = command(
+        "compare",
+        "two settings of a run side by side: paired tests and the answers that changed",
+        examples="  kick compare runs/demo wanda@0.3 sparsegpt@0.3",
+    )
+    compare.add_argument("run", type=Path, metavar="RUN", help="the folder of a sweep")
+    compare.add_argument("first", metavar="SETTING", help="as the leaderboard calls it")
+    compare.add_argument("second", metavar="SETTING", help="what is compared with the first")
     compare.add_argument("--show", type=_whole, default=3, metavar="N", help="answers of each suite that changed")
 
     export = command("export", "write a checkpoint in another format: plain Hugging Face, packed GPTQ, GGUF")
-    export.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
+    export.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="what `kick compress` wrote")
     export.add_argument("--format", required=True, metavar="hf|gptq|gguf")
     export.add_argument("--out", type=Path, required=True, metavar="DIR", help="a directory, or a .gguf file")
     export.add_argument(
@@ -238,13 +276,15 @@ def _parser() -> argparse.ArgumentParser:
     listing.add_argument("what", choices=["compressors", "suites", "models", "lms"])
 
     doctor = command("doctor", "look at this machine, or whether an LM answers as `fast` does")
-    doctor.add_argument("model", nargs="?", metavar="MODEL")
-    doctor.add_argument("--lm", metavar="NAME", help="compare this LM with `fast` on MODEL")
+    doctor.add_argument("model", nargs="?", metavar="MODEL", help="what an LM is asked about")
+    doctor.add_argument(
+        "--lm", metavar="NAME", help="compare this LM with `fast`, or `fast` with lm-eval's hf, on MODEL"
+    )
     doctor.add_argument("--param", action="append", default=[], metavar="lm.K=V", help="a parameter of the LM")
     _precision(doctor)
 
     inspect = command("inspect", "print a checkpoint's record and check that it is still true", "inspect_checkpoint")
-    inspect.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
+    inspect.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="what `kick compress` wrote")
     return parser
 
 

@@ -414,10 +414,10 @@ def _differences(held: Any, wanted: Any, place: str = "") -> Iterator[str]:
         for key in [*held, *(key for key in wanted if key not in held)]:
             below = f"{place}.{key}" if place else key
             if key not in wanted:
-                yield f"{below} is only in the held run"
+                yield f"{below} is only there"
             elif key not in held:
-                yield f"{below} is only in this one"
+                yield f"{below} is only here"
             else:
                 yield from _differences(held[key], wanted[key], below)
     elif held != wanted:
-        yield f"{place} is {held!r} in the held run, {wanted!r} in this one"
+        yield f"{place} is {held!r} there, {wanted!r} here"

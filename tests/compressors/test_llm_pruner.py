@@ -406,7 +406,7 @@ def test_channel_wise_takes_away_as_many_parameters_as_it_announces(biases):
     assert sum(parameter.numel() for parameter in pruned.parameters()) == pruner.expected_parameters
 
 
-def test_channel_wise_is_the_model_with_hidden_dimensions_gone(tmp_path):
+def test_a_narrower_model_loads_in_plain_transformers(tmp_path):
     pruned, pruner = prune(make_tiny_llama(), 0.25, structure="channel", ratio_of="layers")
     assert pruned.config.hidden_size == 24
     assert pruner.facts["hidden"] == 24

@@ -95,7 +95,7 @@ def test_what_was_never_answered_may_be_left_out(finished, config, tmp_path, cap
     assert cli.main(asked) == 0
     config.write_text(text)
     assert cli.main(asked) == 2
-    assert "settings.magnitude@0.9 is only in the held run" in capsys.readouterr().err
+    assert "settings.magnitude@0.9 is only there" in capsys.readouterr().err
     shutil.rmtree(out / "evaluations" / "magnitude@0.9")
     assert cli.main(asked) == 0
     assert (out / "scores.csv").read_bytes() == (finished / "scores.csv").read_bytes()
@@ -130,7 +130,7 @@ def test_answers_of_a_checkpoint_as_it_is_are_no_part_of_a_sweep_of_it(tmp_path,
         f"model: {made}\ndata: embedded\nsettings: [magnitude@0.5]\nsuites: [{{suite: factoid_qa, limit: 4}}]\n"
     )
     assert cli.main(["sweep", str(tmp_path / "sweep.yaml"), "--out", out]) == 2
-    assert "settings.magnitude@0.5.as_is is only in the held run" in capsys.readouterr().err
+    assert "settings.magnitude@0.5.as_is is only there" in capsys.readouterr().err
 
 
 def test_nothing_may_be_taken_from_a_run(finished, config, tmp_path, capsys):
@@ -140,5 +140,5 @@ def test_nothing_may_be_taken_from_a_run(finished, config, tmp_path, capsys):
     config.write_text("\n".join(line for line in lines if "mmlu" not in line))
     assert cli.main(["sweep", str(config), "--out", str(out)]) == 2
     error = capsys.readouterr().err
-    assert "settings.magnitude@0.5 is only in the held run; suites.mmlu is only in the held run" in error
+    assert "settings.magnitude@0.5 is only there; suites.mmlu is only there" in error
     assert "may be added" in error

@@ -155,7 +155,7 @@ def test_a_log_is_not_a_terminal():
     assert isinstance(display(io.StringIO()), Lines)
 
 
-def test_a_terminal_gets_a_bar(monkeypatch):
+def test_a_terminal_gets_a_bar(capsys):
     class Terminal(io.StringIO):
         def isatty(self):
             return True
@@ -164,9 +164,11 @@ def test_a_terminal_gets_a_bar(monkeypatch):
 
     bar = display(Terminal())
     assert isinstance(bar, Bar)
-    bar.step("a: suite", 3, 10, 60.0)
+    bar.step("[/a]: suite", 3, 10, 60.0)  # a label may hold anything
+    bar._bar.refresh()
     bar.note("failed: [red]not markup[/red]")
     bar.close()
+    assert "failed: [red]not markup[/red]" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0 s"), (89, "89 s"), (125, "2 min"), (7300, "2.0 h")])

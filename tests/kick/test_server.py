@@ -259,7 +259,10 @@ from kick.lm.spec import LMSpec
 spec = LMSpec(name="server", params={{"base_url": {url!r}, "models": {{"dense": "m"}}}})
 generate(load_lm(spec, Path({str(tiny_model)!r}), "float32", "cpu", "dense"), ["The sea"], [], 4)
 """
-        asking = subprocess.Popen([sys.executable, "-c", ask], stderr=subprocess.PIPE, text=True)
+        asking = subprocess.Popen(
+            [sys.executable, "-c", ask], stderr=subprocess.PIPE, text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # shells ignore it in the background
+        )  # fmt: skip
         connection, _ = silent.accept()  # it has asked, and would wait for ten minutes
         asking.send_signal(signal.SIGINT)
         _, said = asking.communicate(timeout=60)

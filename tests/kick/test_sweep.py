@@ -333,7 +333,7 @@ def test_a_folder_of_another_configuration(finished, config, tmp_path, capsys):
     config.write_text(config.read_text() + "dtype: bfloat16\n")
     assert cli.main(["sweep", str(config), "--out", str(out)]) == 2
     error = capsys.readouterr().err
-    assert "dtype is 'float32' in the held run, 'bfloat16' in this one" in error
+    assert "dtype is 'float32' there, 'bfloat16' here" in error
     assert "--fresh" in error
     assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     assert cli.main(["sweep", str(config), "--out", str(out), "--fresh"]) == 0

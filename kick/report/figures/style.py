@@ -314,7 +314,9 @@ def shown_settings(settings: Sequence[SettingResult]) -> tuple[list[SettingResul
 
 
 def legend(axes: Axes, count: int) -> None:
-    """Inside the axes while it is short; below them where it would cover the curves."""
+    """Inside the axes while it is short; below them where it would cover the curves; none of nothing."""
+    if not axes.get_legend_handles_labels()[0]:
+        return
     if count > 5:
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=4, fontsize=8)
     else:
