@@ -48,16 +48,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (UnicodeDecodeError, OSError) as error:
         return _say(_in_words(error), options.debug)
     except Exception as error:  # nobody foresaw it
-        _say(f"{type(error).__name__}: {error}\n  A fault of kick, or of a plugin: --debug shows where.", options.debug)
-        return FAULT
+        said = f"{type(error).__name__}: {error}\n  A fault of kick, or of a plugin: --debug shows where."
+        return _say(said, options.debug, FAULT)
 
 
-def _say(error: str, debug: bool) -> int:
-    """Say what went wrong, and with --debug where. Gives the exit code of wrong usage."""
+def _say(error: str, debug: bool, code: int = USAGE) -> int:
+    """Say what went wrong, and with --debug where. Gives the exit code."""
     if debug:
         traceback.print_exc()
     print(f"kick: error: {error}", file=sys.stderr)
-    return USAGE
+    return code
 
 
 @contextmanager

@@ -54,7 +54,6 @@ def sweep(options: Namespace) -> int:
 
 def _run_models(config: SweepConfig, out: Path, options: Namespace) -> int:
     """A run of its own for each model, in a folder of its name, and a leaderboard of all."""
-    from kick.sweep.executors import find_executor
     from kick.sweep.plan import make_plan
     from kick.sweep.store import check_usable
 
@@ -66,9 +65,7 @@ def _run_models(config: SweepConfig, out: Path, options: Namespace) -> int:
         plans[name] = make_plan(config.model_copy(update={"model": name}), weights=needed)
     for name, plan in plans.items():
         check_usable(out / safe_name(name), plan, options.fresh)
-        _check_targets(plan)
-    if not options.dry_run:
-        find_executor(config.executor).check_here(config.executor)
+        _check_beginning(plan, options)
     for name, plan in plans.items():
         try:
             code, text, documents[name] = _run(plan, out / safe_name(name), options)
@@ -94,17 +91,25 @@ def _run_models(config: SweepConfig, out: Path, options: Namespace) -> int:
     return max(codes)
 
 
-def _check_targets(plan: "Plan") -> None:
-    """Raise KickError for what is wrong with the model, or with a target for it, before a folder is begun."""
+def _check_beginning(plan: "Plan", options: Namespace) -> None:
+    """Raise KickError, before a folder is begun, for what is wrong with the model, with a target for it, or where works
+    could not be begun from here.
+    """
+    from kick.sweep.executors import find_executor
+
     plan.check_model()
     plan.parameters  # noqa: B018
     plan.training  # noqa: B018
+    if not options.dry_run:
+        find_executor(plan.config.executor).check_here(plan.config.executor)
 
 
 def _run_one(config: SweepConfig, out: Path, options: Namespace, as_is: bool = False) -> int:
     from kick.sweep.plan import make_plan
 
-    code, text, document = _run(make_plan(config, as_is, weights=_needs_weights(out, options)), out, options)
+    plan = make_plan(config, as_is, weights=_needs_weights(out, options))
+    _check_beginning(plan, options)
+    code, text, document = _run(plan, out, options)
     _print(options, text, document)
     return code
 
@@ -145,15 +150,12 @@ def _run(plan: "Plan", out: Path, options: Namespace) -> tuple[int, str, dict[st
     """(exit code, what to say, the same as a document)."""
     from kick.sweep.costs import remarks
     from kick.sweep.estimate import describe
-    from kick.sweep.executors import find_executor
     from kick.sweep.run import run
     from kick.sweep.store import Store
 
     config = plan.config
-    _check_targets(plan)
     if options.dry_run:
         return 0, *describe(plan, out, options.fresh)
-    find_executor(config.executor).check_here(config.executor)
     for remark in remarks(plan):
         print(f"kick: {remark}", file=sys.stderr)
     watching = display()

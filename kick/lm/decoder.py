@@ -103,15 +103,15 @@ class Decoder:
 
         Keys that were rotated by other frequencies than those of a longer row are of no use to it.
         """
-        grows_out = len(contexts[0]) <= self._alike < len(contexts[0]) + room
-        if not self.runner.keeps_cache or grows_out:
+        length = len(contexts[0])
+        alike = length <= self._alike
+        if not self.runner.keeps_cache or (alike and length + room > self._alike):
             row = RereadRow(contexts[0], self.runner.device)
             return row, self.last(row.inputs([]))
         cache = DynamicCache(config=self.runner.model.config)
-        alike = len(contexts[0]) <= self._alike
-        if len(contexts) == 1 and len(contexts[0]) > most and self.runner.takes_pieces and alike:
-            found = self.runner.by_pieces(contexts[0], cache, [len(contexts[0]) - 1], most)
-            mask = torch.ones((1, len(contexts[0])), dtype=torch.long, device=self.runner.device)
+        if len(contexts) == 1 and length > most and self.runner.takes_pieces and alike:
+            found = self.runner.by_pieces(contexts[0], cache, [length - 1], most)
+            mask = torch.ones((1, length), dtype=torch.long, device=self.runner.device)
             return NativeRows(cache, mask), found
         tokens, mask = self.runner.padded(contexts, left=True)
         inputs = {

@@ -112,9 +112,7 @@ class FastLM(TokenLM):
         tokens = [self.prefix_token_id, *self.tok_encode(text, add_special_tokens=False)]
         if len(tokens) - 1 > self.max_length:
             raise KickError(f"a text of {len(tokens) - 1} tokens in a context of {self.max_length}.", "Cut it smaller.")
-        inputs = {"input_ids": torch.tensor([tokens[:-1]], device=self.runner.device), "use_cache": False}
-        columns = torch.arange(len(tokens) - 1, device=self.runner.device)
-        found = self.runner.at(inputs, torch.zeros_like(columns), columns)
+        found = self.runner.whole(tokens[:-1], range(len(tokens) - 1))
         return self.runner.exact_logits(found).float().log_softmax(dim=-1)
 
     # Generation

@@ -45,11 +45,8 @@ def check_looks_back(runner: Runner) -> None:
     """Raise ModelError where a token changes what is said of those before it: then likelihoods mean nothing."""
     vocabulary = _vocabulary(runner)
     tokens = [(9 * place + 4) % vocabulary for place in range(6)]
-    columns = torch.arange(5, device=runner.device)
-    said = []
-    for last in (tokens[-1], (tokens[-1] + 1) % vocabulary):
-        inputs = {"input_ids": torch.tensor([[*tokens[:-1], last]], device=runner.device), "use_cache": False}
-        said.append(runner.logits(runner.at(inputs, torch.zeros_like(columns), columns)))
+    lasts = (tokens[-1], (tokens[-1] + 1) % vocabulary)
+    said = [runner.logits(runner.whole([*tokens[:-1], last], range(5))) for last in lasts]
     if all(bool(logits.isfinite().all()) for logits in said) and not _agree(runner.model.dtype, *said):
         raise ModelError(
             f"a {runner.model.config.model_type} model looks at the tokens after a place, too.",
@@ -110,9 +107,7 @@ def _goes_on(runner: Runner, tokens: list[int], shared: int) -> bool:
 
     In half precision, on average over its places: some move further.
     """
-    columns = torch.arange(shared, len(tokens), device=runner.device)
-    inputs = {"input_ids": torch.tensor([tokens], device=runner.device), "use_cache": False}
-    whole = runner.at(inputs, torch.zeros_like(columns), columns)
+    whole = runner.whole(tokens, range(shared, len(tokens)))
     cache, length = runner.after(tokens, (shared,), runner.row_tokens)
     rest = Packed.chain(tokens[shared:])
     after = runner.run(rest, cache, length, list(range(len(rest.tokens))), runner.row_tokens)
@@ -169,9 +164,7 @@ def takes_pieces(runner: Runner) -> bool:
     """
     tokens = [(7 * place + 3) % _vocabulary(runner) for place in range(12)]
     places = list(range(len(tokens)))
-    columns = torch.tensor(places, device=runner.device)
-    inputs = {"input_ids": torch.tensor([tokens], device=runner.device), "use_cache": False}
-    whole = runner.logits(runner.at(inputs, torch.zeros_like(columns), columns))
+    whole = runner.logits(runner.whole(tokens, places))
     try:
         cache = DynamicCache(config=runner.model.config)
         read = runner.logits(runner.by_pieces(tokens, cache, places, 5))

@@ -156,6 +156,12 @@ class Runner:
             "use_cache": cache is not None,
         }
 
+    def whole(self, tokens: Sequence[int], columns: Sequence[int]) -> Tensor:
+        """What the head gets at `columns` of one row by itself, read at once and into no cache."""
+        inputs = {"input_ids": torch.tensor([list(tokens)], device=self.device), "use_cache": False}
+        places = torch.tensor(columns, dtype=torch.long, device=self.device)
+        return self.at(inputs, torch.zeros_like(places), places)
+
     def by_pieces(self, tokens: Sequence[int], cache: DynamicCache, places: list[int], most: int) -> Tensor:
         """A whole row into the model's own kind of `cache`, `most` tokens at a time: what the head gets at `places`."""
         distinct, back = torch.tensor(places, dtype=torch.long, device=self.device).unique(return_inverse=True)

@@ -13,6 +13,18 @@ from kick.lm.fast import FastLM
 from kick.lm.generation import Decoding
 
 
+def check_scores(lm, pairs, within=1e-4):
+    for (value, _), pair in zip(ask(lm, pairs), pairs, strict=True):
+        assert value == pytest.approx(one_by_one(lm.model, *pair)[0], abs=within)
+
+
+def check_texts(lm, prompts):
+    """Eight tokens after each, all asked at once, are those that greedy decoding gives row by row."""
+    for prompt, text in zip(prompts, generate(lm, prompts, [], 8), strict=True):
+        tokens = greedy(lm.model, lm.tokenizer(prompt)["input_ids"], 8, lm.tokenizer.eos_token_id)
+        assert text == lm.tokenizer.decode(tokens, skip_special_tokens=True)
+
+
 def with_head(kind):
     """Tiny models whose logits are no plain product, and what becomes of the product."""
     import transformers as t
@@ -37,8 +49,7 @@ def test_a_head_that_scales_or_caps_runs_where_logits_count(kind, tokenizer):
     lm = FastLM(model, tokenizer)
     assert lm.runner.plain_head
     pairs = [([11, 12, 13], [4, 5]), ([11, 12], [13, 6]), ([20], [21])]
-    for (value, _), pair in zip(ask(lm, pairs), pairs, strict=True):
-        assert value == pytest.approx(one_by_one(lm.model, *pair)[0], abs=1e-4)
+    check_scores(lm, pairs)
 
     half = FastLM(model.to(torch.bfloat16), tokenizer)
     found = torch.randn(5, 32).bfloat16()
@@ -66,8 +77,7 @@ def test_a_head_that_is_something_else_is_left_to_the_model(tokenizer, heeds):
     assert not lm.runner.plain_head
     assert lm.no_sharing is None
     pairs = [([11, 12, 13], [4, 5]), ([11, 12], [13, 6]), ([20], [21])]
-    for (value, _), pair in zip(ask(lm, pairs), pairs, strict=True):
-        assert value == pytest.approx(one_by_one(lm.model, *pair)[0], abs=1e-4)
+    check_scores(lm, pairs)
 
 
 def sliding():
@@ -86,12 +96,8 @@ def test_a_model_with_a_sliding_window_is_asked_row_by_row_and_says_so(tokenizer
     assert lm.record()["shares_prefixes"] is False
     assert "DynamicSlidingWindowLayer" in lm.record()["why_not"]
     pairs = [(list(range(10, 40)), [4, 5]), (list(range(10, 30)), [6]), ([3], [4])]
-    for (value, _), pair in zip(ask(lm, pairs), pairs, strict=True):
-        assert value == pytest.approx(one_by_one(lm.model, *pair)[0], abs=1e-4)
-    text = generate(lm, ["The river ran", "A"], [], 8)
-    for prompt, made in zip(["The river ran", "A"], text, strict=True):
-        expected = greedy(lm.model, tokenizer(prompt)["input_ids"], 8, tokenizer.eos_token_id)
-        assert made == tokenizer.decode(expected, skip_special_tokens=True)
+    check_scores(lm, pairs)
+    check_texts(lm, ["The river ran", "A"])
 
 
 def test_memory_is_bounded_whatever_the_length_where_nothing_is_shared(tokenizer, monkeypatch):
@@ -121,8 +127,7 @@ def test_other_architectures_score_like_one_by_one(kind, tokenizer):
     lm = FastLM(tiny(kind, vocab_size=600), tokenizer)
     stem = [10 + place % 7 for place in range(40)]
     pairs = [([11, 12, 13], [4, 5]), ([11, 12], [13, 6]), ([20], [21]), ([*stem, 8], [5]), ([*stem, 9], [5, 6])]
-    for (value, _), pair in zip(ask(lm, pairs), pairs, strict=True):
-        assert value == pytest.approx(one_by_one(lm.model, *pair)[0], abs=1e-4)
+    check_scores(lm, pairs)
 
 
 def recurrent(kind):
@@ -144,12 +149,8 @@ def test_models_with_recurrent_states_are_asked_row_by_row(kind, tokenizer):
     assert not lm.record()["shares_prefixes"]
     long = [10 + place % 90 for place in range(100)]  # more than is read at once
     pairs = [([11, 12, 13], [4, 5]), (list(range(10, 40)), [13, 6]), ([20], [21]), (long, [5, 6])]
-    for (value, _), pair in zip(ask(lm, pairs), pairs, strict=True):
-        assert value == pytest.approx(one_by_one(lm.model, *pair)[0], abs=1e-4)
-    prompts = ["The river ran", "A", "Bread is made of flour, water"]
-    for prompt, text in zip(prompts, generate(lm, prompts, [], 8), strict=True):
-        tokens = greedy(lm.model, tokenizer(prompt)["input_ids"], 8, tokenizer.eos_token_id)
-        assert text == tokenizer.decode(tokens, skip_special_tokens=True)
+    check_scores(lm, pairs)
+    check_texts(lm, ["The river ran", "A", "Bread is made of flour, water"])
 
 
 def counting_otherwise(kind):
@@ -171,12 +172,8 @@ def test_rounding_hides_no_model_that_goes_wrong_after_kept_tokens(kind, dtype, 
     assert not lm.record()["shares_prefixes"]
     assert lm.record()["generates"] == "one row at a time"
     pairs = [([11, 12, 13], [4, 5]), (list(range(10, 40)), [13, 6]), ([20], [21])]
-    for (value, _), pair in zip(ask(lm, pairs), pairs, strict=True):
-        assert value == pytest.approx(one_by_one(lm.model, *pair)[0], abs=1e-4 if dtype == torch.float32 else 0.05)
-    prompts = ["The river ran", "A", "Bread is made of flour, water"]
-    for prompt, text in zip(prompts, generate(lm, prompts, [], 8), strict=True):
-        tokens = greedy(lm.model, tokenizer(prompt)["input_ids"], 8, tokenizer.eos_token_id)
-        assert text == tokenizer.decode(tokens, skip_special_tokens=True)
+    check_scores(lm, pairs, 1e-4 if dtype == torch.float32 else 0.05)
+    check_texts(lm, ["The river ran", "A", "Bread is made of flour, water"])
 
 
 def test_a_model_that_was_being_trained_answers_without_dropout(tokenizer):
@@ -199,8 +196,7 @@ def test_what_depends_on_places_in_memory_is_not_packed(tokenizer, dtype):
     assert "packed rows differ" in lm.record()["why_not"]
     stem = list(range(10, 40))
     pairs = [([*stem, *range(100 + 40 * n, 140 + 40 * n)], [5]) for n in range(3)]
-    for (value, _), pair in zip(ask(lm, pairs), pairs, strict=True):
-        assert value == pytest.approx(one_by_one(lm.model, *pair)[0], abs=1e-4 if dtype == torch.float32 else 0.1)
+    check_scores(lm, pairs, 1e-4 if dtype == torch.float32 else 0.1)
 
 
 def test_a_window_in_memory_is_not_packed(tokenizer):
@@ -224,8 +220,7 @@ def test_rows_on_both_sides_of_a_change_of_rotary_frequencies_are_never_together
     assert lm.no_sharing is None
     stem = [10 + place % 50 for place in range(62)]
     pairs = [([*stem[:n], 200 + n], [4]) for n in (20, 30, 61, 62)] + [(stem * 2, [7, 8]), ([*stem, 9, 9, 9], [5])]
-    for (value, _), pair in zip(ask(lm, pairs), pairs, strict=True):
-        assert value == pytest.approx(one_by_one(lm.model, *pair)[0], abs=1e-4)
+    check_scores(lm, pairs)
     prompts = [
         "The river ran",
         "A",
