@@ -1,11 +1,13 @@
 """Model sources: where dense weights come from.
 
-A source is a Hugging Face id (`owner/name`), a local directory, a `.gguf` file, or a packaged model by name. What the
-user named is what is loaded: a name that is none of these is an error with the nearest names, never another model.
+A source is a Hugging Face id (`owner/name`, or `owner/name@revision` for a branch, tag or commit), a local directory,
+a `.gguf` file, or a packaged model by name. What the user named is what is loaded: a name that is none of these is an
+error with the nearest names, never another model.
 """
 
 import hashlib
 import importlib.util
+import re
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,7 @@ from kick.files import read_json, sha256_of
 
 Kind = Literal["hub", "directory", "gguf"]
 
+_HUB_ID = re.compile(r"[^./~@][^/@]*/[^/@]+(@.+)?")  # owner/name[@revision]; a branch may have slashes of its own
 PICKLES = ("*.bin", "*.pt", "*.pth")
 _WEIGHT_FILES = ["*.safetensors", "*.safetensors.index.json"]
 _TEXT_FILES = ["*.json", "*.txt", "*.jinja", "*.model"]
@@ -53,6 +56,12 @@ class ModelSource:
     path: Path | None
     note: str = ""
 
+    @property
+    def on_hub(self) -> dict[str, Any]:
+        """What huggingface_hub calls a hub source; without a revision the hub's main branch."""
+        repository, _, revision = self.name.partition("@")
+        return {"repo_id": repository, "revision": revision or None}
+
 
 def find_source(name: str, allow_pickle: bool = False) -> ModelSource:
     """The source called `name`, checked to exist as far as this can be told without the network.
@@ -72,13 +81,13 @@ def find_source(name: str, allow_pickle: bool = False) -> ModelSource:
                 "A model file ends in .gguf; a checkpoint is a directory.",
             )
         return ModelSource(name, "gguf", path.resolve())
-    if name.count("/") == 1 and not name.startswith((".", "/", "~")) and not name.endswith((".gguf", "/")):
+    if _HUB_ID.fullmatch(name) and not name.endswith(".gguf"):
         return ModelSource(name, "hub", None)
     raise ModelError(f"no model called '{name}'." + _nearest(name, path), _EXPECTED)
 
 
 _EXPECTED = (
-    "A model is a Hugging Face id (owner/name), a directory, a .gguf file, or a packaged model: "
+    "A model is a Hugging Face id (owner/name or owner/name@revision), a directory, a .gguf file, or a packaged model: "
     + ", ".join(PACKAGED)
     + "."
 )
@@ -145,12 +154,12 @@ def fetch(source: ModelSource, allow_pickle: bool = False, weights: bool = True)
     wanted = [*_TEXT_FILES, *_WEIGHT_FILES, *(PICKLES if allow_pickle else ())]
     if not weights:
         with suppress(LocalEntryNotFoundError, OSError):
-            there = Path(snapshot_download(source.name, allow_patterns=wanted, local_files_only=True, **_TOP))
+            there = Path(snapshot_download(**source.on_hub, allow_patterns=wanted, local_files_only=True, **_TOP))
             if holds_weights(there):
                 return there
         wanted = _TEXT_FILES
     try:
-        folder = Path(snapshot_download(source.name, allow_patterns=wanted, **_TOP))
+        folder = Path(snapshot_download(**source.on_hub, allow_patterns=wanted, **_TOP))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise ModelError(
             f"'{source.name}' cannot be fetched from the Hugging Face hub: {first_line(error)}"
@@ -168,7 +177,7 @@ def _fetch_rest(source: ModelSource, folder: Path) -> None:
     from huggingface_hub import snapshot_download
 
     if missing := [name for name in recorded_files(folder) if not (folder / name).exists()]:
-        snapshot_download(source.name, revision=folder.name, allow_patterns=missing)
+        snapshot_download(source.on_hub["repo_id"], revision=folder.name, allow_patterns=missing)
 
 
 def recorded_files(path: Path) -> list[str]:
@@ -192,7 +201,7 @@ def bytes_to_fetch(source: ModelSource, path: Path) -> int | None:
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        files = snapshot_download(source.name, allow_patterns=_WEIGHT_FILES, dry_run=True, **_TOP)
+        files = snapshot_download(**source.on_hub, allow_patterns=_WEIGHT_FILES, dry_run=True, **_TOP)
     except (HfHubHTTPError, OSError):
         return None
     if not any(file.filename.endswith(".safetensors") for file in files):

@@ -27,10 +27,10 @@ from kick.judge.client import Judge, Verdict, how_to_answer
 from kick.judge.questions import Answer, Judgment, Question
 from kick.judge.spec import JudgeSpec
 from kick.progress import Display
-from kick.settings import DENSE, Setting, digest
+from kick.settings import DENSE, digest
 from kick.suite import Sample
 from kick.sweep.plan import PlannedSuite, judged_suites, judging_of, plan_suite
-from kick.sweep.store import JUDGE, JUDGE_CACHE, EvaluationStore, Store, alone_in, read_run
+from kick.sweep.store import JUDGE, JUDGE_CACHE, EvaluationStore, Store, alone_in, read_run, recorded_settings
 
 NOT_ASKED = "not asked: the budget is spent"
 RULE = "kick: by rule"  # the judge of what needs none, such as an empty answer
@@ -124,12 +124,11 @@ def find_evaluations(root: Path, spec: JudgeSpec) -> list[Judged]:
     """Every complete evaluation of a suite that can be judged, with its questions. Raises RunError if there is none."""
     run = read_run(root)
     config = SweepConfig(**{key: value for key, value in run["config"].items() if key != "judge"})
-    settings = [Setting(**{key: value for key, value in row.items() if key != "name"}) for row in run["settings"]]
     judged = judged_suites(config, spec)
     store, found = Store(root), []
     for suite in judged:
         planned = _plan_again(suite, config.data, run["suites"][suite.name])
-        for setting in settings:
+        for setting in recorded_settings(run):
             own = store.evaluation(setting.name, suite.name)
             result = own.result()
             if result and result["status"] == "complete" and own.is_complete(result["key"]):

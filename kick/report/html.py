@@ -299,11 +299,13 @@ def _parity(row: dict[str, Any]) -> str:
 
 
 def _facts(results: Results) -> list[tuple[str, str]]:
+    """What the report records of a run, named; what it does not have is left out."""
     run = results.run
     dense = next((r.record for r in results.settings if r.setting.is_dense and r.record), None)
     hardware = ", ".join(f"{key} {value}" for key, value in run["hardware"].items())
     facts = [
         ("model", f"{run['model']['name']} ({run['model']['kind']}), SHA-256 {run['model']['fingerprint'][:16]}…"),
+        ("commit on the hub", run["model"].get("commit")),
         ("about the model", run["model"]["note"]),
         ("parameters", f"{dense['parameters']:,}" if dense else ""),
         ("precision and device", f"{run['dtype']} on {run['device']}"),

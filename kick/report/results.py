@@ -18,7 +18,7 @@ from kick.settings import CHAIN, DENSE, Setting, variation_in_words
 from kick.statistics import Interval
 from kick.suite import OVERALL, Metric, Sample, Score, Suite
 from kick.sweep.plan import make_suite
-from kick.sweep.store import JUDGE, EvaluationStore, Store, read_run
+from kick.sweep.store import JUDGE, EvaluationStore, Store, read_run, recorded_settings
 
 Axis = Literal["sparsity", "bits", "size"]
 Key = tuple[str, str]
@@ -324,7 +324,7 @@ def _amount(level: Sparsity | Bits) -> float:
 def read_results(path: Path) -> Results:
     """Everything in the run directory `path`, scored and compared. Raises RunError if it is none."""
     run, store = read_run(path), Store(path)
-    settings = [Setting(**{k: v for k, v in row.items() if k != "name"}) for row in run["settings"]]
+    settings = recorded_settings(run)
     specs = [own for row in run["config"]["suites"] for own in SuiteSpec(**row).each()]
     suites = {spec.name: make_suite(spec) for spec in specs}
     for name, suite in suites.items():  # some suites know their metrics only from their questions

@@ -37,6 +37,7 @@ from kick.files import (
 )
 from kick.jsonl import read_jsonl
 from kick.judge.questions import Judgment
+from kick.settings import Setting
 from kick.suite import Sample
 from kick.sweep.lock import lock
 from kick.sweep.plan import Plan
@@ -98,6 +99,7 @@ class Store:
             "name": plan.source.name,
             "kind": plan.source.kind,
             "note": plan.source.note,
+            "commit": plan.path.name if plan.source.kind == "hub" else None,  # the hub's cache has a folder for each
             "fingerprint": plan.fingerprint,
         }
         suites = {
@@ -352,6 +354,11 @@ def read_run(root: Path) -> dict[str, Any]:
         held = run.get("format") if isinstance(run, dict) else None
         raise RunError(f"{root / RUN} has format {held}; this kick reads {FORMAT}.", "Run the sweep again.")
     return run
+
+
+def recorded_settings(run: dict[str, Any]) -> list[Setting]:
+    """The settings that a run.json names, in its order."""
+    return [Setting(**{key: value for key, value in row.items() if key != "name"}) for row in run["settings"]]
 
 
 @contextmanager

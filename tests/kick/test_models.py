@@ -244,6 +244,34 @@ def test_a_checkpoint_on_the_hub_comes_with_its_adapters_and_its_setting(tiny_mo
         loading.load_model(made, "float32", "cpu")
 
 
+def test_a_revision_on_the_hub_can_be_named(tmp_path):
+    for name in ("main", "older"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps({"name": name}))
+        (tmp_path / name / "model.safetensors").write_bytes(name.encode())
+    code = """if True:
+        import sys
+        from kick import models
+        source = models.find_source(sys.argv[1])
+        planned = models.fetch(source, weights=False)
+        print(models.bytes_to_fetch(source, planned))
+        there = models.fetch(source)
+        print(there.name, (there / "model.safetensors").read_text())"""
+    with HubServer("owner/tiny", tmp_path / "main") as hub:
+        hub.branches = {"refs/pr/1": (tmp_path / "older", "e" * 40)}
+        fetched = [
+            run_with(hub, tmp_path / "cache", "-c", code, name).split()
+            for name in ("owner/tiny", "owner/tiny@refs/pr/1", f"owner/tiny@{'e' * 40}")
+        ]
+    assert fetched == [["4", "c" * 40, "main"], ["5", "e" * 40, "older"], ["0", "e" * 40, "older"]]
+
+
+@pytest.mark.parametrize("name", ["owner/@v1", "@v1/name", "owner/name@", "name@v1"])
+def test_a_revision_needs_a_whole_id(name):
+    with pytest.raises(ModelError, match="owner/name@revision"):
+        models.find_source(name)
+
+
 def test_a_dry_run_fetches_no_weights_from_the_hub_and_a_run_does(tiny_model, tmp_path):
     (tmp_path / "sweep.yaml").write_text(SWEEP)
     weights = (tiny_model / "model.safetensors").stat().st_size
@@ -258,6 +286,7 @@ def test_a_dry_run_fetches_no_weights_from_the_hub_and_a_run_does(tiny_model, tm
         assert "config.json" in hub.fetched
         assert "model.safetensors" not in hub.fetched
         assert kick()["done"] == 2
+        assert json.loads((tmp_path / "run/run.json").read_text())["model"]["commit"] == "c" * 40
         assert hub.fetched.count("model.safetensors") == 1
         shutil.rmtree(tmp_path / "cache")  # on another machine: what the run lacks depends on the weights
         after = kick("--dry-run")
