@@ -21,7 +21,7 @@ from kick.calibration import Calibration
 from kick.compressor import Compressor, Knob, Progress, no_progress
 from kick.errors import ConfigError, ModelError
 from kick.levels import Level, Pattern, parse_pattern
-from kick.loading import load_model
+from kick.loading import count_parameters, load_model
 from kick.measured import is_pruned, pattern_violations
 from kick.models import fetch, find_source, fingerprint
 from kick.spec import Spec
@@ -60,8 +60,15 @@ class External(Compressor):
 
     @cached_property
     def _path(self) -> Path:
+        """Where the model is; what its configuration and the headers of its files rule out is an error at once."""
         source = find_source(self.params.path, allow_pickle=self.params.allow_pickle)
-        return fetch(source, allow_pickle=self.params.allow_pickle)
+        path = fetch(source, allow_pickle=self.params.allow_pickle)
+        if path.is_file():
+            count_parameters(path)
+        else:
+            quantized.format_of(files.configuration(path), path)
+            files.check_weights(path, self.params.allow_pickle)
+        return path
 
     @cached_property
     def _fingerprint(self) -> str:

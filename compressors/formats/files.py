@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from kick import adapters
 from kick.adapters import LowRank
 from kick.checkpoint import GRIDS
-from kick.errors import INCOMPLETE, ModelError
+from kick.errors import INCOMPLETE, ModelError, first_line
 from kick.models import PICKLES
 from kick.quantization import Grid, from_tensors
 
@@ -85,19 +85,35 @@ def _one_of(path: Path, names: Iterable[str], globs: Iterable[str]) -> list[Path
     return found or others
 
 
-def read(path: Path, allow_pickle: bool) -> Foreign:
-    """The model in the directory `path`."""
+def configuration(path: Path) -> dict[str, Any]:
+    """What config.json in the directory `path` holds, with how its weights are quantised."""
     config = _json(path / "config.json")
     separate = path / "quantize_config.json"  # AutoGPTQ keeps it beside the configuration
     if "quantization_config" not in config and separate.is_file():
         config["quantization_config"] = {"quant_method": "gptq", **_json(separate)}
+    return config
+
+
+def check_weights(path: Path, allow_pickle: bool) -> None:
+    """Raise ModelError where the weights of the directory `path` cannot be read, as far as their headers tell."""
+    for file in weight_files(path, allow_pickle):
+        if file.suffix == ".safetensors":
+            try:
+                with safe_open(file, framework="pt"):
+                    pass  # a file shorter than its header says does not open
+            except (SafetensorError, OSError) as error:
+                raise _damaged(file, error) from error
+
+
+def read(path: Path, allow_pickle: bool) -> Foreign:
+    """The model in the directory `path`."""
     tensors: dict[str, Tensor] = {}
     for file in weight_files(path, allow_pickle):
         found = _safetensors(file) if file.suffix == ".safetensors" else _pickle(file)
         if twice := sorted(tensors.keys() & found.keys()):
             raise ModelError(f"'{twice[0]}' is in {file.name} and in another file of {path}.", "Remove the wrong one.")
         tensors |= found
-    model = Foreign(path, config, tensors, adapters=adapters.load(path))
+    model = Foreign(path, configuration(path), tensors, adapters=adapters.load(path))
     if (path / GRIDS).is_file():  # a checkpoint of kick's own
         model.grids = from_tensors(load_file(path / GRIDS))
     return model
@@ -117,7 +133,11 @@ def _safetensors(file: Path) -> dict[str, Tensor]:
     try:
         return load_file(file)
     except (SafetensorError, OSError) as error:
-        raise ModelError(f"{file} cannot be read: {error}.", INCOMPLETE) from error
+        raise _damaged(file, error) from error
+
+
+def _damaged(file: Path, error: Exception) -> ModelError:
+    return ModelError(f"{file} cannot be read: {first_line(error)}", INCOMPLETE)
 
 
 def _pickle(file: Path) -> dict[str, Tensor]:

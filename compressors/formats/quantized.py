@@ -7,6 +7,8 @@ Shapes: weight [out, in]; scales and zeros [out, groups]; a packed word holds 32
 """
 
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,21 +22,41 @@ from .files import Foreign
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the column, among eight, of the code at each place in a word
 
 
-def unpack_all(model: Foreign) -> str | None:
-    """Unpack every quantised linear of `model`; gives the name of its format, None if it is not quantised.
+def format_of(config: dict[str, Any], path: Path) -> tuple[str, dict[str, Any]] | None:
+    """How the model with the configuration `config` is quantised: method and what it says of it; None if it is not.
 
     Raises ModelError for a format that kick does not read, naming it.
     """
-    config = model.config.pop("quantization_config", None) or model.config.pop("compression_config", None)
-    if config is None:
+    how = config.get("quantization_config") or config.get("compression_config")
+    if how is None:
         return None
-    method = config.get("quant_method") or "unknown"
+    method = how.get("quant_method") or "unknown"
     if method not in _METHODS:
-        raise ModelError(
-            f"{model.path} is quantised by '{method}'.", f"kick reads {', '.join(_METHODS)}. Convert it first."
-        )
+        raise ModelError(f"{path} is quantised by '{method}'.", f"kick reads {', '.join(_METHODS)}. Convert it first.")
+    kind = how.get("checkpoint_format") or "gptq"
+    if method == "gptq" and kind not in ("gptq", "gptq_v2"):
+        raise ModelError(f"{path} is in GPTQ's format '{kind}'.", "kick reads gptq and gptq_v2.")
+    version = str(how.get("version") or "gemm").lower()
+    if method == "awq" and (version != "gemm" or int(how.get("bits", how.get("w_bit", 4))) != 4):
+        raise ModelError(f"{path} is in AWQ's layout '{version}'.", "kick reads gemm with 4 bits.")
+    if method == "compressed-tensors" and how.get("transform_config"):
+        raise ModelError(f"{path} rotates its activations (transform_config).", "kick does not apply rotations.")
+    return method, how
+
+
+def unpack_all(model: Foreign) -> str | None:
+    """Unpack every quantised linear of `model`; gives the name of its format, None if it is not quantised.
+
+    Raises ModelError as `format_of` does, and for what is missing or has no such layout.
+    """
+    found = format_of(model.config, model.path)
+    for key in ("quantization_config", "compression_config"):
+        model.config.pop(key, None)
+    if found is None:
+        return None
+    method, how = found
     try:
-        _METHODS[method](model, config)
+        _METHODS[method](model, how)
     except KeyError as error:
         raise ModelError(
             f"{model.path} is quantised by '{method}' and lacks {error}.",
@@ -44,9 +66,7 @@ def unpack_all(model: Foreign) -> str | None:
 
 
 def _unpack_gptq(model: Foreign, config: dict) -> None:
-    kind = config.get("checkpoint_format") or "gptq"
-    if kind not in ("gptq", "gptq_v2"):
-        raise ModelError(f"{model.path} is in GPTQ's format '{kind}'.", "kick reads gptq and gptq_v2.")
+    first_version = (config.get("checkpoint_format") or "gptq") == "gptq"
     for name in _named(model, ".qweight"):
         stored = {key: model.tensors.pop(f"{name}.{key}") for key in ("qweight", "qzeros", "scales")}
         index = model.tensors.pop(f"{name}.g_idx", None)
@@ -57,16 +77,13 @@ def _unpack_gptq(model: Foreign, config: dict) -> None:
             bits = float(config["bits"])
         try:
             size = int(config.get("group_size") or -1)
-            weight, grid = unpack_linear(stored, _whole(bits, name), kind == "gptq", size)
+            weight, grid = unpack_linear(stored, _whole(bits, name), first_version, size)
         except ValueError as error:
             raise ModelError(f"{model.path}: {name}: {error}.", INCOMPLETE) from error
         _put(model, name, weight, grid, stored["scales"])
 
 
 def _unpack_awq(model: Foreign, config: dict) -> None:
-    version = str(config.get("version") or "gemm").lower()
-    if version != "gemm" or int(config.get("bits", config.get("w_bit", 4))) != 4:
-        raise ModelError(f"{model.path} is in AWQ's layout '{version}'.", "kick reads gemm with 4 bits.")
     for name in _named(model, ".qweight"):
         qweight, qzeros, scales = (model.tensors.pop(f"{name}.{key}") for key in ("qweight", "qzeros", "scales"))
         codes, zero = _in_order(qweight), _in_order(qzeros)  # [out, in], [out, groups]
@@ -86,8 +103,6 @@ def _in_order(packed: Tensor) -> Tensor:
 
 
 def _unpack_compressed_tensors(model: Foreign, config: dict) -> None:
-    if config.get("transform_config"):
-        raise ModelError(f"{model.path} rotates its activations (transform_config).", "kick does not apply rotations.")
     for name in _named(model, ".weight_packed"):
         _unpack_words(model, name)
     for name in _named(model, ".weight_scale"):

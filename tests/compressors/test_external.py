@@ -140,6 +140,23 @@ def test_what_cannot_be_read_is_named(config, message, tiny_llama, tiny_model, t
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("what", ["a method", "a truncated file", "a file that is none", "a .gguf file that is none"])
+def test_what_can_be_told_before_a_sweep_begins_is_told_then(what, tiny_llama, tokenizer, tmp_path):
+    more = {"quantization_config": {"quant_method": "bitsandbytes"}} if what == "a method" else {}
+    path = write(tmp_path / "foreign", tiny_llama.config, state_of(tiny_llama), tokenizer, **more)
+    weights = path / "model.safetensors"
+    if what == "a truncated file":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif what == "a file that is none":
+        weights.write_text("version https://git-lfs.github.com/spec/v1")
+    elif what == "a .gguf file that is none":
+        path = tmp_path / "foreign.gguf"
+        path.write_bytes(b"GGUF")
+    message = "quantised by 'bitsandbytes'" if what == "a method" else "cannot be read"
+    with pytest.raises(ModelError, match=message):
+        External(External.Params(path=str(path))).inputs()
+
+
 def test_gpt2_as_the_hub_stores_it(tiny_model, tokenizer, tokens, tmp_path):
     """Names without the prefix `transformer.`, and the constants that old versions stored."""
     from transformers import GPT2Config, GPT2LMHeadModel
