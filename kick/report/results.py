@@ -98,14 +98,18 @@ class SettingResult:
         return self.level is None or isinstance(self.level, Pattern)
 
     @cached_property
-    def family(self) -> str:
-        """What is drawn as one line: a compressor's sparsities; its patterns are another."""
+    def method(self) -> str:
+        """What is drawn in one colour: a compressor, or a chain of them, with what was varied."""
         words = variation_in_words(self.setting.variation)
         method = self.setting.method
         if method == self.setting.compressors:  # a chain is a line for each of what comes after its first stage
             method = CHAIN.join([self.setting.compressor, *map(str, self.setting.then)])
-        name = f"{method} {words}" if words else method
-        return f"{name} N:M" if isinstance(self.level, Pattern) else name
+        return f"{method} {words}" if words else method
+
+    @cached_property
+    def family(self) -> str:
+        """What is drawn as one line: a method's sparsities; its patterns are another."""
+        return f"{self.method} N:M" if isinstance(self.level, Pattern) else self.method
 
 
 def _has_another_shape(record: dict[str, Any], dense: dict[str, Any]) -> bool:
@@ -213,6 +217,10 @@ class Results:
     def perplexity_suite(self) -> str | None:
         """The first suite whose primary metric is a perplexity."""
         return next((name for name in self.suites if self.metric(name).transform == "exp"), None)
+
+    @cached_property
+    def methods(self) -> list[str]:
+        return list(dict.fromkeys(result.method for result in self.compressed))
 
     @cached_property
     def families(self) -> list[str]:

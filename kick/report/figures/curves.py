@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from kick.compare import Estimate
+from kick.levels import Pattern
 from kick.report.figures.style import (
     Planned,
     bars,
@@ -104,7 +105,7 @@ def _score_against(axis: Axis, results: Results, suite: str) -> tuple[Figure, st
         )
         + (
             " Patterns of one sparsity stand side by side around it."
-            if any(family.endswith(" N:M") for family in families)
+            if any(isinstance(r.level, Pattern) and r.family in families for r in results.compressed)
             else ""
         )
         + (" Logarithmic scale; lower is better." if metric.transform == "exp" else "")
@@ -133,7 +134,7 @@ def _draw_families(
     """
     patterns: dict[int, list[str]] = {}  # by their sparsity, in whole points
     for result in results.compressed:
-        if result.family.endswith(" N:M") and (at := _place(axis, result)) is not None:
+        if isinstance(result.level, Pattern) and (at := _place(axis, result)) is not None:
             patterns.setdefault(round(at), []).append(result.name)
     names: list[tuple[float, float, str]] = []
     seeds = False
@@ -144,7 +145,6 @@ def _draw_families(
 
     percent = scale != 1.0
     for family in _families(results, axis, suite):
-        style = method_style(results, family)
         points = [
             (place, found, result)
             for result in results.compressed
@@ -155,6 +155,7 @@ def _draw_families(
         points.sort(key=lambda point: point[0])
         if not points:
             continue
+        style = method_style(results, points[0][2].method)
         for place, found, result in points:
             words = interval_in_words(found.score, found.interval, percent)
             hint(axes, place + beside(result), found.score * scale, f"{result.name}: {words}, n {found.n}")

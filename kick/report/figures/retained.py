@@ -63,7 +63,7 @@ def _by_method(points: Sequence[_Point]) -> dict[str, list[int]]:
     """The places of each method's points; a method's patterns belong to it."""
     found: dict[str, list[int]] = {}
     for index, point in enumerate(points):
-        found.setdefault(point.result.family.removesuffix(" N:M"), []).append(index)
+        found.setdefault(point.result.method, []).append(index)
     return found
 
 

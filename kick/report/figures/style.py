@@ -194,11 +194,9 @@ def interval_in_words(score: float, interval: Interval, percent: bool = False) -
 # Parts of axes
 
 
-def method_style(results: Results, family: str) -> dict[str, Any]:
-    """One colour, marker and dash for each compressor; its N:M patterns share the colour."""
-    methods = list(dict.fromkeys(name.removesuffix(" N:M") for name in results.families))
-    place = methods.index(family.removesuffix(" N:M"))
-    return nth_style(place)
+def method_style(results: Results, method: str) -> dict[str, Any]:
+    """One colour, marker and dash for each method."""
+    return nth_style(results.methods.index(method))
 
 
 def nth_style(place: int) -> dict[str, Any]:
